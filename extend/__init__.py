@@ -1,0 +1,33 @@
+"""Give a language model a long context, and hand it on to every fine-tune of the same base.
+
+One function per stage; each returns the path of what it wrote. They are imported on first use,
+so that `import extend` and `extend --help` do not wait for torch.
+"""
+
+from importlib import import_module
+from typing import Any
+
+from extend.errors import (
+    CheckpointError,
+    CompatibilityError,
+    DataError,
+    ExtendError,
+    LayoutError,
+    RecipeError,
+    TrainingError,
+)
+
+__version__ = "0.1.0"
+
+_STAGES = {"rescale": "extend.rope", "train": "extend.train", "extract": "extend.adapter",
+           "merge": "extend.merge", "evaluate": "extend.evaluate", "report": "extend.evaluate",
+           "run": "extend.run"}
+
+__all__ = ["CheckpointError", "CompatibilityError", "DataError", "ExtendError", "LayoutError",
+           "RecipeError", "TrainingError", "__version__", *_STAGES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _STAGES:
+        raise AttributeError(f"module 'extend' has no attribute {name!r}")
+    return getattr(import_module(_STAGES[name]), name)

@@ -1,0 +1,3 @@
+from extend.cli import main
+
+main(prog_name="extend")

@@ -1,0 +1,41 @@
+"""The errors a user can cause.
+
+    ExtendError
+      RecipeError         a recipe or an option is wrong (also a ValueError)
+      CheckpointError     a checkpoint, adapter or results file cannot be read or written
+      CompatibilityError  two models do not fit together, or a model is not supported
+      LayoutError         a length does not divide over the ranks of a layout (also a ValueError)
+      DataError           training or evaluation text is missing, too short or malformed
+      TrainingError       training cannot go on (loss not finite, ranks disagree, resume mismatch)
+
+Each message says what is wrong, both values, where, and what to do. The command line prints it
+alone and exits with 1; `--debug` adds the traceback.
+"""
+
+
+class ExtendError(Exception):
+    """Anything that the user can put right."""
+
+
+class RecipeError(ExtendError, ValueError):
+    """A recipe key, value or option is not accepted."""
+
+
+class CheckpointError(ExtendError):
+    """A file of a checkpoint or adapter is missing, damaged or cannot be written."""
+
+
+class CompatibilityError(ExtendError):
+    """Models, adapters or hardware that do not fit together."""
+
+
+class LayoutError(ExtendError, ValueError):
+    """A sequence length that a ring layout cannot divide over its ranks."""
+
+
+class DataError(ExtendError):
+    """Text that is missing, too short or malformed."""
+
+
+class TrainingError(ExtendError):
+    """A training run that cannot go on."""

@@ -1,0 +1,80 @@
+"""A base model with an adapter added in memory, as `extend merge` would write it."""
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from extend.adapter_format.peft_files import Adapter
+from extend.adapter_format.sidecar import ModelIdentity, parameter_infos
+from extend.checkpoint import Checkpoint, write_json
+from extend.errors import CompatibilityError
+from extend.model_config import ModelConfig, parse_config, read_config
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+def adapted_config(model: Path | str, adapter: Path | str | None) -> ModelConfig:
+    """The config that is evaluated: that of the model, with the RoPE of the adapter's sidecar.
+
+    Raises:
+        CompatibilityError: the adapter was made for another base.
+    """
+    config = read_config(model)
+    if adapter is None:
+        return config
+    sidecar = Adapter(adapter).sidecar
+    if sidecar is None:
+        return config
+    found = ModelIdentity.of(config, parameter_infos(config, Checkpoint(model)))
+    problems = sidecar.base.differences(found, f"the base of {adapter}", str(model))
+    if problems:
+        raise CompatibilityError(f"{adapter}: was made for another model than {model}: "
+                                 f"{'; '.join(problems)}; give the base it was extracted from or a "
+                                 "fine-tune of it")
+    return parse_config(sidecar.rope.apply(config.raw), config.path)
+
+
+def load_hf_config(config: ModelConfig) -> Any:
+    """The transformers config of a `ModelConfig`, whose keys may differ from the file's."""
+    from transformers import AutoConfig
+
+    with tempfile.TemporaryDirectory() as directory:
+        write_json(Path(directory) / "config.json", dict(config.raw))
+        return AutoConfig.from_pretrained(directory, local_files_only=True)
+
+
+def add_adapter(model: "PreTrainedModel", directory: Path | str) -> None:
+    """Add an adapter's deltas to a loaded model: summed in fp32, rounded once.
+
+    Raises:
+        CompatibilityError: a module the model does not have, or of another shape.
+    """
+    adapter = Adapter(directory)
+    for name, module in adapter.modules.items():
+        lora_a, lora_b = adapter.read_factors(name)
+        weight = _parameter(model, f"{name}.weight", adapter)
+        device = weight.device
+        _add(weight, module.scaling * (lora_b.to(device) @ lora_a.to(device)),
+             f"{directory}: module {name}")
+    if adapter.sidecar is not None:
+        for name in adapter.sidecar.tensors:
+            _add(_parameter(model, name, adapter), adapter.read_side_delta(name),
+                 f"{directory}: {name}")
+
+
+def _parameter(model: "PreTrainedModel", name: str, adapter: Adapter) -> "Tensor":
+    try:
+        return model.get_parameter(name).data
+    except AttributeError:
+        raise CompatibilityError(f"{adapter.directory}: changes {name}, which "
+                                 f"{type(model).__name__} does not have; it was made for another "
+                                 "architecture") from None
+
+
+def _add(weight: "Tensor", delta: "Tensor", where: str) -> None:
+    if weight.shape != delta.shape:
+        raise CompatibilityError(f"{where} is a delta of shape {list(delta.shape)}, but the model "
+                                 f"has {list(weight.shape)} there; it was made for another model")
+    weight.copy_(weight.float() + delta.to(weight.device))

@@ -1,0 +1,155 @@
+"""The eval stage: a grid of tasks, lengths and depths, scored exactly and resumable."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from extend.checkpoint import atomic_directory, write_json
+from extend.errors import CompatibilityError, RecipeError
+from extend.evaluate.plan import PlannedTask, plan_tasks
+from extend.evaluate.rows import RowStore
+from extend.evaluate.summary import summarize
+from extend.manifest import Manifest
+from extend.model_config import ModelConfig
+
+logger = logging.getLogger(__name__)
+RESULTS_NAME = "results.json"
+SCHEMA = 1
+
+
+def evaluate(model: Path | str, out: Path | str, *,
+             tasks: Sequence[str | Mapping[str, Any]], lengths: Sequence[int | str] = (),
+             depths: int | Sequence[float] = 10, trials: int = 5, seed: int = 0,
+             adapter: Path | str | None = None, device: str = "auto", dtype: str = "auto",
+             nproc: int | str = 1, chunk: int | None = None, overwrite: bool = False) -> Path:
+    """Score a model and write `results.json`; return its path.
+
+    Each finished row is kept beside `out`, so that the same call goes on after an interruption.
+    Rows depend on the model, the options and the seed, not on `nproc`.
+
+    Args:
+        model: checkpoint directory. It may be asked beyond its `max_position_embeddings`; such
+            rows say so.
+        tasks: names in `extend.evaluate.tasks.TASKS`, or mappings with `task`, its options, and
+            its own `name`, `lengths`, `depths` or `trials`.
+        lengths: tokens of prompt and answer together.
+        depths: number of depths spread equally from 0 to 1, or the depths themselves.
+        trials: prompts for each length and depth.
+        adapter: directory of an adapter to add to the model in memory first.
+        dtype: of weights and activations; `auto` is bfloat16 on a GPU and float32 on the CPU.
+        nproc: processes, one a GPU; `auto` is one for each visible GPU.
+        chunk: most tokens in one forward; chosen for the device unless given.
+
+    Raises:
+        RecipeError: a wrong task or option.
+        DataError: text that is missing or too short for a length.
+        CheckpointError: a checkpoint that cannot be read, or `out` exists.
+        CompatibilityError: a model, adapter or device that does not fit.
+    """
+    _check_numbers(seed, chunk, nproc)
+    planned = plan_tasks(tasks, lengths=lengths, depths=depths, trials=trials)
+    paths = _input_paths(model, adapter, planned)
+    with atomic_directory(out, overwrite=overwrite) as partial:
+        from extend.evaluate.adapted import adapted_config
+
+        config = adapted_config(model, adapter)
+        settings = _resolve(config, device, dtype, chunk)
+        _check_prompts(model, planned, seed)
+        manifest = Manifest("eval", paths, {
+            "tasks": [dict(entry.spec, name=entry.name) for entry in planned],
+            "cells": [cell.key for entry in planned for cell in entry.cells], **settings}, seed)
+        store = RowStore.open(_rows_directory(Path(out)), {
+            key: manifest.record[key] for key in ("inputs", "options", "seed", "versions")})
+        rows = _score(store, planned, nproc, device, model=str(model), seed=seed,
+                      adapter=None if adapter is None else str(adapter),
+                      dtype=settings["dtype"], chunk=settings["chunk"])
+        results = {"schema": SCHEMA, "model": _describe_model(config, manifest, settings),
+                   "summary": summarize(rows), "rows": rows}
+        write_json(partial / RESULTS_NAME, results)
+        manifest.write(partial, rows=len(rows),
+                       effective_length=results["summary"]["effective_length"])
+    store.remove()
+    return Path(out) / RESULTS_NAME
+
+
+def _check_numbers(seed: int, chunk: int | None, nproc: int | str) -> None:
+    if nproc != "auto" and (not isinstance(nproc, int) or nproc < 1):
+        raise RecipeError(f"nproc: {nproc!r} is neither auto nor a number of at least 1")
+    if chunk is not None and chunk < 1:
+        raise RecipeError(f"chunk: {chunk!r} is not a number of at least 1")
+    if not isinstance(seed, int):
+        raise RecipeError(f"seed: {seed!r} is not an integer")
+
+
+def _input_paths(model: Path | str, adapter: Path | str | None,
+                 planned: Sequence[PlannedTask]) -> dict[str, Path]:
+    paths = {"model": Path(model)}
+    if adapter is not None:
+        paths["adapter"] = Path(adapter)
+    for entry in planned:
+        for option, path in entry.task.inputs().items():
+            paths[f"{entry.name}.{option}"] = Path(path)
+    return paths
+
+
+def _resolve(config: ModelConfig, device: str, dtype: str, chunk: int | None) -> dict[str, Any]:
+    """What `auto` means here: part of what the rows depend on."""
+    from extend.evaluate.load import choose_chunk, choose_device, choose_dtype
+
+    chosen = choose_device(device)
+    return {"device": chosen.type, "chunk": choose_chunk(chunk, config, chosen),
+            "dtype": str(choose_dtype(dtype, chosen)).removeprefix("torch.")}
+
+
+def _check_prompts(model: Path | str, planned: Sequence[PlannedTask], seed: int) -> None:
+    """Build one prompt of each length: what cannot work is said before hours of work."""
+    from dataclasses import replace
+
+    from extend.evaluate.load import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    for entry in planned:
+        first = {(cell.length, cell.control): cell for cell in reversed(entry.cells)}
+        for cell in first.values():
+            trials = 1 if entry.task.on_grid else cell.trials
+            entry.task.prompts(tokenizer, replace(cell, trials=trials), seed)
+
+
+def _score(store: RowStore, planned: Sequence[PlannedTask], nproc: int | str, device: str,
+           **settings: Any) -> list[dict[str, Any]]:
+    """Rows of all cells in the order of the plan; those already in the store are not redone."""
+    from extend.evaluate.cells import Job, order_cells, score_cells
+    from extend.evaluate.workers import count_processes, score_in_processes
+
+    done = store.read()
+    todo = [(task, cell) for task, cell in order_cells(planned) if cell.key not in done]
+    if done:
+        logger.info("%d of %d rows are there already", len(done), len(done) + len(todo))
+    job = Job(rows=store.directory, device=device, **settings)
+    processes = min(count_processes(nproc, device), max(1, len(todo)))
+    if processes == 1:
+        score_cells(job, todo)
+    else:
+        score_in_processes(job, todo, processes)
+    done = store.read()
+    missing = [cell.key for entry in planned for cell in entry.cells if cell.key not in done]
+    if missing:
+        raise CompatibilityError(f"{len(missing)} cells have no row, the first {missing[0]}; run "
+                                 "the same command again")
+    return [done[cell.key] for entry in planned for cell in entry.cells]
+
+
+def _describe_model(config: ModelConfig, manifest: Manifest,
+                    settings: Mapping[str, Any]) -> dict[str, Any]:
+    inputs = manifest.record["inputs"]
+    return {**inputs["model"], "adapter": inputs.get("adapter"),
+            "architecture": config.architecture,
+            "max_position_embeddings": config.max_position_embeddings,
+            "rope": config.rope.to_json(), "dtype": settings["dtype"],
+            "device": settings["device"]}
+
+
+def _rows_directory(out: Path) -> Path:
+    out = out.absolute()
+    return out.with_name(f".{out.name}.rows")

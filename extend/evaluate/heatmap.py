@@ -1,0 +1,144 @@
+"""Heat maps of a task on a grid of lengths and depths: a PNG, and the data for the page's SVG."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from extend.evaluate.comparison import Results, format_length
+
+COLORS = "cividis"  # even in lightness, and the same to colour-blind eyes
+_TEXT_FITS = 12  # columns up to which the counts are written into the cells
+_PANELS_A_ROW = 4
+
+
+@dataclass(frozen=True, slots=True)
+class HeatCell:
+    """One cell; `score` is None where the model was not asked."""
+
+    length: int
+    depth: float
+    score: float | None
+    correct: int
+    n: int
+
+    @property
+    def color(self) -> str:
+        import matplotlib
+        from matplotlib.colors import to_hex
+
+        return "none" if self.score is None else to_hex(matplotlib.colormaps[COLORS](self.score))
+
+    @property
+    def text_color(self) -> str:
+        """Black on the light half of the scale, white on the dark one."""
+        return "#111111" if self.score is not None and self.score > 0.55 else "#ffffff"
+
+    @property
+    def tip(self) -> str:
+        where = f"{self.length:,} tokens, depth {self.depth:.2f}"
+        return f"{where}: not measured" if self.score is None else \
+            f"{where}: {self.correct} of {self.n}"
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """The heat map of one model.
+
+    Attributes:
+        cells: by depth, then length.
+        native_columns: columns that lie within the model's own context.
+        n_text: prompts in a cell, in words.
+    """
+
+    label: str
+    lengths: Sequence[int]
+    depths: Sequence[float]
+    cells: Sequence[Sequence[HeatCell]]
+    native_columns: int
+    n_text: str
+
+    @property
+    def show_counts(self) -> bool:
+        return len(self.lengths) <= _TEXT_FITS
+
+
+def build_panels(results: Sequence[Results], name: str) -> list[Panel]:
+    """One panel a model, all on the same lengths and depths."""
+    grids = {result.label: result.grid(name) for result in results}
+    rows = [row for grid in grids.values() for row in grid]
+    lengths = sorted({row["length"] for row in rows})
+    depths = sorted({row["depth"] for row in rows})
+    return [_panel(result, grids[result.label], lengths, depths)
+            for result in results if grids[result.label]]
+
+
+def _panel(result: Results, rows: Sequence[Mapping[str, Any]], lengths: Sequence[int],
+           depths: Sequence[float]) -> Panel:
+    known = {(row["length"], row["depth"]): row for row in rows}
+
+    def cell(length: int, depth: float) -> HeatCell:
+        row = known.get((length, depth))
+        if row is None:
+            return HeatCell(length, depth, None, 0, 0)
+        return HeatCell(length, depth, row["score"], row["correct"], row["n"])
+
+    counts = sorted({row["n"] for row in rows})
+    n_text = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
+    return Panel(result.label, lengths, depths, [[cell(n, d) for n in lengths] for d in depths],
+                 sum(length <= result.native_len for length in lengths), f"{n_text} a cell")
+
+
+def draw_heatmap(panels: Sequence[Panel], path: Path, title: str) -> None:
+    """Write a PNG with the panels side by side."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(len(panels), _PANELS_A_ROW)
+    lines = math.ceil(len(panels) / columns)
+    wide = max(2.3, 0.5 * len(panels[0].lengths) + 0.3)
+    high = max(2.2, 0.28 * len(panels[0].depths) + 0.7)
+    figure = Figure(figsize=(wide * columns + 1.5, high * lines + 0.7), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(lines, columns, squeeze=False, sharey=True)
+    for ax, panel in zip(axes.flat, panels):
+        image = _draw_panel(ax, panel)
+    for ax in list(axes.flat)[len(panels):]:
+        ax.set_axis_off()
+    bar = figure.colorbar(image, ax=axes, aspect=30, pad=0.02)
+    bar.set_label("share of exact answers", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    bar.outline.set_visible(False)
+    figure.suptitle(_plain(title), fontsize=12)
+    dashed = any(0 < panel.native_columns < len(panel.lengths) for panel in panels)
+    figure.supxlabel("prompt length, tokens" + (
+        " (dashed line: the model's own context ends)" if dashed else ""), fontsize=9)
+    figure.supylabel("depth of the fact (0 = start)", fontsize=9)
+    figure.savefig(path, dpi=160, metadata={"Software": None})
+
+
+def _draw_panel(ax: Any, panel: Panel) -> Any:
+    scores = [[math.nan if c.score is None else c.score for c in line] for line in panel.cells]
+    image = ax.pcolormesh(scores, cmap=COLORS, vmin=0, vmax=1, edgecolors="white", linewidth=1)
+    ax.set_facecolor("#dddddd")
+    ax.set_ylim(len(panel.depths), 0)  # depth 0 on top
+    ax.set_xticks([i + 0.5 for i in range(len(panel.lengths))],
+                  [format_length(n) for n in panel.lengths])
+    ax.set_yticks([i + 0.5 for i in range(len(panel.depths))], [f"{d:.2f}" for d in panel.depths])
+    ax.tick_params(labelsize=8, length=0)
+    ax.spines[:].set_visible(False)
+    ax.set_title(_plain(f"{panel.label}\n{panel.n_text}"), fontsize=9)
+    for y, line in enumerate(panel.cells):
+        for x, cell in enumerate(line):
+            if cell.score is not None and panel.show_counts:
+                ax.text(x + 0.5, y + 0.5, f"{cell.correct}/{cell.n}", ha="center", va="center",
+                        fontsize=7, color=cell.text_color)
+    if 0 < panel.native_columns < len(panel.lengths):
+        ax.axvline(panel.native_columns, color="#d55e00", linewidth=2, linestyle="--")
+    return image
+
+
+def _plain(text: str) -> str:
+    """Labels are the user's: `$` must not start a formula."""
+    return text.replace("$", r"\$")

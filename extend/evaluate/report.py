@@ -1,0 +1,123 @@
+"""The report stage: several results side by side, as a page, heat maps and a table."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from extend.checkpoint import atomic_directory, write_json
+from extend.evaluate.comparison import (
+    Results,
+    TableRow,
+    build_table,
+    format_length,
+    grid_tasks,
+    read_results,
+    to_markdown,
+)
+from extend.evaluate.curve import read_curve
+from extend.evaluate.heatmap import COLORS, Panel, build_panels, draw_heatmap
+from extend.evaluate.summary import EFFECTIVE_LENGTH_RULE
+from extend.manifest import Manifest
+
+SCHEMA = 1
+_TEMPLATE = "report.html.jinja"
+
+
+def report(results: Mapping[str, Path | str], out: Path | str, *, title: str = "",
+           training: Path | str | None = None, overwrite: bool = False) -> Path:
+    """Compare the results of several models and return the directory `out`.
+
+    It holds index.html (one file, nothing loaded from elsewhere), heatmap-<task>.png, table.md
+    and report.json.
+
+    Args:
+        results: label -> results.json or its directory; losses are compared with the first.
+        title: of the page.
+        training: checkpoint that `train` wrote, or its metrics.jsonl, for the loss curve.
+
+    Raises:
+        CheckpointError: results or metrics that cannot be read, or `out` exists.
+        RecipeError: no results.
+    """
+    read = read_results(results)
+    curve = None if training is None else read_curve(training)
+    paths = {f"results.{r.label}": r.path for r in read}
+    if training is not None:
+        paths["training"] = Path(training)
+    title = title or f"Context length of {', '.join(r.label for r in read)}"
+    manifest = Manifest("report", paths, {"title": title})
+    table = build_table(read)
+    labels = [r.label for r in read]
+    with atomic_directory(out, overwrite=overwrite) as partial:
+        maps = _write_heatmaps(read, partial)
+        (partial / "table.md").write_text(to_markdown(labels, table), encoding="utf-8")
+        write_json(partial / "report.json", _to_json(read, table, maps, title))
+        page = _render(title=title, results=read, labels=labels, table=_by_section(table),
+                       maps=maps, curve=curve)
+        (partial / "index.html").write_text(page, encoding="utf-8")
+        manifest.write(partial)
+    return Path(out)
+
+
+def _write_heatmaps(results: list[Results], directory: Path) -> list[dict[str, Any]]:
+    """One PNG a task; returns its name, file and panels."""
+    maps: list[dict[str, Any]] = []
+    for name in grid_tasks(results):
+        panels = build_panels(results, name)
+        if not panels:
+            continue
+        file = _file_name(name, [entry["file"] for entry in maps])
+        draw_heatmap(panels, directory / file, name)
+        maps.append({"name": name, "file": file, "panels": panels})
+    return maps
+
+
+def _file_name(name: str, taken: Sequence[str]) -> str:
+    """A file name from a label that may hold anything."""
+    stem = "heatmap-" + (re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "task")
+    file, number = f"{stem}.png", 2
+    while file in taken:
+        file, number = f"{stem}-{number}.png", number + 1
+    return file
+
+
+def _by_section(table: list[TableRow]) -> list[tuple[str, list[TableRow]]]:
+    sections: dict[str, list[TableRow]] = {}
+    for row in table:
+        sections.setdefault(row.section, []).append(row)
+    return list(sections.items())
+
+
+def _to_json(results: list[Results], table: list[TableRow], maps: list[dict[str, Any]],
+             title: str) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA, "title": title,
+        "results": {r.label: {"path": str(r.path), "sha256": r.sha256, "model": r.data["model"],
+                              "summary": r.data["summary"]} for r in results},
+        "table": [asdict(row) for row in table],
+        "heatmaps": {entry["name"]: entry["file"] for entry in maps}}
+
+
+def _render(**values: Any) -> str:
+    import jinja2
+    import matplotlib
+    from matplotlib.colors import to_hex
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    scale = [to_hex(matplotlib.colormaps[COLORS](i / 8)) for i in range(9)]
+    return environment.get_template(_TEMPLATE).render(
+        **values, scale=scale, rule=EFFECTIVE_LENGTH_RULE, format_length=format_length,
+        geometry=_geometry)
+
+
+def _geometry(panel: Panel) -> dict[str, float]:
+    """Sizes of a panel's SVG; cells are wide enough for their counts."""
+    cell_w, cell_h, left, top, bottom = 52, 26, 46, 6, 40
+    width = left + cell_w * len(panel.lengths) + 6
+    height = top + cell_h * len(panel.depths) + bottom
+    return {"cell_w": cell_w, "cell_h": cell_h, "left": left, "top": top, "width": width,
+            "height": height, "floor": top + cell_h * len(panel.depths)}

@@ -1,0 +1,161 @@
+"""The stage `merge`: an adapter into any fine-tune of its base, tensor by tensor."""
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from extend.adapter_format.peft_files import Adapter, LoraModule, stored_dtype
+from extend.adapter_format.sidecar import HEAD_NAME, RopeChange, parameter_infos, tied_copy
+from extend.checkpoint import (
+    FLOAT_DTYPES,
+    Checkpoint,
+    TensorInfo,
+    atomic_directory,
+    copy_side_files,
+    dtype_name,
+    torch_dtype,
+    write_checkpoint,
+    write_json,
+)
+from extend.errors import CheckpointError, RecipeError
+from extend.manifest import Manifest
+from extend.merge.compat import check_fit, context_change
+from extend.model_config import read_config
+
+log = logging.getLogger(__name__)
+
+_BLOCK_BYTES = 2**27  # fp32 scratch per block of rows
+
+
+def merge(adapter: Path | str, target: Path | str, out: Path | str, *, weight: float = 1.0,
+          sidecar: bool = True, dtype: str | None = None, rope_from: Path | str | None = None,
+          overwrite: bool = False) -> Path:
+    """Give a fine-tune the long context of an adapter.
+
+    Each weight becomes W + weight * (scaling * B A, or the sidecar's delta), summed in fp32 and
+    rounded once. Config keys of RoPE and length come from the long model; everything else, with
+    tokenizer, chat template and generation config, from the target.
+
+    Args:
+        adapter: an adapter directory, ours or PEFT's.
+        target: checkpoint directory; a fine-tune of the adapter's base.
+        out: the checkpoint directory to make.
+        weight: of all deltas. The RoPE change has no half way and is written whole for any
+            weight; 0 leaves the target's weights bit for bit and writes the long RoPE alone.
+        sidecar: False leaves the deltas of norms, biases and embeddings out.
+        dtype: of all floating-point weights (fp32, bf16, fp16); None keeps each tensor's own.
+        rope_from: for an adapter without a sidecar, the model whose RoPE and lengths to write.
+        overwrite: replace `out` if it exists.
+
+    Returns:
+        `out`.
+
+    Raises:
+        RecipeError: an option out of range.
+        CompatibilityError: the adapter does not fit the target, or is not a plain LoRA.
+        CheckpointError: a file is missing or damaged, a merged value overflows its dtype, or
+            `out` cannot be written.
+    """
+    if not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        raise RecipeError(f"weight is {weight!r}; give a finite number")
+    out_dtype = None if dtype is None else dtype_name(stored_dtype(dtype))
+    lora, config, files = Adapter(adapter), read_config(target), Checkpoint(target)
+    change = context_change(lora, config, rope_from)
+    infos = parameter_infos(config, files)
+    check_fit(lora, config, infos)
+    inputs = {"adapter": adapter, "target": target}
+    if rope_from is not None:
+        inputs["rope_from"] = Path(rope_from) / "config.json"
+    with atomic_directory(out, overwrite=overwrite) as partial:
+        manifest = Manifest("merge", inputs,
+                            {"weight": weight, "sidecar": sidecar, "dtype": dtype})
+        head = tied_copy(config, files)
+        written = [_announce(files.infos[name], out_dtype) for name in files.infos
+                   if name in infos or (name == HEAD_NAME and head)]
+        side = lora.sidecar.tensors if lora.sidecar is not None and sidecar and weight else {}
+        summed = _Sum(lora, files, weight, frozenset(side), {i.name: i for i in written}, head)
+        write_checkpoint(partial, written, summed.read)
+        write_json(partial / "config.json", _config(config.raw, change, dtype))
+        copy_side_files(files.directory, partial, max_len=change.max_position_embeddings_after)
+        summary = _summary(lora, summed, change)
+        summary["dropped_buffers"] = sorted(set(files.infos) - {info.name for info in written})
+        manifest.write(partial, **summary)
+    log.info("merged %(modules)d modules and %(sidecar_tensors)d sidecar tensors into %(tensors)d "
+             "tensors; context %(max_position_embeddings)d tokens", summary)
+    return Path(out)
+
+
+def _announce(info: TensorInfo, out_dtype: str | None) -> TensorInfo:
+    if out_dtype is None or info.dtype not in FLOAT_DTYPES:
+        return info
+    return info._replace(dtype=out_dtype)
+
+
+def _config(raw: dict[str, Any], change: RopeChange, dtype: str | None) -> dict[str, Any]:
+    config = change.apply(raw)
+    if dtype is not None:
+        # transformers 4 reads torch_dtype, transformers 5 writes dtype and reads both.
+        for key in [k for k in ("dtype", "torch_dtype") if k in config] or ["torch_dtype"]:
+            config[key] = str(stored_dtype(dtype)).removeprefix("torch.")
+    return config
+
+
+def _summary(lora: Adapter, summed: "_Sum", change: RopeChange) -> dict[str, Any]:
+    side = lora.sidecar.tensors if lora.sidecar is not None else {}
+    return {"tensors": len(summed.written), "modules": len(lora.modules) if summed.weight else 0,
+            "sidecar_tensors": len(summed.side), "sidecar_left_out": len(side) - len(summed.side),
+            "rope_theta": change.after["rope_theta"],
+            "max_position_embeddings": change.max_position_embeddings_after}
+
+
+@dataclass
+class _Sum:
+    """Computes one output tensor at a time; holds none of them.
+
+    Attributes:
+        side: names whose delta the sidecar gives.
+        written: what to write, with the dtype to round to.
+        head: the embedding that a stored `lm_head.weight` repeats, or None.
+    """
+
+    lora: Adapter
+    target: Checkpoint
+    weight: float
+    side: frozenset[str]
+    written: dict[str, TensorInfo]
+    head: str | None
+
+    def read(self, name: str) -> torch.Tensor:
+        """The merged tensor in its announced dtype.
+
+        A weight that nothing is added to is not touched: x + 0 would turn -0.0 into 0.0.
+        """
+        source = self.head if name == HEAD_NAME and self.head else name
+        base, dtype = self.target.read(source), torch_dtype(self.written[name].dtype)
+        module = self.lora.modules.get(source.removesuffix(".weight"))
+        if module is not None and self.weight:
+            merged = self._add_factors(base, module, dtype)
+        elif source in self.side:
+            delta = self.lora.read_side_delta(source)
+            merged = delta.mul(self.weight).add_(base).to(dtype)
+        else:
+            merged = base.to(dtype)
+        if merged.is_floating_point() and not bool(torch.isfinite(merged).all()):
+            raise CheckpointError(f"tensor {name} holds infinite or NaN values once merged as "
+                                  f"{dtype}; check the target, or give --dtype bf16 or fp32")
+        return merged
+
+    def _add_factors(self, base: torch.Tensor, module: LoraModule,
+                     dtype: torch.dtype) -> torch.Tensor:
+        lora_a, lora_b = self.lora.read_factors(module.name)
+        merged = torch.empty(base.shape, dtype=dtype)
+        rows = max(1, _BLOCK_BYTES // (4 * module.in_features))
+        for start in range(0, module.out_features, rows):
+            block = slice(start, start + rows)
+            delta = lora_b[block] @ lora_a
+            merged[block] = delta.mul_(self.weight * module.scaling).add_(base[block])
+        return merged

@@ -1,0 +1,237 @@
+"""The options of every stage, as a recipe writes them. Imports no torch.
+
+Every model is frozen and forbids unknown keys. Lengths are tokens; `8k` and `1m` mean 8192 and
+1048576. Options end at the stage functions, which take plain keyword arguments (training, whose
+options travel to other processes, takes its model whole).
+"""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+_UNITS = {"": 1, "k": 1024, "m": 1024 ** 2}
+
+
+def parse_length(value: Any) -> int:
+    """Read a length in tokens: an integer, or text such as `8192`, `128k`, `1m`.
+
+    Raises:
+        ValueError: anything else, or a length below 1.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", str(value).strip())
+    length = float(match[1]) * _UNITS[match[2].lower()] if match else 0
+    if isinstance(value, bool) or length < 1 or length != int(length):
+        raise ValueError(f"{value!r} is not a length in tokens; write 8192, 128k or 1m")
+    return int(length)
+
+
+def parse_number(value: Any) -> Any:
+    """Read `2.8e9` and `1e-5`, which YAML 1.1 takes for text, as numbers."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+Length = Annotated[int, BeforeValidator(parse_length)]
+Number = Annotated[float, BeforeValidator(parse_number)]
+InputPath = Annotated[str, "input path"]
+"""A path, or in a recipe the name of an earlier stage; relative paths start at the recipe."""
+
+
+class Options(BaseModel):
+    """Base of all option models."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class RopeOptions(Options):
+    """A RoPE rescaling: a member of `extend.rope.METHODS`, its options and its target."""
+
+    method: str = "critical"
+    options: dict[str, Annotated[Any, BeforeValidator(parse_number)]] = {}
+    """Keyword-only parameters of the method."""
+
+
+class RescaleOptions(RopeOptions):
+    """rescale: new RoPE keys for a checkpoint."""
+
+    model: InputPath
+    to: Length
+    """Tokens, the context length the RoPE is made for."""
+    sliding_window: Literal["refuse", "drop", "keep"] = "refuse"
+
+
+class TextData(Options):
+    """Rows of packed documents, the end of each marked by the end-of-sequence token."""
+
+    kind: Literal["text"]
+    path: InputPath
+    weight: Annotated[Number, Field(gt=0)] = 1.0
+    """Share of rows, relative to the other sources."""
+    column: str = "text"
+    """Key of a JSON line, or column of a parquet file, that holds the text."""
+
+
+class RetrievalData(Options):
+    """Rows with facts hidden at random places and asked for at the end, in shuffled order."""
+
+    kind: Literal["retrieval"]
+    path: InputPath | None = None
+    """Text to hide the facts in; none means repeated filler sentences."""
+    weight: Annotated[Number, Field(gt=0)] = 1.0
+    facts: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = [1]
+    """How many facts a row holds; each row draws one of these."""
+    template: Literal["named", "classic"] = "named"
+    """named: `The pass key for X is 12345.`; classic: the single fact of the passkey test."""
+    column: str = "text"
+
+
+class ExampleData(Options):
+    """Rows of packed prompt and answer pairs from JSON lines, to teach a skill."""
+
+    kind: Literal["examples"]
+    path: InputPath
+    weight: Annotated[Number, Field(gt=0)] = 1.0
+    mask_prompt: bool = True
+    """Take the loss over answers only."""
+
+
+DataSource = Annotated[TextData | RetrievalData | ExampleData, Field(discriminator="kind")]
+
+
+class Phase(Options):
+    """A stretch of training at one length."""
+
+    length: Length
+    """Tokens per row."""
+    steps: Annotated[int, Field(ge=1)] | None = None
+    tokens: Length | None = None
+    """Tokens to train on; give this or `steps`."""
+    batch_rows: Annotated[int, Field(ge=1)] = 1
+    """Rows per optimizer step over all processes."""
+    lr: Annotated[Number, Field(gt=0)]
+    warmup_frac: Annotated[Number, Field(ge=0, le=1)] = 0.05
+    min_lr_frac: Annotated[Number, Field(ge=0, le=1)] = 0.1
+    """Learning rate at the end of the cosine, as a fraction of `lr`."""
+    rope: RopeOptions | None = None
+    """RoPE of this phase, made from the model's own; none keeps that of the phase before, in the
+    first phase the model's own."""
+    rope_to: Length | None = None
+    """Length `rope` is made for; `length` unless given."""
+
+    @model_validator(mode="after")
+    def _one_duration(self) -> "Phase":
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError("give either steps or tokens")
+        return self
+
+    @property
+    def num_steps(self) -> int:
+        if self.steps is not None:
+            return self.steps
+        return max(1, round(self.tokens / (self.length * self.batch_rows)))
+
+
+class TrainOptions(Options):
+    """train: fine-tune on long rows."""
+
+    model: InputPath
+    schedule: Annotated[list[Phase], Field(min_length=1)]
+    """Phases of growing length."""
+    data: Annotated[list[DataSource], Field(min_length=1)]
+    mode: Literal["full", "lora"] = "full"
+    lora_rank: Annotated[int, Field(ge=1)] = 32
+    trainable: list[str] = []
+    """Regular expressions; only parameters whose name one of them matches are trained. With mode
+    lora they choose the linear layers, by the names of their weights, that get an adapter."""
+    answer_weight: Annotated[Number, Field(ge=0)] = 0.0
+    """Adds this times the mean loss over answer tokens to the mean over all tokens."""
+    layout: Literal["contiguous", "zigzag", "striped"] = "zigzag"
+    kernel: str = "auto"
+    weight_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the weights that the optimizer updates."""
+    autocast: Literal["auto", "bfloat16", "none"] = "auto"
+    """auto: bfloat16 on CUDA, none on the CPU."""
+    export_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Dtype of the written checkpoint; that of the input unless given."""
+    activation_checkpointing: bool = True
+    betas: tuple[Number, Number] = (0.9, 0.95)
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.0
+    clip_norm: Annotated[Number, Field(gt=0)] = 1.0
+    loss_chunk: Annotated[int, Field(ge=1)] = 4096
+    """Tokens whose logits exist at once."""
+    save_every: Annotated[int, Field(ge=1)] = 100
+    """Optimizer steps between checkpoints."""
+    nproc: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Processes; auto is one per visible GPU, or one."""
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _growing(self) -> "TrainOptions":
+        lengths = [phase.length for phase in self.schedule]
+        if lengths != sorted(lengths):
+            raise ValueError(f"schedule: lengths must not shrink, they are {lengths}")
+        return self
+
+
+class ExtractOptions(Options):
+    """extract: tuned - base as a LoRA adapter and a sidecar."""
+
+    base: InputPath
+    tuned: InputPath
+    rank: Annotated[int, Field(ge=1)] | None = None
+    energy: Annotated[Number, Field(gt=0, le=1)] | None = None
+    """Share of each matrix's squared norm to keep; give this or `rank`."""
+    embeddings: bool = True
+    """Keep embedding and output head deltas in the sidecar."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _one_criterion(self) -> "ExtractOptions":
+        if self.rank is not None and self.energy is not None:
+            raise ValueError(f"rank ({self.rank}) and energy ({self.energy}) exclude each other")
+        return self
+
+
+class MergeOptions(Options):
+    """merge: an adapter into a fine-tune of the same base."""
+
+    adapter: InputPath
+    target: InputPath
+    weight: Number = 1.0
+    sidecar: bool = True
+    rope_from: InputPath | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+
+class EvalOptions(Options):
+    """eval: a grid of tasks, lengths and depths."""
+
+    model: InputPath
+    tasks: Annotated[list[str | dict[str, Any]], Field(min_length=1)]
+    """Names, or mappings with `task`, its options, and its own lengths, depths or trials."""
+    lengths: list[Length] = []
+    depths: Annotated[int, Field(ge=1)] = 10
+    """Number of equally spaced depths from 0 to 1."""
+    trials: Annotated[int, Field(ge=1)] = 5
+    adapter: InputPath | None = None
+    nproc: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    seed: int = 0
+
+
+class ReportOptions(Options):
+    """report: results of several models side by side."""
+
+    results: Annotated[dict[str, InputPath], Field(min_length=1)]
+    """Label -> results.json, its directory, or the name of an eval stage."""
+    title: str = ""
+
+
+STAGES: dict[str, type[Options]] = {
+    "rescale": RescaleOptions, "train": TrainOptions, "extract": ExtractOptions,
+    "merge": MergeOptions, "eval": EvalOptions, "report": ReportOptions}

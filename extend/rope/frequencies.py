@@ -1,0 +1,131 @@
+"""The rotation speeds that a `RopeSpec` stands for, in fp64.
+
+The model itself computes them in fp32 from the written config; these are for plans, reports and
+tests. Pairs are ordered from the fastest to the slowest, index i of rotary_dim / 2.
+"""
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from extend.errors import CompatibilityError
+from extend.model_config import RopeSpec
+from extend.rope.methods import YARN_BETA_FAST, YARN_BETA_SLOW
+
+if TYPE_CHECKING:
+    import torch
+
+
+def inv_freq(spec: RopeSpec) -> "torch.Tensor":
+    """Radians per token of each pair, fp64 [rotary_dim / 2].
+
+    Raises:
+        CompatibilityError: a rope_type that is not one of `ROPE_TYPES`, or a key it lacks.
+    """
+    if spec.rope_type not in ROPE_TYPES:
+        raise CompatibilityError(f"rope_type {spec.rope_type!r} is not supported; "
+                                 f"choose one of {', '.join(ROPE_TYPES)}")
+    return ROPE_TYPES[spec.rope_type](spec)
+
+
+def attention_factor(spec: RopeSpec) -> float:
+    """What cos and sin are multiplied by; attention scores scale with its square.
+
+    Source: Peng et al. 2023, arXiv:2309.00071, section 3.4; with `mscale` and `mscale_all_dim`
+    as DeepSeek uses them.
+    """
+    if spec.rope_type != "yarn":
+        return 1.0
+    given = spec.scaling.get("attention_factor")
+    if given is not None:
+        return float(given)
+    factor = _need(spec, "factor")
+    mscale, mscale_all_dim = spec.scaling.get("mscale"), spec.scaling.get("mscale_all_dim")
+    if mscale and mscale_all_dim:
+        return _mscale(factor, mscale) / _mscale(factor, mscale_all_dim)
+    return _mscale(factor, 1.0)
+
+
+def wavelengths(spec: RopeSpec) -> "torch.Tensor":
+    """Tokens in which each pair makes one turn, fp64 [rotary_dim / 2]."""
+    return 2 * math.pi / inv_freq(spec)
+
+
+def turns(spec: RopeSpec, length: int | None = None) -> "torch.Tensor":
+    """Turns of each pair within `length` tokens (default: original_len), fp64 [rotary_dim / 2]."""
+    return (length or spec.original_len) / wavelengths(spec)
+
+
+def critical_index(spec: RopeSpec) -> float:
+    """The (real) pair index whose wavelength is the original length, before any scaling.
+
+    Pairs above it never completed a turn in training.
+
+    Source: Liu et al. 2023, arXiv:2310.05209; their critical dimension is twice its ceiling.
+    """
+    return spec.rotary_dim / 2 * math.log(spec.original_len / (2 * math.pi), spec.rope_theta)
+
+
+def _default(spec: RopeSpec) -> "torch.Tensor":
+    import torch
+
+    exponent = torch.arange(0, spec.rotary_dim, 2, dtype=torch.float64) / spec.rotary_dim
+    return spec.rope_theta ** -exponent
+
+
+def _linear(spec: RopeSpec) -> "torch.Tensor":
+    return _default(spec) / _need(spec, "factor")
+
+
+def _llama3(spec: RopeSpec) -> "torch.Tensor":
+    """NTK-by-parts: the share that stays grows linearly with the turns in the original length."""
+    plain = _default(spec)
+    low, high = _need(spec, "low_freq_factor"), _need(spec, "high_freq_factor")
+    kept = ((spec.original_len * plain / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    return kept * plain + (1 - kept) * plain / _need(spec, "factor")
+
+
+def _yarn(spec: RopeSpec) -> "torch.Tensor":
+    import torch
+
+    plain = _default(spec)
+    low, high = yarn_ramp(spec)
+    # As in the reference, a ramp of no length becomes a step.
+    width = high - low if high != low else 0.001
+    scaled = ((torch.arange(plain.numel(), dtype=torch.float64) - low) / width).clamp(0, 1)
+    return plain * (1 - scaled) + plain / _need(spec, "factor") * scaled
+
+
+def yarn_ramp(spec: RopeSpec) -> tuple[float, float]:
+    """First and last pair index of YaRN's ramp, rounded outwards unless `truncate` is false."""
+    low = _index_of_turns(spec, spec.scaling.get("beta_fast") or YARN_BETA_FAST)
+    high = _index_of_turns(spec, spec.scaling.get("beta_slow") or YARN_BETA_SLOW)
+    if spec.scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    return max(low, 0), min(high, spec.rotary_dim - 1)
+
+
+def _index_of_turns(spec: RopeSpec, count: float) -> float:
+    """The (real) index of the pair that makes `count` turns within the original length."""
+    wavelength = spec.original_len / count
+    return spec.rotary_dim / 2 * math.log(wavelength / (2 * math.pi), spec.rope_theta)
+
+
+def _mscale(factor: float, weight: float) -> float:
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _need(spec: RopeSpec, key: str) -> Any:
+    value = spec.scaling.get(key)
+    if value is None:
+        raise CompatibilityError(f"rope_type {spec.rope_type!r} lacks {key!r} in rope_parameters "
+                                 "(or rope_scaling) of config.json; add it")
+    return value
+
+
+ROPE_TYPES: dict[str, Callable[[RopeSpec], "torch.Tensor"]] = {
+    "default": _default,
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+}

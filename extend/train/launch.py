@@ -1,0 +1,109 @@
+"""Start the processes of a run with torch's elastic launcher, or join those that are there."""
+
+import json
+import logging
+import os
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from extend import errors
+from extend.errors import ExtendError, TrainingError
+from extend.options import TrainOptions
+
+logger = logging.getLogger(__name__)
+
+Job = Callable[[TrainOptions, Path, bool], None]
+
+
+def count_processes(nproc: int | Literal["auto"]) -> int:
+    """Processes of a run: those that torchrun or accelerate started, else `nproc`.
+
+    Raises:
+        TrainingError: more processes than visible GPUs, or another number than was started.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if "RANK" in os.environ:
+        started = int(os.environ.get("WORLD_SIZE", 1))
+        if nproc not in ("auto", started):
+            raise TrainingError(f"nproc is {nproc}, but the launcher started {started} processes; "
+                                "leave nproc out or make the two agree")
+        return started
+    wanted = max(gpus, 1) if nproc == "auto" else nproc
+    if gpus and wanted > gpus:
+        raise TrainingError(f"nproc is {wanted}, but only {gpus} GPUs are visible; ask for at most "
+                            f"{gpus}")
+    return wanted
+
+
+def launch(job: Job, options: TrainOptions, out: Path, *, overwrite: bool, world: int) -> None:
+    """Run `job(options, out, overwrite)` in `world` processes and wait for it.
+
+    Raises:
+        ExtendError: what the first failing process raised.
+        TrainingError: a process died without a word, or the run was interrupted.
+    """
+    if "RANK" in os.environ or world == 1:
+        job(options, out, overwrite)
+        return
+    with tempfile.TemporaryDirectory(prefix="extend-train-") as directory:
+        ticket = Path(directory) / "job.json"
+        ticket.write_text(json.dumps({
+            "options": options.model_dump(), "out": str(out), "overwrite": overwrite,
+            "log_level": logging.getLogger("extend").getEffectiveLevel()}), encoding="utf-8")
+        _start(world, ticket)
+
+
+def _start(world: int, ticket: Path) -> None:
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=world, run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1)
+    # Each process would otherwise start as many threads as there are cores.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world)))
+    elastic = logging.getLogger("torch.distributed.elastic")
+    level = elastic.level
+    elastic.setLevel(logging.CRITICAL)  # what went wrong is told below, once
+    try:
+        elastic_launch(config, sys.executable)("-m", "extend.train.worker", str(ticket))
+    except ChildFailedError as error:
+        raise _first_error(error) from None
+    except SignalException as error:
+        raise TrainingError(f"stopped by signal {error.sigval.name}; the same command goes on from "
+                            "the last checkpoint") from None
+    finally:
+        elastic.setLevel(level)
+
+
+def _first_error(error: ChildFailedError) -> ExtendError:
+    """The error of the process that failed first; those after it failed for want of the first."""
+    failures = sorted(error.failures.items(), key=lambda item: item[1].timestamp)
+    for _, failure in failures:
+        known = _parse_error(failure.message)
+        if known is not None:
+            return known
+    rank, failure = failures[0]
+    logger.error("%s", _traceback(failure))
+    return TrainingError(f"process {rank} ended with exit code {failure.exitcode}: "
+                         f"{failure.message}")
+
+
+def _traceback(failure: ProcessFailure) -> str:
+    """Where the process failed, as it wrote it down itself; empty when it could not."""
+    message = failure.error_file_data.get("message")
+    extra = message.get("extraInfo", {}) if isinstance(message, dict) else {}
+    return str(extra.get("py_callstack", ""))
+
+
+def _parse_error(message: Any) -> ExtendError | None:
+    """Rebuild an ExtendError from the `Class: text` that the worker left."""
+    name, _, text = str(message).partition(": ")
+    kind = getattr(errors, name, None)
+    return kind(text) if isinstance(kind, type) and issubclass(kind, ExtendError) else None

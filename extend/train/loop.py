@@ -1,0 +1,184 @@
+"""The `train` stage: long rows in, a long-context checkpoint out."""
+
+import json
+import logging
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from extend.checkpoint import atomic_directory, copy_side_files, write_json
+from extend.errors import CheckpointError, TrainingError
+from extend.model_config import write_rope
+from extend.options import Phase, TrainOptions
+from extend.train.launch import count_processes, launch
+from extend.train.mesh import join_processes, phase_mesh
+from extend.train.model import set_rope
+from extend.train.progress import Progress, peak_flops
+from extend.train.session import Run, plan_ropes, prepare
+from extend.train.step import prefetch, train_step
+
+logger = logging.getLogger(__name__)
+
+
+def train(options: TrainOptions, out: Path | str, *, nproc: int | None = None,
+          overwrite: bool = False) -> Path:
+    """Fine-tune a model on long rows and write it to `out`.
+
+    Starts its own processes, or joins those of torchrun or `accelerate launch`. An interrupted run
+    goes on from its last checkpoint when it is called again with the same options.
+
+    Args:
+        options: what to train, on what, and how.
+        out: directory to create; `<out>.state` beside it holds checkpoints until the run is done.
+        nproc: processes; overrides `options.nproc`.
+        overwrite: replace `out` if it exists.
+
+    Returns:
+        `out`.
+
+    Raises:
+        LayoutError: a length that does not divide over the processes.
+        RecipeError: a RoPE method or a `trainable` expression that does not fit the model.
+        DataError: text that is missing, malformed or too short.
+        CheckpointError: the model cannot be read or `out` cannot be written.
+        CompatibilityError: a model that cannot be trained this way.
+        TrainingError: the loss is not finite, the run was interrupted, or `<out>.state` belongs to
+            a run with other settings.
+    """
+    out = Path(out).absolute()
+    world = count_processes(options.nproc if nproc is None else nproc)
+    plan_ropes(options, world)
+    if out.exists() and not overwrite:
+        raise CheckpointError(f"{out}: exists already; give another --out, or --overwrite to "
+                              "replace it")
+    launch(run_process, options, out, overwrite=overwrite, world=world)
+    return out
+
+
+def run_process(options: TrainOptions, out: Path, overwrite: bool) -> None:
+    """What each process of a run does."""
+    with join_processes() as processes:
+        run = prepare(options, out, processes)
+        with stop_signals() as stopped:
+            run_schedule(run, stopped)
+        write_output(run, out, overwrite)
+        processes.barrier()
+
+
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """Yield an event that SIGTERM and SIGINT set, so that a step can be finished and saved."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped  # only the main thread may handle signals
+        return
+    old = {number: signal.signal(number, lambda *_: stopped.set())
+           for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def run_schedule(run: Run, stopped: threading.Event) -> None:
+    """All phases, from the step after the last checkpoint."""
+    progress = _open_progress(run) if run.processes.is_main else None
+    done = 0
+    for number, phase in enumerate(run.options.schedule):
+        begin = min(max(0, run.first_step - done), phase.num_steps)
+        if begin < phase.num_steps:
+            run_phase(run, number, begin, done, progress, stopped)
+        done += phase.num_steps
+    if progress is not None:
+        progress.close()
+
+
+def run_phase(run: Run, number: int, begin: int, done: int, progress: Progress | None,
+              stopped: threading.Event) -> None:
+    """The steps of one phase from `begin` on; `done` steps lie in the phases before.
+
+    Raises:
+        TrainingError: a signal asked to stop; the step in hand is finished and saved.
+    """
+    phase, total = run.options.schedule[number], _total_steps(run)
+    mesh = phase_mesh(phase, run.processes)
+    set_rope(run.module.model, run.config.raw, run.ropes[number], phase.length,
+             run.processes.device)
+    with prefetch(run, number, mesh, begin) as batches:
+        for local_step, batch in enumerate(batches, start=begin):
+            record, stop = train_step(run, number, mesh, local_step, batch, stopped)
+            step = done + local_step + 1
+            if progress is not None:
+                progress.tell({"step": step, "steps": total} | record, **_work(run, phase))
+            if stop or step % run.options.save_every == 0 or step == total:
+                run.state.save(step, run.module, run.optimizer)
+                if progress is not None:
+                    progress.pause()
+            if stop and step < total:
+                raise TrainingError(f"stopped by a signal after step {step} of {total}; it is "
+                                    f"saved in {run.state.directory}, and the same command goes "
+                                    "on from there")
+
+
+def _total_steps(run: Run) -> int:
+    return sum(phase.num_steps for phase in run.options.schedule)
+
+
+def _open_progress(run: Run) -> Progress:
+    left, done, total = run.first_step, 0, 0
+    for phase in run.options.schedule:
+        steps = min(left, phase.num_steps)
+        done += steps * phase.batch_rows * phase.length
+        total += phase.num_steps * phase.batch_rows * phase.length
+        left -= steps
+    return Progress(run.state.metrics_file, step=run.first_step, total_tokens=total,
+                    done_tokens=done)
+
+
+def _work(run: Run, phase: Phase) -> dict[str, Any]:
+    """Tokens and FLOPs of a step, and the FLOP/s that all devices together could give."""
+    peak = peak_flops(run.processes.device)
+    return {"tokens": phase.batch_rows * phase.length,
+            "flops": phase.batch_rows * run.size.flops(phase.length),
+            "peak": None if peak is None else peak * run.processes.world}
+
+
+def write_output(run: Run, out: Path, overwrite: bool) -> None:
+    """Write the checkpoint, its metrics and its manifest; then the working directory goes."""
+    if not run.processes.is_main:
+        run.exporter.write(out, run.processes)
+        return
+    with atomic_directory(out, overwrite=overwrite) as partial:
+        run.exporter.write(partial, run.processes)
+        max_len = _max_length(run)
+        write_json(partial / "config.json", _config(run, max_len))
+        copy_side_files(Path(run.options.model), partial, max_len=max_len)
+        shutil.copyfile(run.state.metrics_file, partial / "metrics.jsonl")
+        run.manifest.write(partial, **_results(run, max_len))
+    run.state.remove()
+    logger.info("wrote %s", out)
+
+
+def _max_length(run: Run) -> int:
+    """Tokens that the written model is made for."""
+    made_for = max(phase.rope_to or phase.length for phase in run.options.schedule)
+    return max(made_for, run.config.max_position_embeddings)
+
+
+def _config(run: Run, max_len: int) -> dict[str, Any]:
+    config = write_rope(run.config.raw, run.ropes[-1], max_len)
+    if run.options.export_dtype is not None:
+        config["dtype" if "dtype" in config else "torch_dtype"] = run.options.export_dtype
+    return config
+
+
+def _results(run: Run, max_len: int) -> dict[str, Any]:
+    lines = run.state.metrics_file.read_text(encoding="utf-8").splitlines()
+    return {"processes": run.processes.world, "metrics": json.loads(lines[-1]),
+            "rope_before": run.config.rope.to_json(), "rope_after": run.ropes[-1].to_json(),
+            "max_position_embeddings": max_len}

@@ -1,0 +1,207 @@
+"""The model of a run: weights, ring attention, RoPE of the phase, adapters, sharding, loss."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from extend.errors import CompatibilityError, RecipeError, TrainingError
+from extend.model_config import ModelConfig, RopeSpec, write_rope
+from extend.options import TrainOptions
+from extend.ring.hf_attention import RingSettings, register_ring_attention
+from extend.train.loss import chunked_loss
+from extend.train.mesh import Processes
+
+ADAPTER = "default"  # PEFT's name for the adapter
+
+# Config keys of models whose logits are not simply hidden @ head.T.
+_LOGIT_KEYS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+# RoPE types that choose frequencies by the positions a process sees, which differ along a ring.
+_POSITION_DEPENDENT = ("dynamic", "longrope")
+
+
+class CausalLoss(nn.Module):
+    """A causal LM and its loss in one module, so that sharded head and embeddings are gathered."""
+
+    def __init__(self, model: PreTrainedModel, chunk: int):
+        super().__init__()
+        self.model, self.chunk = model, chunk
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, weights: Tensor,
+                ring: RingSettings | None) -> tuple[Tensor, Tensor]:
+        """Loss fp32 [] and every token's own loss fp32 [r * s], for inputs [r, s]."""
+        hidden = self.model.get_decoder()(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, ring=ring,
+        ).last_hidden_state
+        head = self.model.get_output_embeddings().weight
+        return chunked_loss(hidden.flatten(0, 1), head, labels.flatten(), weights.flatten(),
+                            chunk=self.chunk)
+
+
+def load_model(options: TrainOptions, config: ModelConfig) -> PreTrainedModel:
+    """Load the weights on the CPU with the ring as attention, and choose what is trained.
+
+    Raises:
+        CompatibilityError: an output head that the chunked loss does not compute.
+        RecipeError: an expression in `trainable` that matches nothing or is none.
+    """
+    for key in _LOGIT_KEYS:
+        if config.raw.get(key) not in (None, 1, 1.0):
+            raise CompatibilityError(f"{config.path}: {key} is {config.raw[key]}; training supports "
+                                     "models with a plain output head only")
+    model = AutoModelForCausalLM.from_pretrained(
+        options.model, dtype=getattr(torch, options.weight_dtype),
+        attn_implementation=register_ring_attention())
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise CompatibilityError(f"{config.path}: the output head has a bias; training supports "
+                                 "models without only")
+    model.config.use_cache = False
+    if options.mode == "lora":
+        _add_adapters(model, options)
+    else:
+        _freeze_unmatched(model, options.trainable)
+    if options.activation_checkpointing:
+        _checkpoint_activations(model)
+    return model.train()
+
+
+def _checkpoint_activations(model: PreTrainedModel) -> None:
+    # There is no dropout, so recomputing needs no random state.
+    how = {"use_reentrant": False, "preserve_rng_state": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # the old name is deprecated there
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+
+
+def _matching(names: list[str], expressions: list[str]) -> list[str]:
+    """The names that some expression matches; all when there is none.
+
+    Raises:
+        RecipeError: an expression that is not valid or matches no name.
+    """
+    chosen: set[str] = set()
+    for expression in expressions:
+        try:
+            found = [name for name in names if re.search(expression, name)]
+        except re.error as error:
+            raise RecipeError(f"trainable: {expression!r} is no regular expression "
+                              f"({error})") from None
+        if not found:
+            raise RecipeError(f"trainable: {expression!r} matches no parameter; names are like "
+                              f"{names[0]}, {names[len(names) // 2]}, {names[-1]}")
+        chosen.update(found)
+    return [name for name in names if name in chosen or not expressions]
+
+
+def _freeze_unmatched(model: nn.Module, expressions: list[str]) -> None:
+    trained = set(_matching([name for name, _ in model.named_parameters()], expressions))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+
+
+def _add_adapters(model: PreTrainedModel, options: TrainOptions) -> None:
+    """Put LoRA on the decoder's linear layers; `trainable` is matched with their weights' names."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    head = model.get_output_embeddings()
+    names = [f"{name}.weight" for name, module in model.named_modules()
+             if isinstance(module, nn.Linear) and module is not head]
+    targets = [name.removesuffix(".weight") for name in _matching(names, options.trainable)]
+    torch.manual_seed(options.seed)  # all processes start from the same lora_A
+    lora = LoraConfig(r=options.lora_rank, lora_alpha=options.lora_rank, lora_dropout=0.0,
+                      target_modules=targets)
+    inject_adapter_in_model(lora, model, adapter_name=ADAPTER)
+    # Adapters in the dtype of the weights: sharding wants one dtype for all that is trained.
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(getattr(torch, options.weight_dtype))
+
+
+def shard_model(module: CausalLoss, processes: Processes) -> CausalLoss:
+    """Move to the device, and shard parameters, gradients and optimizer over all processes.
+
+    Gradients are summed, not averaged: each token's weight already counts it in the whole step.
+    """
+    if processes.mesh is None:
+        return module.to(processes.device)
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    sharded = [*module.model.get_decoder().layers, module]
+    for part in sharded:
+        fully_shard(part, mesh=processes.mesh, mp_policy=policy)
+    for part in sharded:
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
+    return module.to(processes.device)
+
+
+def set_rope(model: PreTrainedModel, raw: Mapping[str, Any], rope: RopeSpec, length: int,
+             device: torch.device) -> None:
+    """Give the model the rotary embedding of a phase.
+
+    Args:
+        raw: keys of the checkpoint's config.json.
+        length: tokens of the phase's rows.
+    """
+    config = type(model.config).from_dict(write_rope(raw, rope, length))
+    found = [(parent, name, child) for parent in model.modules()
+             for name, child in parent.named_children() if name == "rotary_emb"]
+    if not found:
+        raise CompatibilityError(f"{model.config.architectures}: has no module rotary_emb whose "
+                                 "frequencies could be set")
+    for parent, name, rotary in found:
+        setattr(parent, name, type(rotary)(config=config).to(device))
+
+
+def check_rope(rope: RopeSpec, cp: int) -> None:
+    """Raise CompatibilityError for a RoPE whose frequencies would differ between ranks."""
+    if rope.rope_type in _POSITION_DEPENDENT and cp > 1:
+        raise CompatibilityError(f"rope_type {rope.rope_type!r} depends on the positions that a "
+                                 f"process sees, which differ over a ring of {cp}; choose another "
+                                 "method, or as many batch_rows as processes")
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What the speed of a step is measured against.
+
+    Attributes:
+        num_matrix: parameters that multiply every token (embedding lookup left out).
+        num_trained: those of them that also need a weight gradient.
+        attention_width: layers x heads x head_dim.
+    """
+
+    num_matrix: int
+    num_trained: int
+    attention_width: int
+
+    def flops(self, length: int) -> float:
+        """FLOPs to train one row of `length` tokens; causal attention, recompute not counted."""
+        linear = (4 * self.num_matrix + 2 * self.num_trained) * length
+        return linear + 6 * self.attention_width * length**2
+
+
+def model_size(model: PreTrainedModel, config: ModelConfig) -> ModelSize:
+    """Count before sharding. A tied head counts once: it multiplies, the lookup does not."""
+    embeddings = model.get_input_embeddings().weight
+    tied = embeddings is model.get_output_embeddings().weight
+    used = [p for p in model.parameters() if p.ndim > 1 and (tied or p is not embeddings)]
+    return ModelSize(sum(p.numel() for p in used), sum(p.numel() for p in used if p.requires_grad),
+                     config.num_layers * config.num_heads * config.head_dim)
+
+
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter of all that is trained.
+
+    Raises:
+        TrainingError: nothing is.
+    """
+    found = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if not found:
+        raise TrainingError("no parameter is trained; check mode and trainable")
+    return found

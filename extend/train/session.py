@@ -1,0 +1,125 @@
+"""What a run needs in one process, checked and put together."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from extend.checkpoint import Checkpoint
+from extend.documents import list_files
+from extend.manifest import Manifest
+from extend.model_config import ModelConfig, RopeSpec, read_config
+from extend.options import TrainOptions
+from extend.rope.methods import apply_method
+from extend.train.data import Rows, load_rows
+from extend.train.export import Exporter
+from extend.train.mesh import Processes, check_schedule, split_world
+from extend.train.model import (
+    CausalLoss,
+    ModelSize,
+    check_rope,
+    load_model,
+    model_size,
+    shard_model,
+    trained_parameters,
+)
+from extend.train.optim import build_optimizer
+from extend.train.state import RunState
+
+logger = logging.getLogger(__name__)
+
+# They decide where and when the work is done, not what comes out of it.
+_NOT_RECORDED = {"nproc", "save_every", "model"}
+
+
+@dataclass
+class Run:
+    """A run in one process.
+
+    Attributes:
+        ropes: of every phase.
+        manifest: in the main process only.
+        first_step: steps that a checkpoint holds already.
+    """
+
+    options: TrainOptions
+    processes: Processes
+    config: ModelConfig
+    ropes: list[RopeSpec]
+    rows: Rows
+    module: CausalLoss
+    optimizer: torch.optim.Optimizer
+    size: ModelSize
+    exporter: Exporter
+    state: RunState
+    manifest: Manifest | None
+    first_step: int
+
+
+def plan_ropes(options: TrainOptions, world: int) -> list[RopeSpec]:
+    """Check all that needs no weights, and return the RoPE of every phase.
+
+    A phase without a RoPE of its own keeps that of the phase before.
+
+    Raises:
+        LayoutError, DataError, CheckpointError, CompatibilityError, RecipeError: as `train`.
+    """
+    check_schedule(options.schedule, options.layout, world)
+    for data in options.data:
+        if data.path is not None:
+            list_files(data.path)
+    Checkpoint(options.model)
+    config = read_config(options.model)
+    ropes, current = [], config.rope
+    for phase in options.schedule:
+        if phase.rope is not None:
+            current = apply_method(phase.rope.method, config.rope, phase.rope_to or phase.length,
+                                   phase.rope.options)
+        check_rope(current, split_world(phase.batch_rows, world)[1])
+        ropes.append(current)
+    return ropes
+
+
+def prepare(options: TrainOptions, out: Path, processes: Processes) -> Run:
+    """Read data and model, shard it, and go back to the last checkpoint if there is one."""
+    ropes = plan_ropes(options, processes.world)
+    config, state = read_config(options.model), RunState(out, processes)
+    manifest = _start_manifest(options) if processes.is_main else None
+    if manifest is not None:
+        state.check(_fingerprint(manifest, processes))
+    rows = load_rows(options, AutoTokenizer.from_pretrained(options.model))
+    model = load_model(options, config)
+    size = model_size(model, config)
+    exporter = Exporter(Checkpoint(options.model), model, options.export_dtype)
+    module = shard_model(CausalLoss(model, options.loss_chunk), processes)
+    optimizer = build_optimizer(trained_parameters(module).values(), options)
+    if manifest is not None:  # only now, so that bad data or a bad model leaves nothing behind
+        state.open(_fingerprint(manifest, processes))
+    processes.barrier()
+    step = state.last_step()
+    if step:
+        state.load(step, module, optimizer)
+        logger.info("going on after step %d of %s", step, state.directory)
+    return Run(options, processes, config, ropes, rows, module, optimizer, size, exporter, state,
+               manifest, step)
+
+
+def _start_manifest(options: TrainOptions) -> Manifest:
+    """Hash the inputs. What is read counts by its content, so paths are left out of the options."""
+    inputs = {"model": options.model}
+    settings = options.model_dump(mode="json", exclude=_NOT_RECORDED)
+    for i, data in enumerate(settings["data"]):
+        path = data.pop("path")
+        data["has_path"] = path is not None
+        if path is not None:
+            inputs[f"data[{i}]"] = path
+    return Manifest("train", inputs, settings, options.seed)
+
+
+def _fingerprint(manifest: Manifest, processes: Processes) -> dict[str, Any]:
+    """What must be the same for a run to go on from a checkpoint."""
+    hashes = {role: entry["sha256"] for role, entry in manifest.record["inputs"].items()}
+    return {"processes": processes.world, "options": manifest.record["options"], "inputs": hashes}

@@ -1,0 +1,117 @@
+"""One optimizer step: rows to batches, forward and backward, clipping, update."""
+
+import math
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from extend.errors import TrainingError
+from extend.ring.hf_attention import RingSettings
+from extend.train.batch import Batch, build_batch, token_weights
+from extend.train.mesh import PhaseMesh
+from extend.train.optim import clip_gradients, learning_rate, set_learning_rate
+from extend.train.progress import peak_memory_bytes
+from extend.train.session import Run
+
+_MICRO_TOKENS = 8192  # short rows are computed together, up to this many local tokens
+
+
+@contextmanager
+def prefetch(run: Run, number: int, mesh: PhaseMesh, begin: int) -> Iterator[Iterator[list[Batch]]]:
+    """Yield the batches of every step of a phase from `begin` on.
+
+    Those of the next step are built in a thread while this one computes.
+    """
+    num_steps = run.options.schedule[number].num_steps
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="rows") as pool:
+        def batches() -> Iterator[list[Batch]]:
+            ahead = pool.submit(build_step, run, number, mesh, begin)
+            for step in range(begin, num_steps):
+                now = ahead
+                if step + 1 < num_steps:
+                    ahead = pool.submit(build_step, run, number, mesh, step + 1)
+                yield now.result()
+
+        yield batches()
+
+
+def build_step(run: Run, number: int, mesh: PhaseMesh, step: int) -> list[Batch]:
+    """This process's batches of one step: the rows of its group, and its part of each."""
+    phase = run.options.schedule[number]
+    indices = range(step * phase.batch_rows + mesh.dp_rank, (step + 1) * phase.batch_rows, mesh.dp)
+    rows = [run.rows.row(number, index) for index in indices]
+    at_once = max(1, _MICRO_TOKENS * mesh.cp // phase.length)
+    batches = [build_batch(rows[i:i + at_once], layout=run.options.layout, rank=mesh.cp_rank,
+                           world=mesh.cp) for i in range(0, len(rows), at_once)]
+    return [b.pin() for b in batches] if run.processes.device.type == "cuda" else batches
+
+
+def train_step(run: Run, number: int, mesh: PhaseMesh, step: int, batches: list[Batch],
+               stopped: threading.Event) -> tuple[dict[str, Any], bool]:
+    """Take one optimizer step.
+
+    Returns:
+        Its metrics, and whether any process was told to stop before it began.
+
+    Raises:
+        TrainingError: the loss or the gradient is not finite.
+    """
+    phase, device = run.options.schedule[number], run.processes.device
+    counts = torch.stack([batch.counts() for batch in batches]).sum(0)
+    told = torch.tensor([int(stopped.is_set())])
+    # Over all processes: predicted tokens, answer tokens, processes told to stop.
+    totals = run.processes.sum(torch.cat((counts, told)).to(device))
+    sums = torch.zeros(3, device=device)
+    for batch in batches:
+        sums += forward_backward(run, mesh, batch.to(device), totals[:2])
+    norm = clip_gradients(run.module.parameters(), run.options.clip_norm)
+    loss, nll, answer_nll, grad_norm = *run.processes.sum(sums).tolist(), norm.item()
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise _not_finite(run, number, step, loss, grad_norm)
+    lr = learning_rate(phase, step)
+    set_learning_rate(run.optimizer, lr)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    num_predicted, num_answers, num_told = totals.tolist()
+    return {
+        "phase": number + 1, "length": phase.length, "loss": loss,
+        "nll": nll / max(num_predicted, 1),
+        "answer_nll": answer_nll / num_answers if num_answers else None,
+        "lr": lr, "grad_norm": grad_norm,
+        "peak_memory_bytes": peak_memory_bytes(device)}, num_told > 0
+
+
+def forward_backward(run: Run, mesh: PhaseMesh, batch: Batch, totals: Tensor) -> Tensor:
+    """Add the gradients of one batch.
+
+    Returns:
+        fp32 [3], this process's share of: the loss, and the summed losses of all predicted tokens
+        and of answer tokens.
+    """
+    ring = RingSettings(mesh.ring, run.options.layout, run.options.kernel)
+    weights = token_weights(batch, totals, run.options.answer_weight)
+    with torch.autocast(run.processes.device.type, torch.bfloat16, enabled=_mixed_precision(run)):
+        loss, nll = run.module(batch.input_ids, batch.position_ids, batch.labels, weights, ring)
+    loss.backward()
+    return torch.stack((loss.detach(), nll.sum(), (nll * batch.answers.flatten()).sum()))
+
+
+def _mixed_precision(run: Run) -> bool:
+    if run.options.autocast == "auto":
+        return run.processes.device.type == "cuda"
+    return run.options.autocast == "bfloat16"
+
+
+def _not_finite(run: Run, number: int, step: int, loss: float, norm: float) -> TrainingError:
+    rows = run.options.schedule[number].batch_rows
+    indices = range(step * rows, (step + 1) * rows)
+    sources = sorted({run.rows.row(number, index).source for index in indices})
+    return TrainingError(
+        f"step {step + 1} of phase {number + 1}: loss {loss}, gradient norm {norm}, from rows "
+        f"{indices[0]} to {indices[-1]} of {', '.join(sources)}; try a lower lr, more warm-up, or "
+        "weight_dtype float32")

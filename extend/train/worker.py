@@ -1,0 +1,32 @@
+"""One process of a run that `extend.train.launch` started: `python -m extend.train.worker JOB`."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from transformers.utils.logging import disable_progress_bar
+
+from extend.options import TrainOptions
+from extend.train.loop import run_process
+
+
+def main(ticket: str) -> int:
+    """Run the job described in the file `ticket`; an error is left for the launcher to tell."""
+    job = json.loads(Path(ticket).read_text(encoding="utf-8"))
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
+    logging.getLogger("extend").setLevel(job["log_level"])
+    disable_progress_bar()
+    handler = get_error_handler()
+    handler.initialize()
+    try:
+        run_process(TrainOptions(**job["options"]), Path(job["out"]), job["overwrite"])
+    except Exception as error:  # of any kind: the launcher tells the first one of all processes
+        handler.record_exception(error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,250 @@
+"""Files written here are read by safetensors itself, and damaged ones are refused."""
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from extend.checkpoint import (
+    DTYPE_BYTES,
+    Checkpoint,
+    TensorInfo,
+    dtype_name,
+    read_header,
+    torch_dtype,
+    write_checkpoint,
+    write_safetensors,
+)
+from extend.errors import CheckpointError
+
+FILE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    """Every storable kind: dtypes, a scalar, an empty tensor, a view that is not contiguous."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 5, generator=generator)
+    return {"fp32": weight, "bf16": weight.bfloat16(), "fp16": weight.half(),
+            "fp64": weight.double(), "int64": torch.arange(7), "bool": weight > 0,
+            "int8": torch.arange(3, dtype=torch.int8), "uint8": torch.arange(5, dtype=torch.uint8),
+            "scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4), "view": weight.T[1:3],
+            "fp8": weight.to(torch.float8_e4m3fn), "nan": torch.tensor([float("nan"), -0.0])}
+
+
+def infos_of(data: dict[str, torch.Tensor]) -> list[TensorInfo]:
+    return [TensorInfo(n, dtype_name(t.dtype), tuple(t.shape)) for n, t in data.items()]
+
+
+def same_bits(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+    assert torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (found, expected)))
+
+
+def build(path: Path, header: object, body: int) -> Path:
+    """A safetensors file with any header and `body` zero bytes."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(body))
+    return path
+
+
+def entry(begin: object, end: object, shape: object = (2,), dtype: object = "F32") -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+# --- round trips ---
+
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 200, 1])
+def test_written_checkpoints_are_read_by_safetensors(max_shard_bytes, tmp_path):
+    data = tensors()
+    write_checkpoint(tmp_path, infos_of(data), data.__getitem__, max_shard_bytes=max_shard_bytes)
+    found = {}
+    for file in tmp_path.glob("*.safetensors"):
+        found.update(load_file(file))
+        with safe_open(file, framework="pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+    assert set(found) == set(data)
+    for name, tensor in data.items():
+        same_bits(found[name], tensor)
+    assert (tmp_path / INDEX).exists() == (max_shard_bytes < 10**9)
+    assert (tmp_path / FILE).exists() == (max_shard_bytes == 10**9)
+    checkpoint = Checkpoint(tmp_path)
+    assert checkpoint.names == sorted(data)
+    assert checkpoint.num_bytes == sum(t.numel() * t.element_size() for t in data.values())
+    for name, tensor in data.items():
+        same_bits(checkpoint.read(name), tensor)
+
+
+def test_shards_respect_the_limit_and_the_index_is_right(tmp_path):
+    data = {f"w{i}": torch.full((10,), float(i)) for i in range(7)}
+    write_checkpoint(tmp_path, infos_of(data), data.__getitem__, max_shard_bytes=100)
+    index = json.loads((tmp_path / INDEX).read_text())
+    assert index["metadata"] == {"total_size": 280}
+    files = sorted(p.name for p in tmp_path.glob("*.safetensors"))
+    assert files == [f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)]
+    for name, file in index["weight_map"].items():
+        assert torch.equal(load_file(tmp_path / file)[name], data[name])
+
+
+def test_files_of_safetensors_are_read(tmp_path):
+    data = {n: t.contiguous() for n, t in tensors().items()}
+    save_file(data, tmp_path / FILE)
+    checkpoint = Checkpoint(tmp_path)
+    for name, tensor in data.items():
+        same_bits(checkpoint.read(name), tensor)
+        assert checkpoint.infos[name].shape == tuple(tensor.shape)
+    assert checkpoint.files == [tmp_path / FILE]
+
+
+def test_body_starts_aligned(tmp_path):
+    for name in ("a", "ab", "abc", "abcd", "abcde"):
+        write_safetensors(tmp_path / FILE, infos_of({name: torch.zeros(1)}),
+                          lambda _: torch.zeros(1))
+        length = struct.unpack("<Q", (tmp_path / FILE).read_bytes()[:8])[0]
+        assert length % 8 == 0
+
+
+def test_only_one_tensor_is_asked_for_at_a_time(tmp_path):
+    order = []
+
+    def read(name: str) -> torch.Tensor:
+        order.append(name)
+        return torch.zeros(4)
+
+    infos = [TensorInfo(n, "F32", (4,)) for n in "cab"]
+    write_checkpoint(tmp_path, infos, read, max_shard_bytes=32)
+    assert order == ["c", "a", "b"]
+
+
+def test_a_tensor_other_than_announced_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"'w' was announced as F32 \(2,\) but is .*float16"):
+        write_safetensors(tmp_path / FILE, [TensorInfo("w", "F32", (2,))],
+                          lambda _: torch.zeros(2, dtype=torch.float16))
+    with pytest.raises(CheckpointError, match=r"announced as F32 \(2,\)"):
+        write_safetensors(tmp_path / FILE, [TensorInfo("w", "F32", (2,))], lambda _: torch.zeros(3))
+
+
+def test_dtype_names():
+    for name in DTYPE_BYTES:
+        if name not in ("U16", "U32", "U64"):
+            assert dtype_name(torch_dtype(name)) == name
+            assert torch_dtype(name).itemsize == DTYPE_BYTES[name]
+    with pytest.raises(CheckpointError, match="complex64"):
+        dtype_name(torch.complex64)
+
+
+# --- damaged files ---
+
+@pytest.mark.parametrize(("header", "body", "message"), [
+    ({"w": entry(0, 8)}, 7, "describes 8 bytes of tensors but the file holds 7"),
+    ({"w": entry(0, 8)}, 9, "describes 8 bytes of tensors but the file holds 9"),
+    ({"a": entry(0, 8), "b": entry(12, 20)}, 20, "overlap or leave a gap at byte 8"),
+    ({"a": entry(0, 8), "b": entry(4, 12)}, 12, "overlap or leave a gap at byte 8"),
+    ({"a": entry(0, 8), "b": entry(0, 8)}, 8, "overlap or leave a gap at byte 8"),
+    ({"w": entry(0, 4)}, 4, "tensor 'w' is not consistent"),
+    ({"w": entry(0, 8, shape=(-2,))}, 8, "tensor 'w' is not consistent"),
+    ({"w": entry(0, 8, shape=(-2, -1))}, 8, "tensor 'w' is not consistent"),
+    ({"w": entry(-8, 0)}, 8, "tensor 'w' is not consistent"),
+    ({"w": entry("0", "8")}, 8, "tensor 'w' is not consistent"),
+    ({"w": entry(0, 8, dtype="F99")}, 8, "tensor 'w' is not consistent"),
+    ({"w": entry(0, 8, dtype=["F32"])}, 8, "tensor 'w' is not consistent"),
+    ({"w": {"dtype": "F32"}}, 8, "tensor 'w' is not consistent"),
+    ({"w": 3}, 8, "tensor 'w' is not consistent"),
+    ([1, 2], 0, "damaged safetensors header"),
+    (b"{not json", 0, "damaged safetensors header"),
+    (b"\xff\xff\xff\xff", 0, "damaged safetensors header"),
+    (b"[" * 100_000, 0, "damaged safetensors header"),
+])
+def test_damaged_headers(header, body, message, tmp_path):
+    path = build(tmp_path / FILE, header, body)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_header(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"1234567", struct.pack("<Q", 0) + b"{}",
+                                     struct.pack("<Q", 2**63), struct.pack("<Q", 50) + b"{}",
+                                     b"version https://git-lfs.github.com/spec/v1\n"])
+def test_files_that_are_not_safetensors(content, tmp_path):
+    (tmp_path / FILE).write_bytes(content)
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
+        read_header(tmp_path / FILE)
+
+
+def test_every_truncation_is_found(tmp_path):
+    data = {"a": torch.arange(5.0), "b": torch.arange(3)}
+    save_file(data, tmp_path / FILE)
+    whole = (tmp_path / FILE).read_bytes()
+    for size in range(len(whole)):
+        (tmp_path / FILE).write_bytes(whole[:size])
+        with pytest.raises(CheckpointError):
+            Checkpoint(tmp_path)
+
+
+# --- directories ---
+
+@pytest.fixture
+def sharded(tmp_path) -> Path:
+    save_file({"a": torch.ones(2)}, tmp_path / "one.safetensors")
+    save_file({"b": torch.ones(3)}, tmp_path / "two.safetensors")
+    write_index(tmp_path, {"a": "one.safetensors", "b": "two.safetensors"})
+    return tmp_path
+
+
+def write_index(directory: Path, weight_map: object) -> None:
+    (directory / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_shards_by_index(sharded):
+    assert Checkpoint(sharded).names == ["a", "b"]
+    assert torch.equal(Checkpoint(sharded).read("b"), torch.ones(3))
+
+
+@pytest.mark.parametrize(("weight_map", "message"), [
+    ({"a": "one.safetensors"}, None),
+    ({"a": "two.safetensors", "b": "two.safetensors"}, "'a' in two.safetensors, but it is in no"),
+    ({"a": "one.safetensors", "b": "one.safetensors"}, "'b' in one.safetensors, but it is in no"),
+    ({"a": "two.safetensors", "b": "one.safetensors"}, "but it is in one.safetensors"),
+    ({"a": "one.safetensors", "b": "six.safetensors"}, "six.safetensors: no such file"),
+    ({"a": "../one.safetensors"}, "is not a file name in this directory"),
+    ({"a": 3}, "3 is not a file name"),
+    ({}, "holds no weight_map"),
+    (["one.safetensors"], "holds no weight_map"),
+    (None, "holds no weight_map"),
+])
+def test_index_that_does_not_match(weight_map, message, sharded):
+    write_index(sharded, weight_map)
+    if message is None:  # a shard may lie there unused, as long as nothing in a used one is
+        assert Checkpoint(sharded).names == ["a"]
+        return
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint(sharded)
+
+
+def test_tensor_that_the_index_forgot(sharded):
+    save_file({"b": torch.ones(3), "c": torch.ones(1)}, sharded / "two.safetensors")
+    with pytest.raises(CheckpointError, match="hold 'c', which the index does not list"):
+        Checkpoint(sharded)
+
+
+def test_tensor_in_two_shards(sharded):
+    save_file({"b": torch.ones(3), "a": torch.ones(2)}, sharded / "two.safetensors")
+    with pytest.raises(CheckpointError, match=r"'a' is in both one\.safetensors and two"):
+        Checkpoint(sharded)
+
+
+def test_directories_without_weights(tmp_path):
+    with pytest.raises(CheckpointError, match="absent: no such directory"):
+        Checkpoint(tmp_path / "absent")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="only safetensors weights are read"):
+        Checkpoint(tmp_path)
+
+
+def test_unknown_tensor(sharded):
+    with pytest.raises(CheckpointError, match="holds no tensor 'z'"):
+        Checkpoint(sharded).read("z")

@@ -1,0 +1,43 @@
+"""Lengths, numbers and cross-field rules of the option models."""
+
+import pytest
+from pydantic import ValidationError
+
+from extend.options import ExtractOptions, Phase, TrainOptions, parse_length
+
+
+@pytest.mark.parametrize(("text", "tokens"), [
+    ("8k", 8192), ("128k", 131072), ("1m", 1048576), ("1M", 1048576), (4096, 4096), ("1.5k", 1536)])
+def test_lengths_are_tokens(text, tokens):
+    assert parse_length(text) == tokens
+
+
+@pytest.mark.parametrize("text", ["", "k", "8kb", "-1", 0, "1.3", True, None, "1e3"])
+def test_other_text_is_not_a_length(text):
+    with pytest.raises(ValueError, match="not a length in tokens"):
+        parse_length(text)
+
+
+def test_numbers_that_yaml_reads_as_text():
+    phase = Phase.model_validate({"length": "1k", "steps": 2, "lr": "1e-5",
+                                  "rope": {"method": "theta", "options": {"rope_theta": "2.8e9"}}})
+    assert phase.lr == 1e-5
+    assert phase.rope.options == {"rope_theta": 2.8e9}
+
+
+def test_phase_takes_steps_or_tokens():
+    assert Phase(length=1024, tokens="8k", lr=1e-4, batch_rows=2).num_steps == 4
+    for wrong in ({}, {"steps": 1, "tokens": 1024}):
+        with pytest.raises(ValidationError, match="either steps or tokens"):
+            Phase(length=1024, lr=1e-4, **wrong)
+
+
+def test_schedule_must_not_shrink():
+    phases = [{"length": 2048, "steps": 1, "lr": 1e-4}, {"length": 1024, "steps": 1, "lr": 1e-4}]
+    with pytest.raises(ValidationError, match=r"must not shrink, they are \[2048, 1024\]"):
+        TrainOptions(model="m", schedule=phases, data=[{"kind": "text", "path": "p"}])
+
+
+def test_rank_and_energy_exclude_each_other():
+    with pytest.raises(ValidationError, match=r"rank \(8\) and energy \(0.9\)"):
+        ExtractOptions(base="a", tuned="b", rank=8, energy=0.9)

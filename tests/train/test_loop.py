@@ -1,0 +1,188 @@
+"""The same run on 1, 2 and 4 processes, and against plain transformers and torch.optim."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from extend.errors import CheckpointError, DataError, LayoutError, RecipeError
+from extend.options import TrainOptions
+from extend.train.data import IGNORE, Row, load_rows
+from extend.train.loop import run_process, train
+from extend.train.optim import learning_rate
+from tests.spawn import spawn
+from tests.train.tiny import options, save_examples, save_model, save_text
+
+SCHEDULE = {"length": 128, "steps": 3, "lr": 1e-3, "rope": {"method": "ntk"}}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    directory = tmp_path_factory.mktemp("train")
+    return {"directory": directory, "model": save_model(directory / "model"),
+            "untied": save_model(directory / "untied", tied=False),
+            "text": save_text(directory), "examples": save_examples(directory)}
+
+
+def cases(files: dict[str, Path]) -> dict[str, TrainOptions]:
+    """Runs that must not depend on the number of processes."""
+    text = {"kind": "text", "path": str(files["text"])}
+    mixed = [text, {"kind": "retrieval", "path": str(files["text"])},
+             {"kind": "examples", "path": str(files["examples"])}]
+    phase = SCHEDULE
+    return {
+        "cp": options(files["model"], mixed, answer_weight=0.3, schedule=[phase]),
+        "dp": options(files["untied"], mixed, answer_weight=0.3, weight_decay=0.1,
+                      schedule=[phase | {"batch_rows": 4}]),
+        "lora": options(files["model"], mixed, mode="lora", lora_rank=4,
+                        schedule=[phase, phase | {"batch_rows": 2}]),
+    }
+
+
+def run_all(rank: int, world: int, runs: dict[str, dict], out: Path) -> None:
+    for name, settings in runs.items():
+        run_process(TrainOptions(**settings), out / f"{name}-{world}", False)
+
+
+@pytest.fixture(scope="module")
+def single(files: dict[str, Path]) -> Path:
+    for name, run in cases(files).items():
+        train(run, files["directory"] / f"{name}-1")
+    return files["directory"]
+
+
+@pytest.fixture(scope="module")
+def double(files: dict[str, Path]) -> Path:
+    runs = {name: run.model_dump() for name, run in cases(files).items()}
+    spawn(2, run_all, runs, files["directory"])
+    return files["directory"]
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_close_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    """Within 1e-5 of the largest weight of each tensor.
+
+    Sums in another order differ by 1e-7 or so; Adam's first steps divide each gradient by its own
+    size, so where that is rounding noise a weight differs by up to a hundredth of the rate of 1e-3.
+    """
+    assert a.keys() == b.keys()
+    for name in a:
+        scale = a[name].abs().max().item()
+        torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-5 * scale, msg=lambda m,
+                                   name=name: f"{name}: {m}")
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    for key in ("loss", "nll", "answer_nll", "lr", "grad_norm"):
+        columns = [[line[key] or 0.0 for line in metrics(out)] for out in (a, b)]
+        torch.testing.assert_close(*map(torch.tensor, columns), rtol=1e-5, atol=0)
+    assert_close_weights(load_file(a / "model.safetensors"), load_file(b / "model.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["cp", "dp", "lora"])
+def test_two_processes_equal_one(name: str, single: Path, double: Path):
+    assert_same_run(single / f"{name}-1", double / f"{name}-2")
+
+
+def test_four_processes_with_two_rings_equal_one(files: dict[str, Path]):
+    run = cases(files)["cp"].model_dump()
+    run["schedule"] = [{**SCHEDULE, "steps": 2, "batch_rows": 2}]
+    train(TrainOptions(**run), files["directory"] / "grid-1")
+    spawn(4, run_all, {"grid": run}, files["directory"])
+    assert_same_run(files["directory"] / "grid-1", files["directory"] / "grid-4")
+
+
+def row_loss(logits: torch.Tensor, row: Row, totals: tuple[int, int],
+             answer_weight: float) -> torch.Tensor:
+    """Share of one whole row in the loss, from full logits."""
+    labels, answers = torch.from_numpy(row.labels[1:]), torch.from_numpy(row.answers[1:])
+    nll = F.cross_entropy(logits[0, :-1], labels, reduction="none", ignore_index=IGNORE)
+    return nll.sum() / totals[0] + answer_weight * nll[answers].sum() / totals[1]
+
+
+def test_equals_plain_transformers_and_torch(files: dict[str, Path], single: Path):
+    """The same run without ring, chunks, checkpointing, micro-batches, sharding or our optimizer."""
+    run = cases(files)["dp"]
+    phase = run.schedule[0]
+    rows = load_rows(run, AutoTokenizer.from_pretrained(run.model))
+    # The config that the run wrote has the RoPE it trained with.
+    model = AutoModelForCausalLM.from_pretrained(
+        run.model, config=AutoConfig.from_pretrained(single / "dp-1"), attn_implementation="eager")
+    groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
+              {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=run.betas)
+    for step, line in enumerate(metrics(single / "dp-1")):
+        batch = [rows.row(0, 4 * step + i) for i in range(4)]
+        totals = (sum(int((r.labels[1:] != IGNORE).sum()) for r in batch),
+                  sum(int(r.answers[1:].sum()) for r in batch))
+        loss = sum(row_loss(model(input_ids=torch.from_numpy(r.input_ids)[None]).logits, r, totals,
+                            run.answer_weight) for r in batch)
+        loss.backward()
+        assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.clip_norm)
+        assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(phase, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    trained, start = load_file(single / "dp-1" / "model.safetensors"), load_file(
+        files["untied"] / "model.safetensors")
+    assert_close_weights(trained, dict(model.state_dict()))
+    assert all((trained[n] - start[n]).abs().max() > 1e-3 for n in start)  # and it did train
+
+
+def test_output_is_a_checkpoint_of_the_new_length(files: dict[str, Path], single: Path):
+    out = single / "lora-1"
+    config = json.loads((out / "config.json").read_text())
+    assert config["max_position_embeddings"] == 128
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] > 10000
+    assert json.loads((out / "tokenizer_config.json").read_text())["model_max_length"] == 128
+    assert "lm_head.weight" not in load_file(out / "model.safetensors")  # tied it was, tied it stays
+    assert AutoModelForCausalLM.from_pretrained(out).lm_head.weight is not None
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["stage"] == "train" and manifest["seed"] == 0
+    assert set(manifest["inputs"]) == {"model", "data[0]", "data[1]", "data[2]"}
+    assert manifest["results"]["metrics"]["step"] == 6
+    assert not (single / "lora-1.state").exists()
+
+
+def test_metrics_have_one_line_per_step(single: Path):
+    lines = metrics(single / "lora-1")
+    assert [line["step"] for line in lines] == list(range(1, 7))
+    assert [line["phase"] for line in lines] == [1, 1, 1, 2, 2, 2]
+    assert [line["tokens"] for line in lines] == [128, 256, 384, 640, 896, 1152]
+    assert all(line["tokens_per_second"] > 0 and "mfu" not in line for line in lines)
+
+
+def retrieval(**changes: object) -> dict:
+    return {"kind": "retrieval"} | changes
+
+
+@pytest.mark.parametrize(("changes", "data", "error", "match"), [
+    # The model is not there: the length is refused before anything is read.
+    ({"model": "/nowhere", "schedule": [SCHEDULE | {"length": 125}]}, retrieval(), LayoutError,
+     "length 125 must be a multiple of"),
+    ({"model": "/nowhere"}, retrieval(), CheckpointError, "/nowhere"),
+    ({}, retrieval(path="/nowhere"), DataError, "/nowhere: no such file"),
+    ({"schedule": [SCHEDULE | {"rope": {"method": "ntc"}}]}, retrieval(), RecipeError, "ntk"),
+    ({"schedule": [SCHEDULE | {"rope_to": 32}]}, retrieval(), RecipeError, "below the model's"),
+    ({"trainable": ["q_proj", "typo"]}, retrieval(), RecipeError, "'typo' matches no parameter"),
+])
+def test_bad_runs_are_refused(changes: dict, data: dict, error: type, match: str,
+                              files: dict[str, Path], tmp_path: Path):
+    with pytest.raises(error, match=match):
+        train(options(files["model"], [data], **({"schedule": [SCHEDULE]} | changes)),
+              tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_existing_output_is_not_replaced_unasked(files: dict[str, Path], single: Path):
+    with pytest.raises(CheckpointError, match="exists already"):
+        train(cases(files)["cp"], single / "cp-1")

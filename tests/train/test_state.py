@@ -1,0 +1,113 @@
+"""A run that is interrupted anywhere ends with the same bits as one that is not."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from extend.errors import TrainingError
+from extend.manifest import hash_file
+from extend.options import TrainOptions
+from extend.train import train
+from tests.train.tiny import options, save_model, save_text
+
+SCHEDULE = [{"length": 64, "steps": 4, "lr": 3e-3},
+            {"length": 128, "steps": 4, "batch_rows": 2, "lr": 1e-3, "rope": {"method": "ntk"}}]
+
+
+class SignalAt(logging.Handler):
+    """Sends this process a signal when the progress line of a step is written."""
+
+    def __init__(self, step: int, number: signal.Signals):
+        super().__init__()
+        self.start, self.number = f"step {step}/", number
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage().startswith(self.start):
+            os.kill(os.getpid(), self.number)
+
+
+def train_until(run: TrainOptions, out: Path, step: int, number: signal.Signals) -> None:
+    logger, handler = logging.getLogger("extend.train"), SignalAt(step, number)
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        train(run, out)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> TrainOptions:
+    directory = tmp_path_factory.mktemp("state")
+    torch.set_num_threads(1)  # as in the process that is killed
+    model, text = save_model(directory / "model"), save_text(directory)
+    return options(model, [{"kind": "text", "path": str(text)}], schedule=SCHEDULE, save_every=3)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run: TrainOptions) -> Path:
+    return train(run, Path(run.model).parent / "undisturbed")
+
+
+def assert_same_run(out: Path, undisturbed: Path) -> None:
+    assert hash_file(out / "model.safetensors") == hash_file(undisturbed / "model.safetensors")
+    timeless = [[{k: line[k] for k in ("step", "loss", "lr", "grad_norm", "tokens")} for line in
+                 map(json.loads, (path / "metrics.jsonl").read_text().splitlines())]
+                for path in (out, undisturbed)]
+    assert timeless[0] == timeless[1]
+    assert not out.with_name(out.name + ".state").exists()
+
+
+def test_killed_and_started_again(run: TrainOptions, undisturbed: Path, tmp_path: Path):
+    out, state = tmp_path / "out", tmp_path / "out.state"
+    script = ("import signal, sys, torch; from pathlib import Path\n"
+              "from extend.options import TrainOptions\n"
+              "from tests.train.test_state import train_until\n"
+              "torch.set_num_threads(1)\n"
+              "run = TrainOptions.model_validate_json(sys.argv[1])\n"
+              "train_until(run, Path(sys.argv[2]), 5, signal.SIGKILL)\n")
+    killed = subprocess.run([sys.executable, "-c", script, run.model_dump_json(), str(out)],
+                            cwd=Path(__file__).parents[2], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert not out.exists() and (state / "step-3").is_dir()
+    assert len((state / "metrics.jsonl").read_text().splitlines()) == 5
+    # What a kill in the middle of a save and of a line would leave.
+    (state / ".step-6.partial").mkdir()
+    (state / ".step-6.partial" / "half").write_bytes(b"half")
+    with (state / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    train(run, out)
+    assert_same_run(out, undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_finishes_and_saves_the_step(number: signal.Signals, run: TrainOptions,
+                                            undisturbed: Path, tmp_path: Path):
+    before = signal.getsignal(number)
+    with pytest.raises(TrainingError, match="stopped by a signal after step 5 of 8.*goes on"):
+        train_until(run, tmp_path / "out", 4, number)
+    assert signal.getsignal(number) is before
+    assert (tmp_path / "out.state" / "step-5").is_dir()
+    assert not (tmp_path / "out").exists()
+    train(run, tmp_path / "out")
+    assert_same_run(tmp_path / "out", undisturbed)
+
+
+def test_state_of_another_run_is_refused(run: TrainOptions, tmp_path: Path):
+    with pytest.raises(TrainingError, match="stopped"):
+        train_until(run, tmp_path / "out", 4, signal.SIGTERM)
+    other = run.model_copy(update={"clip_norm": 0.5})
+    with pytest.raises(TrainingError, match=r"options\.clip_norm was 1\.0, is 0\.5") as caught:
+        train(other, tmp_path / "out")
+    assert str(tmp_path / "out.state") in str(caught.value)
+    assert (tmp_path / "out.state" / "step-5").is_dir()  # nothing is lost
+    # How often it is saved does not matter.
+    train(run.model_copy(update={"save_every": 1}), tmp_path / "out")
