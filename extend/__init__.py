@@ -4,7 +4,9 @@ One function per stage; each returns the path of what it wrote. They are importe
 so that `import extend` and `extend --help` do not wait for torch.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from extend.errors import (
@@ -27,7 +29,17 @@ __all__ = ["CheckpointError", "CompatibilityError", "DataError", "ExtendError", 
            "RecipeError", "TrainingError", "__version__", *_STAGES]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _STAGES:
-        raise AttributeError(f"module 'extend' has no attribute {name!r}")
-    return getattr(import_module(_STAGES[name]), name)
+class _Package(ModuleType):
+    """`extend.merge` is the function, although a package of that name is imported too."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _STAGES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _STAGES:
+            raise AttributeError(f"module 'extend' has no attribute {name!r}")
+        return getattr(import_module(_STAGES[name]), name)
+
+
+sys.modules[__name__].__class__ = _Package

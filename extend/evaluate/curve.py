@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def _layout(records: Sequence[Mapping[str, Any]]) -> Curve:
     lines = [("all tokens", "#0072b2", points(records, "nll"))]
     if answers:
         lines.append(("answers", "#d55e00", points(answers, "answer_nll")))
-    starts = [r for before, r in zip(records, records[1:])
+    starts = [r for before, r in pairwise(records)
               if r.get("phase") != before.get("phase")]
     steps = [round(first + (last - first) * i / 4) for i in range(5)]
     return Curve(lines, [(x(s), f"{s:,}") for s in dict.fromkeys(steps)],

@@ -106,7 +106,8 @@ def _typed(value: Any, wanted: Any, field: str) -> Any:
         return str(value)
     if bool in accepted and isinstance(value, bool):
         return value
-    raise RecipeError(f"{field}: {value!r} is not {'true or false' if bool in accepted else 'text'}")
+    kind = "true or false" if bool in accepted else "text"
+    raise RecipeError(f"{field}: {value!r} is not {kind}")
 
 
 def _lengths(lengths: Sequence[int | str], label: str) -> list[int]:

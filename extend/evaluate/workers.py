@@ -53,9 +53,9 @@ def score_in_processes(job: Job, cells: Work, nproc: int) -> None:
         if told.is_file():
             raise ExtendError(told.read_text(encoding="utf-8")) from None
         cause = error.signal_name or f"exit code {error.exit_code}"
-        raise ExtendError(f"evaluation process {error.error_index} of {nproc} died ({cause}; a kill "
-                          "often means that memory ran out); finished cells are kept, the same "
-                          "command goes on from there") from error
+        raise ExtendError(f"evaluation process {error.error_index} of {nproc} died ({cause}; a "
+                          "kill often means that memory ran out); finished cells are kept, the "
+                          "same command goes on from there") from error
 
 
 def _work(rank: int, job: Job, cells: Work, nproc: int, level: int) -> None:

@@ -19,6 +19,7 @@ from extend.train.mesh import join_processes, phase_mesh
 from extend.train.model import set_rope
 from extend.train.progress import Progress, peak_flops
 from extend.train.session import Run, plan_ropes, prepare
+from extend.train.state import RunState
 from extend.train.step import prefetch, train_step
 
 logger = logging.getLogger(__name__)
@@ -61,8 +62,8 @@ def train(options: TrainOptions, out: Path | str, *, nproc: int | None = None,
 
 def run_process(options: TrainOptions, out: Path, overwrite: bool) -> None:
     """What each process of a run does."""
-    with join_processes() as processes:
-        run = prepare(options, out, processes)
+    with join_processes() as processes, RunState(out, processes) as state:
+        run = prepare(options, state)
         with stop_signals() as stopped:
             run_schedule(run, stopped)
         write_output(run, out, overwrite)

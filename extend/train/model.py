@@ -52,8 +52,8 @@ def load_model(options: TrainOptions, config: ModelConfig) -> PreTrainedModel:
     """
     for key in _LOGIT_KEYS:
         if config.raw.get(key) not in (None, 1, 1.0):
-            raise CompatibilityError(f"{config.path}: {key} is {config.raw[key]}; training supports "
-                                     "models with a plain output head only")
+            raise CompatibilityError(f"{config.path}: {key} is {config.raw[key]}; training "
+                                     "supports models with a plain output head only")
     model = AutoModelForCausalLM.from_pretrained(
         options.model, dtype=getattr(torch, options.weight_dtype),
         attn_implementation=register_ring_attention())

@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,10 +82,10 @@ def plan_ropes(options: TrainOptions, world: int) -> list[RopeSpec]:
     return ropes
 
 
-def prepare(options: TrainOptions, out: Path, processes: Processes) -> Run:
+def prepare(options: TrainOptions, state: RunState) -> Run:
     """Read data and model, shard it, and go back to the last checkpoint if there is one."""
+    processes, config = state.processes, read_config(options.model)
     ropes = plan_ropes(options, processes.world)
-    config, state = read_config(options.model), RunState(out, processes)
     manifest = _start_manifest(options) if processes.is_main else None
     if manifest is not None:
         state.check(_fingerprint(manifest, processes))
@@ -102,7 +101,8 @@ def prepare(options: TrainOptions, out: Path, processes: Processes) -> Run:
     step = state.last_step()
     if step:
         state.load(step, module, optimizer)
-        logger.info("going on after step %d of %s", step, state.directory)
+        if processes.is_main:
+            logger.info("going on after step %d of %s", step, state.directory)
     return Run(options, processes, config, ropes, rows, module, optimizer, size, exporter, state,
                manifest, step)
 

@@ -6,12 +6,13 @@ optimizer moments and the step are all there is to remember.
 """
 
 import contextlib
+import fcntl
 import logging
 import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -25,15 +26,24 @@ from extend.train.mesh import Processes
 logger = logging.getLogger(__name__)
 
 _FINGERPRINT = "run.json"
+_LOCK = "lock"
 _PREFIX = "step-"
 
 
 class RunState:
-    """The working directory of a run."""
+    """The working directory of a run; a context, in which no other run may use it."""
 
     def __init__(self, out: Path, processes: Processes):
         self.directory = out.with_name(out.name + ".state")
         self.processes = processes
+        self._lock: IO[str] | None = None
+
+    def __enter__(self) -> "RunState":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            self._lock.close()
 
     @property
     def metrics_file(self) -> Path:
@@ -55,14 +65,20 @@ class RunState:
                 "start afresh, or choose another --out")
 
     def open(self, fingerprint: dict[str, Any]) -> None:
-        """Create the directory; call it in the main process only.
+        """Create the directory and lock it; call it in the main process only.
 
         Raises:
+            TrainingError: another run is at work in it.
             CheckpointError: it cannot be written.
         """
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.directory / _LOCK).open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             write_json(self.directory / _FINGERPRINT, fingerprint)
+        except BlockingIOError:
+            raise TrainingError(f"{self.directory}: another run is at work in it; wait for its "
+                                "end, or stop it") from None
         except OSError as error:
             raise CheckpointError(f"{self.directory}: cannot be written "
                                   f"({error.strerror})") from None

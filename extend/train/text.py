@@ -14,7 +14,7 @@ import numpy as np
 
 from extend.documents import list_files, read_documents, read_json_lines
 from extend.errors import DataError
-from extend.haystack import Haystack, split_answer
+from extend.haystack import Haystack, encode, split_answer
 
 _BATCH_CHARS = 1 << 24  # text handed to the tokenizer's threads at once; bounds their memory
 
@@ -68,7 +68,8 @@ def tokenize_examples(tokenizer: Any, path: str) -> Documents:
             raise DataError(f"{where}: the answer is empty")
         ids.append(np.asarray(prompt + answer, dtype=np.int32))
         sizes.append(len(prompt) + len(answer))
-        answer_starts.append(len(prompt))
+        # White space that begins an answer is the model's to write, so it is trained too.
+        answer_starts.append(min(len(prompt), len(encode(tokenizer, row["prompt"]))))
     return _documents(ids, sizes, np.asarray(answer_starts, dtype=np.int64), path)
 
 
@@ -161,8 +162,8 @@ class PackedStream:
         """Raise DataError when rows of `length` tokens cannot be cut from this stream."""
         source = self.documents.source
         if self.num_tokens < length:
-            raise DataError(f"{source}: has {self.num_tokens} tokens, too few for a row of {length}; "
-                            "give more text or a shorter length")
+            raise DataError(f"{source}: has {self.num_tokens} tokens, too few for a row of "
+                            f"{length}; give more text or a shorter length")
         if self.documents.answer_starts is not None and self.sizes.max() > length:
             raise DataError(f"{source}: example {int(self.sizes.argmax()) + 1} has "
                             f"{int(self.sizes.max())} tokens, more than a row of {length}")

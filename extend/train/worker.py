@@ -2,7 +2,10 @@
 
 import json
 import logging
+import os
 import sys
+import threading
+import time
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -12,12 +15,25 @@ from extend.options import TrainOptions
 from extend.train.loop import run_process
 
 
+def _follow_parent() -> None:
+    """End this process when the launcher has died; it would go on without anyone to tell."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="follow-parent", daemon=True).start()
+
+
 def main(ticket: str) -> int:
     """Run the job described in the file `ticket`; an error is left for the launcher to tell."""
     job = json.loads(Path(ticket).read_text(encoding="utf-8"))
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     logging.getLogger("extend").setLevel(job["log_level"])
     disable_progress_bar()
+    _follow_parent()
     handler = get_error_handler()
     handler.initialize()
     try:

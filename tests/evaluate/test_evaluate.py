@@ -1,6 +1,8 @@
 import json
 import logging
+import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -142,7 +144,7 @@ def test_wrong_requests_leave_nothing_behind(model_dir, tmp_path, changes, error
 
 
 def test_missing_model_and_present_output(model_dir, tmp_path):
-    with pytest.raises(CheckpointError, match="config.json: no such file"):
+    with pytest.raises(CheckpointError, match=r"config\.json: no such file"):
         evaluate(tmp_path / "none", tmp_path / "eval", tasks=["passkey"], lengths=[256])
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval" / "mine.txt").write_text("keep")
@@ -161,3 +163,19 @@ def test_tokenizer_without_bos_gives_other_prompts(model_dir, whole, tmp_path):
     rows, with_bos = json.loads(path.read_text())["rows"], json.loads(whole)["rows"]
     assert rows[0]["actual_length"] == with_bos[0]["actual_length"] == 256
     assert rows[0]["prompt_sha256"] != with_bos[0]["prompt_sha256"]
+
+
+class KillsItself(TASKS["passkey"]):
+    """A task whose process dies, as when memory runs out."""
+
+    def prompts(self, tokenizer, cell, seed):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_death_of_a_process_is_told(model_dir, tmp_path):
+    job = Job(model=str(model_dir), adapter=None, device="cpu", dtype="float32", chunk=512,
+              seed=0, rows=tmp_path)
+    task = KillsItself()
+    work = [(task, cell) for cell in task.cells("x", [256], [0.0], 1)]
+    with pytest.raises(ExtendError, match=r"process 0 of 2 died \(SIGKILL.*same command goes on"):
+        score_in_processes(job, work, 2)

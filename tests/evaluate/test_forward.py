@@ -99,9 +99,9 @@ def test_neither_scores_nor_a_mask_nor_all_logits_exist(model, chunk):
 
 def test_sliding_windows_are_kept(tmp_path):
     torch.manual_seed(0)
-    config = MistralConfig(vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                           num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-                           sliding_window=16, initializer_range=0.3)
+    config = MistralConfig(vocab_size=400, hidden_size=32, intermediate_size=48,
+                           num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                           head_dim=8, sliding_window=16, initializer_range=0.3)
     MistralForCausalLM(config).save_pretrained(tmp_path)
     model = load_model(tmp_path, device=torch.device("cpu"), dtype=torch.float32)
     prompt, = random_prompts([100])

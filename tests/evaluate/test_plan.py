@@ -14,8 +14,8 @@ def plan(tasks, **grid):
 
 
 def test_grid_of_the_run_and_of_a_task():
-    tasks = ["passkey", {"task": "passkey", "name": "far", "lengths": ["2k", 4096], "depths": [1, 0],
-                         "trials": 7, "controls": False}]
+    tasks = ["passkey", {"task": "passkey", "name": "far", "lengths": ["2k", 4096],
+                         "depths": [1, 0], "trials": 7, "controls": False}]
     near, far = plan(tasks, lengths=["1k", 512])
     assert [(c.length, c.depth, c.trials) for c in near.cells] == [
         (512, 0.0, 2), (512, 0.5, 2), (512, 1.0, 2), (1024, 0.0, 2), (1024, 0.5, 2), (1024, 1.0, 2),

@@ -146,8 +146,8 @@ def test_depth_0_is_on_top_whatever_the_number_of_models(tmp_path, count, monkey
 
 def test_training_curve(tmp_path):
     results = make_results(tmp_path / "r.json", 512, 512)
-    records = [{"step": s, "phase": 1 + s // 6, "nll": 4.0 / s, "answer_nll": None if s < 3 else 1.0}
-               for s in range(1, 11)]
+    records = [{"step": s, "phase": 1 + s // 6, "nll": 4.0 / s,
+                "answer_nll": None if s < 3 else 1.0} for s in range(1, 11)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     out = report({"long": results}, tmp_path / "report", training=tmp_path)
     page = _Page((out / "index.html").read_text())
@@ -162,7 +162,8 @@ def test_training_curve(tmp_path):
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    (None, "no such file"), ('{"schema": 2}', "is not results of schema 1"), ("{", "not valid JSON"),
+    (None, "no such file"), ("{", "not valid JSON"),
+    ('{"schema": 2}', "is not results of schema 1"),
     ('{"schema": 1, "rows": []}', "is not results of schema 1 with model, rows, summary")])
 def test_other_files_are_refused(tmp_path, content, message):
     if content is not None:

@@ -34,7 +34,7 @@ def test_torn_last_line_is_dropped(tmp_path):
 def test_damage_in_the_middle_is_an_error(tmp_path):
     store = RowStore.open(tmp_path / "rows", IDENTITY)
     (tmp_path / "rows" / "rows-0.jsonl").write_text('{"cell"\n{"cell": "b", "row": {}}\n')
-    with pytest.raises(CheckpointError, match="rows-0.jsonl:1: damaged"):
+    with pytest.raises(CheckpointError, match=r"rows-0\.jsonl:1: damaged"):
         store.read()
 
 

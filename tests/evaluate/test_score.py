@@ -24,7 +24,8 @@ def test_ends_solve_the_equation_of_the_score_test(successes, n):
 
 
 def test_proportion_and_mean():
-    assert proportion(1, 2) == {"score": 0.5, "n": 2, "wilson_low": pytest.approx(0.094531, abs=1e-6),
-                                "wilson_high": pytest.approx(0.905469, abs=1e-6)}
+    assert proportion(1, 2) == {
+        "score": 0.5, "n": 2, "wilson_low": pytest.approx(0.094531, abs=1e-6),
+        "wilson_high": pytest.approx(0.905469, abs=1e-6)}
     assert mean_and_error([1.0, 2.0, 3.0, 4.0]) == (2.5, pytest.approx(math.sqrt(5 / 3) / 2))
     assert mean_and_error([1.5]) == (1.5, None)

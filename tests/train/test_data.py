@@ -125,7 +125,7 @@ def test_facts_are_hidden_and_asked_for(kind: str, tokenizer, files):
         assert all(asked == named for asked, named, _ in questions)
         assert whole.endswith(".\n") and set(facts) <= set(NAMES)
         answers = tokenizer.decode(row.input_ids[row.answers])
-        assert answers == "".join(f" {key}" for _, _, key in questions)
+        assert answers == "".join(key for _, _, key in questions)
         counts[len(facts)] += 1
     assert set(counts) == ({1, 6} if kind == "named" else {2})
 
@@ -146,8 +146,8 @@ def test_classic_row_has_the_wording_of_the_evaluation(tokenizer, files):
     assert whole.startswith(INTRO)
     assert whole.endswith(f"\nWhat is the pass key? The pass key is {key}")
     assert FILLER in whole
-    assert tokenizer.decode(row.input_ids[row.answers]) == f" {key}"
-    assert row.answers[-6:].all() and row.answers.sum() == 6
+    assert tokenizer.decode(row.input_ids[row.answers]) == key
+    assert row.answers[-5:].all() and row.answers.sum() == 5
 
 
 def test_sources_come_in_the_proportion_of_their_weights(tokenizer, files):

@@ -108,7 +108,7 @@ def row_loss(logits: torch.Tensor, row: Row, totals: tuple[int, int],
 
 
 def test_equals_plain_transformers_and_torch(files: dict[str, Path], single: Path):
-    """The same run without ring, chunks, checkpointing, micro-batches, sharding or our optimizer."""
+    """The same run without ring, chunks, checkpointing, micro-batches, or our optimizer."""
     run = cases(files)["dp"]
     phase = run.schedule[0]
     rows = load_rows(run, AutoTokenizer.from_pretrained(run.model))
@@ -144,7 +144,7 @@ def test_output_is_a_checkpoint_of_the_new_length(files: dict[str, Path], single
     assert config["max_position_embeddings"] == 128
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] > 10000
     assert json.loads((out / "tokenizer_config.json").read_text())["model_max_length"] == 128
-    assert "lm_head.weight" not in load_file(out / "model.safetensors")  # tied it was, tied it stays
+    assert "lm_head.weight" not in load_file(out / "model.safetensors")  # tied as it was
     assert AutoModelForCausalLM.from_pretrained(out).lm_head.weight is not None
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["stage"] == "train" and manifest["seed"] == 0

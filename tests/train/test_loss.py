@@ -68,7 +68,7 @@ def test_autocast_stays_near_fp32():
     got = torch.autograd.grad(loss, (hidden, weight))
     exact, _ = chunked_loss(hidden, weight, labels, weights, chunk=8)
     want = torch.autograd.grad(exact, (hidden, weight))
-    # bf16 keeps 8 bits: logits of size ~10 are off by up to 0.04, so probabilities by a few percent.
+    # bf16 keeps 8 bits: logits of size ~10 are off by up to 0.04, probabilities by a few percent.
     torch.testing.assert_close(loss, exact, rtol=2e-2, atol=0)
     torch.testing.assert_close(got, want, rtol=5e-2, atol=5e-2)
 

@@ -20,7 +20,8 @@ def test_line_names_everything():
 
 def test_resumed_file_has_one_line_per_step(tmp_path: Path):
     file = tmp_path / "metrics.jsonl"
-    file.write_text("".join(json.dumps({"step": s, "old": True}) + "\n" for s in (1, 2, 3)) + '{"st')
+    old = [json.dumps({"step": s, "old": True}) + "\n" for s in (1, 2, 3)]
+    file.write_text("".join(old) + '{"st')
     progress = Progress(file, step=2, total_tokens=400, done_tokens=200)
     progress.tell(dict(RECORD, step=3), tokens=100, flops=1e9, peak=1e12)
     progress.tell(dict(RECORD, step=4), tokens=100, flops=1e9, peak=None)

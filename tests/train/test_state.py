@@ -15,6 +15,8 @@ from extend.errors import TrainingError
 from extend.manifest import hash_file
 from extend.options import TrainOptions
 from extend.train import train
+from extend.train.mesh import Processes
+from extend.train.state import RunState
 from tests.train.tiny import options, save_model, save_text
 
 SCHEDULE = [{"length": 64, "steps": 4, "lr": 3e-3},
@@ -99,6 +101,16 @@ def test_signal_finishes_and_saves_the_step(number: signal.Signals, run: TrainOp
     assert not (tmp_path / "out").exists()
     train(run, tmp_path / "out")
     assert_same_run(tmp_path / "out", undisturbed)
+
+
+def test_two_runs_in_one_directory_are_refused(tmp_path: Path):
+    alone = Processes(0, 1, torch.device("cpu"), None)
+    with RunState(tmp_path / "out", alone) as first, RunState(tmp_path / "out", alone) as second:
+        first.open({})
+        with pytest.raises(TrainingError, match=r"out\.state: another run is at work in it"):
+            second.open({})
+    with RunState(tmp_path / "out", alone) as third:
+        third.open({})
 
 
 def test_state_of_another_run_is_refused(run: TrainOptions, tmp_path: Path):

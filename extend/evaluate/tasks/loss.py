@@ -45,8 +45,8 @@ class Loss:
         prefix = prefix_ids(tokenizer)
         body = self.window - len(prefix)
         if body < 2 or self.max_tokens < self.window:
-            raise DataError(f"{cell.name}: a window of {self.window} tokens must hold at least 2 of "
-                            f"text and fit into max_tokens, which is {self.max_tokens}")
+            raise DataError(f"{cell.name}: a window of {self.window} tokens must hold at least 2 "
+                            f"of text and fit into max_tokens, which is {self.max_tokens}")
         ids = self._tokens(tokenizer)
         total = len(ids) // body
         if not total:

@@ -116,7 +116,8 @@ def test_too_short_is_refused_with_both_lengths():
     task = task_of("passkey")
     with pytest.raises(DataError, match=f"a length of {parts} leaves no room .* take {parts} "):
         task.prompts(tokenizer, Cell("x", "passkey", parts, 0.5, 1), 0)
-    assert len(task.prompts(tokenizer, Cell("x", "passkey", parts + 1, 0.5, 1), 0)[0].ids) == parts + 1
+    shortest, = task.prompts(tokenizer, Cell("x", "passkey", parts + 1, 0.5, 1), 0)
+    assert len(shortest.ids) == parts + 1
 
 
 def test_too_little_text_is_refused(tmp_path):
