@@ -115,11 +115,14 @@ def _options(pairs: tuple[str, ...]) -> dict[str, Any]:
     from extend.errors import RecipeError
     from extend.options import parse_number
 
+    reserved = ("model", "out", "target_len", "method", "sliding_window", "overwrite")
     found = {}
     for pair in pairs:
         key, sep, value = pair.partition("=")
         if not sep or not key:
             raise RecipeError(f"--option {pair!r}: write it as key=value")
+        if key in reserved:
+            raise RecipeError(f"--option {pair!r}: {key} is no option of a RoPE method")
         found[key] = parse_number(yaml.safe_load(value))
     return found
 
@@ -175,8 +178,8 @@ def train(recipe, stage, nproc, out, overwrite):
     found = [s for s in loaded.stages if s.kind == "train" and stage in (None, s.name)]
     if len(found) != 1:
         names = ", ".join(s.name for s in loaded.stages if s.kind == "train") or "none"
-        raise RecipeError(f"{recipe}: {len(found)} train stages fit, one is needed; it has {names}; "
-                          "choose with --stage")
+        raise RecipeError(f"{recipe}: {len(found)} train stages fit, one is needed; it has "
+                          f"{names}; choose with --stage")
     names = {s.name for s in loaded.stages}
 
     def resolve(value: str) -> str:
@@ -294,7 +297,8 @@ def report(results, title, out, overwrite):
 
     labelled = dict(item.partition("=")[::2] for item in results)
     if len(labelled) != len(results) or not all(labelled.values()):
-        raise RecipeError(f"report: write each result once as LABEL=PATH; given {' '.join(results)}")
+        raise RecipeError("report: write each result once as LABEL=PATH; given "
+                          + " ".join(results))
     return {"output": str(stage(labelled, out, title=title, overwrite=overwrite))}
 
 

@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from extend.checkpoint import write_json
 from extend.errors import CheckpointError
 from extend.model_config import read_json
+from extend.output import write_json
 
 MANIFEST_NAME = "manifest.json"
 _PACKAGES = ("torch", "transformers", "peft", "safetensors", "accelerate")

@@ -17,7 +17,7 @@ its file and line.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,15 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from extend.errors import ExtendError, RecipeError
-from extend.options import STAGES, Options, RescaleOptions, TrainOptions
+from extend.errors import RecipeError
+from extend.options import (
+    STAGES,
+    EvalOptions,
+    Options,
+    RescaleOptions,
+    RopeOptions,
+    TrainOptions,
+)
 from extend.registry import check_options, lookup, suggest
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -115,19 +122,35 @@ def _parse(path: Path) -> tuple[yaml.Node, Any]:
         raise RecipeError(f"{path}: not valid YAML ({error})") from None
     if root is None:
         raise RecipeError(f"{path}: is empty; a recipe has {', '.join(_TOP_KEYS)}")
-    for key, line in _duplicate_keys(root):
-        raise RecipeError(f"{path}:{line}: key {key!r} is given twice")
+    for message, line in _unwanted(text, root):
+        raise RecipeError(f"{path}:{line}: {message}")
     return root, data
 
 
+def _unwanted(text: str, root: yaml.Node) -> Iterator[tuple[str, int]]:
+    """What YAML allows and a recipe does not.
+
+    A key given twice: the last would win silently. An alias inside an anchored block: it could
+    hold itself, or grow without bound.
+    """
+    anchored: list[bool] = []
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent) and any(anchored):
+            yield f"alias *{event.anchor} inside an anchored block", event.start_mark.line + 1
+        elif isinstance(event, yaml.CollectionStartEvent):
+            anchored.append(event.anchor is not None)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchored.pop()
+    yield from _duplicate_keys(root)
+
+
 def _duplicate_keys(node: yaml.Node) -> Iterator[tuple[str, int]]:
-    """YAML readers keep the last of two equal keys; a recipe must not lose the first."""
     if isinstance(node, yaml.MappingNode):
-        seen = set()
+        keys = set()
         for key, value in node.value:
-            if key.value in seen:
-                yield key.value, key.start_mark.line + 1
-            seen.add(key.value)
+            if str(key.value) in keys:
+                yield f"key {key.value!r} is given twice", key.start_mark.line + 1
+            keys.add(str(key.value))
             yield from _duplicate_keys(value)
     elif isinstance(node, yaml.SequenceNode):
         for item in node.value:
@@ -226,29 +249,35 @@ def _dotted(location: Location) -> str:
 
 def check_family(options: Options) -> Iterator[tuple[Location, str]]:
     """Check names and options of RoPE methods and evaluation tasks against their families."""
+    ropes: list[tuple[Location, RopeOptions]] = []
+    if isinstance(options, RescaleOptions):
+        ropes = [(("method",), options)]
+    elif isinstance(options, TrainOptions):
+        ropes = [(("schedule", i, "rope"), phase.rope)
+                 for i, phase in enumerate(options.schedule) if phase.rope is not None]
+    for location, rope in ropes:
+        yield from _problem(location, lambda rope=rope: _check_rope(rope))
+    if isinstance(options, EvalOptions):
+        yield from _problem(("tasks",), lambda: _check_tasks(options))
+
+
+def _problem(location: Location, check: Callable[[], None]) -> Iterator[tuple[Location, str]]:
+    try:
+        check()
+    except RecipeError as error:
+        yield location, str(error)
+
+
+def _check_rope(rope: RopeOptions) -> None:
     from extend.rope import METHODS
 
-    def checked(registry: Mapping[str, Callable], name: str, given: Mapping, field: str):
-        try:
-            check_options(lookup(registry, name, field), given, f"{field} {name}")
-        except RecipeError as error:
-            yield str(error)
+    check_options(lookup(METHODS, rope.method, "method"), rope.options, f"method {rope.method}")
 
-    if isinstance(options, RescaleOptions):
-        for problem in checked(METHODS, options.method, options.options, "method"):
-            yield ("method",), problem
-    elif isinstance(options, TrainOptions):
-        for i, phase in enumerate(options.schedule):
-            if phase.rope is not None:
-                for problem in checked(METHODS, phase.rope.method, phase.rope.options, "method"):
-                    yield ("schedule", i, "rope"), problem
-    elif hasattr(options, "tasks"):
-        from extend.evaluate import check_tasks
 
-        try:
-            check_tasks(options.tasks)
-        except ExtendError as error:
-            yield ("tasks",), str(error)
+def _check_tasks(options: EvalOptions) -> None:
+    from extend.evaluate import check_tasks
+
+    check_tasks(options.tasks)
 
 
 def _is_path(metadata: Sequence[Any]) -> bool:

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from extend.checkpoint import write_json
 from extend.errors import RecipeError
 from extend.manifest import MANIFEST_NAME, hash_content, outputs_intact
 from extend.model_config import read_json
 from extend.options import Options
+from extend.output import write_json
 from extend.recipe import Recipe, Stage, input_paths, load_recipe, resolve_inputs
 
 logger = logging.getLogger(__name__)

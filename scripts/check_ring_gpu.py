@@ -23,10 +23,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, not installed
 
-from extend.errors import ExtendError  # noqa: E402
-from extend.ring import LAYOUTS, RingComm, ring_attention, shard, unshard  # noqa: E402
-from extend.ring.attention import attend  # noqa: E402
-from extend.ring.kernels import KERNELS  # noqa: E402
+from extend.errors import ExtendError
+from extend.ring import LAYOUTS, RingComm, ring_attention, shard, unshard
+from extend.ring.attention import attend
+from extend.ring.kernels import KERNELS
 
 NAMES = ("out", "dq", "dk", "dv")
 HEADS = ((9, 3), (32, 8))

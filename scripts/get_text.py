@@ -23,8 +23,16 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-from plain_text import (code_text, decode, drop_word_lists, html_text, info_text, letter_share,
-                        normalise, rst_text)
+from plain_text import (
+    code_text,
+    decode,
+    drop_word_lists,
+    html_text,
+    info_text,
+    letter_share,
+    normalise,
+    rst_text,
+)
 
 PACKAGES = ("linux-doc-6.1", "python3.11-doc", "debian-handbook", "emacs-common", "jargon-text",
             "anarchism")

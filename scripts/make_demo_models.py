@@ -29,27 +29,21 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from extend.checkpoint import atomic_directory
 from extend.evaluate.tasks.passkey import NEEDLE, QUESTION, Passkey
 from extend.haystack import FILLER, INTRO, Haystack, split_answer
+from extend.output import atomic_directory
 from extend.train.retrieval import RetrievalRows
 
 NATIVE_LEN = 256
 VOCAB_SIZE = 640
 EOS = "<eos>"
 
-NAMES = """
-amber birch cedar coral daisy ebony fern flint grove hazel heron ivory jade juniper kestrel laurel
-linden lotus maple marble meadow moss myrtle olive onyx opal orchid otter pearl pebble pine poppy
-quartz raven reed river robin rowan ruby sage slate sparrow thistle topaz tulip violet walnut willow
-""".split()
-COLORS = "red green blue yellow black white brown grey pink orange".split()
-ADJECTIVES = "old small quiet bright cold warm tall early late empty heavy soft".split()
-NOUNS = """
-house road river boat garden field market letter lamp window table tower bridge horse forest village
-""".split()
-VERBS = "sees finds leaves opens keeps moves paints visits follows reaches".split()
-PLACES = "near behind under above beside".split()
+NAMES = ["amber", "birch", "cedar", "coral", "daisy", "ebony", "fern", "flint", "grove", "hazel", "heron", "ivory", "jade", "juniper", "kestrel", "laurel", "linden", "lotus", "maple", "marble", "meadow", "moss", "myrtle", "olive", "onyx", "opal", "orchid", "otter", "pearl", "pebble", "pine", "poppy", "quartz", "raven", "reed", "river", "robin", "rowan", "ruby", "sage", "slate", "sparrow", "thistle", "topaz", "tulip", "violet", "walnut", "willow"]
+COLORS = ["red", "green", "blue", "yellow", "black", "white", "brown", "grey", "pink", "orange"]
+ADJECTIVES = ["old", "small", "quiet", "bright", "cold", "warm", "tall", "early", "late", "empty", "heavy", "soft"]
+NOUNS = ["house", "road", "river", "boat", "garden", "field", "market", "letter", "lamp", "window", "table", "tower", "bridge", "horse", "forest", "village"]
+VERBS = ["sees", "finds", "leaves", "opens", "keeps", "moves", "paints", "visits", "follows", "reaches"]
+PLACES = ["near", "behind", "under", "above", "beside"]
 
 Row = tuple[list[int], list[bool]]
 """Token ids of a row, and which of them are answers."""

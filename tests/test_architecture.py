@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "extend"
 LAYERS = [
     {"errors"},
-    {"registry", "model_config", "documents", "options"},
+    {"registry", "model_config", "documents", "options", "output"},
     {"checkpoint", "haystack"},
     {"manifest"},
     {"adapter_format"},
@@ -58,7 +58,8 @@ def test_files_stay_short(path: Path):
 def test_command_line_does_not_import_torch():
     code = ("import sys, extend, extend.cli, extend.recipe, extend.run, extend.options\n"
             "print([m for m in ('torch', 'transformers', 'peft', 'numpy') if m in sys.modules])")
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                            check=True)
     assert result.stdout.strip() == "[]"
 
 

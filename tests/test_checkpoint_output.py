@@ -10,16 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from extend.checkpoint import (
-    TensorInfo,
-    atomic_directory,
-    copy_or_link,
-    copy_side_files,
-    require_space,
-    write_checkpoint,
-    write_json,
-)
+from extend.checkpoint import TensorInfo, copy_side_files, write_checkpoint
 from extend.errors import CheckpointError
+from extend.output import atomic_directory, copy_or_link, require_space, write_json
 
 INFOS = [TensorInfo("w", "F32", (3,))]
 

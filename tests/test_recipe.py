@@ -62,7 +62,7 @@ def test_inputs_resolve_everywhere(write):
 
 @pytest.mark.parametrize(("old", "new", "message"), [
     ("name: small", "nmae: small", "recipe.yaml:1: unknown key 'nmae'; did you mean 'name'?"),
-    ("stage: rescale", "stage: rescal", "recipe.yaml:5: stage: unknown 'rescal'; did you mean 'resc"),
+    ("stage: rescale", "stage: rescal", "recipe.yaml:5: stage: unknown 'rescal'; did you mean 're"),
     ("method: ntk", "methd: ntk", "recipe.yaml:8: methd: unknown key; did you mean 'method'?"),
     ("method: ntk", "method: nkt", "recipe.yaml:8: method: unknown 'nkt'; did you mean 'ntk'?"),
     ("method: ntk", "options: {beta: 1}",
@@ -80,7 +80,7 @@ def test_inputs_resolve_everywhere(write):
     ("exact-match, file", "exact-match, fiel", "unknown option 'fiel'; did you mean 'file'?"),
     ("name: small", "name: [small", "recipe.yaml:2: not valid YAML"),
     ("seed: 7", "seed: 7\nseed: 8", "recipe.yaml:3: key 'seed' is given twice"),
-    ("model: rescaled\n", "", "recipe.yaml:9: model: is missing"),
+    ("    model: rescaled\n", "", "recipe.yaml:9: model: is missing"),
 ])
 def test_each_problem_has_its_message_and_line(write, old, new, message):
     assert old in GOOD
@@ -96,11 +96,18 @@ def test_all_problems_are_reported_at_once(write):
     assert [line.split(":")[1] for line in str(caught.value).splitlines()] == ["8", "18"]
 
 
-@pytest.mark.parametrize("text", ["", "- a", "stages: []", "stages: {a: 1}", "stages: [1]", "&a [*a]",
-                                  "!!python/object/apply:os.system ['true']"])
+@pytest.mark.parametrize("text", ["", "- a", "stages: []", "stages: {a: 1}", "stages: [1]",
+                                  "&a [*a]", "!!python/object/apply:os.system ['true']"])
 def test_what_is_no_recipe_is_refused(write, text):
     with pytest.raises(RecipeError):
         load_recipe(write(text))
+
+
+def test_an_alias_repeats_a_block(write):
+    text = GOOD.replace("tasks: [passkey,", "tasks: &tasks [passkey,") + (
+        "  - {name: again, stage: eval, model: long, lengths: [2k], tasks: *tasks}\n")
+    stages = load_recipe(write(text)).stages
+    assert stages[3].options.tasks == stages[2].options.tasks
 
 
 def test_missing_file(tmp_path):

@@ -31,9 +31,10 @@ from extend.adapter_format.sidecar import (
     Source,
     TensorReport,
 )
-from extend.checkpoint import TensorInfo, atomic_directory, write_safetensors
+from extend.checkpoint import TensorInfo, write_safetensors
 from extend.errors import CheckpointError, CompatibilityError, RecipeError
 from extend.manifest import Manifest
+from extend.output import atomic_directory
 
 log = logging.getLogger(__name__)
 

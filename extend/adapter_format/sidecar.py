@@ -13,9 +13,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from extend.checkpoint import Checkpoint, TensorInfo, write_json
+from extend.checkpoint import Checkpoint, TensorInfo
 from extend.errors import CheckpointError, CompatibilityError
 from extend.model_config import ModelConfig, RopeSpec, read_json, write_rope
+from extend.output import write_json
 
 SIDECAR_JSON = "extend_sidecar.json"
 SIDECAR_WEIGHTS = "extend_sidecar.safetensors"

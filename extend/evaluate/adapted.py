@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from extend.adapter_format.peft_files import Adapter
 from extend.adapter_format.sidecar import ModelIdentity, parameter_infos
-from extend.checkpoint import Checkpoint, write_json
+from extend.checkpoint import Checkpoint
 from extend.errors import CompatibilityError
 from extend.model_config import ModelConfig, parse_config, read_config
+from extend.output import write_json
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from extend.checkpoint import atomic_directory, write_json
 from extend.errors import CompatibilityError, RecipeError
 from extend.evaluate.plan import PlannedTask, plan_tasks
 from extend.evaluate.rows import RowStore
 from extend.evaluate.summary import summarize
 from extend.manifest import Manifest
 from extend.model_config import ModelConfig
+from extend.output import atomic_directory, write_json
 
 logger = logging.getLogger(__name__)
 RESULTS_NAME = "results.json"

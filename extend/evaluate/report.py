@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from extend.checkpoint import atomic_directory, write_json
 from extend.evaluate.comparison import (
     Results,
     TableRow,
@@ -20,6 +19,7 @@ from extend.evaluate.curve import read_curve
 from extend.evaluate.heatmap import COLORS, Panel, build_panels, draw_heatmap
 from extend.evaluate.summary import EFFECTIVE_LENGTH_RULE
 from extend.manifest import Manifest
+from extend.output import atomic_directory, write_json
 
 SCHEMA = 1
 _TEMPLATE = "report.html.jinja"

@@ -14,17 +14,16 @@ from extend.checkpoint import (
     FLOAT_DTYPES,
     Checkpoint,
     TensorInfo,
-    atomic_directory,
     copy_side_files,
     dtype_name,
     torch_dtype,
     write_checkpoint,
-    write_json,
 )
 from extend.errors import CheckpointError, RecipeError
 from extend.manifest import Manifest
 from extend.merge.compat import check_fit, context_change
 from extend.model_config import read_config
+from extend.output import atomic_directory, write_json
 
 log = logging.getLogger(__name__)
 

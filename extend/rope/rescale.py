@@ -11,18 +11,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from extend.checkpoint import (
-    INDEX_NAME,
-    Checkpoint,
-    atomic_directory,
-    copy_or_link,
-    copy_side_files,
-    write_checkpoint,
-    write_json,
-)
+from extend.checkpoint import INDEX_NAME, Checkpoint, copy_side_files, write_checkpoint
 from extend.errors import CompatibilityError, RecipeError
 from extend.manifest import Manifest
 from extend.model_config import ModelConfig, read_config, write_rope
+from extend.output import atomic_directory, copy_or_link, write_json
 from extend.registry import lookup
 from extend.rope.methods import apply_method
 

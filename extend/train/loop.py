@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from extend.checkpoint import atomic_directory, copy_side_files, write_json
+from extend.checkpoint import copy_side_files
 from extend.errors import CheckpointError, TrainingError
 from extend.model_config import write_rope
 from extend.options import Phase, TrainOptions
+from extend.output import atomic_directory, write_json
 from extend.train.launch import count_processes, launch
 from extend.train.mesh import join_processes, phase_mesh
 from extend.train.model import set_rope

@@ -18,9 +18,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from extend.checkpoint import write_json
 from extend.errors import CheckpointError, TrainingError
 from extend.model_config import read_json
+from extend.output import write_json
 from extend.train.mesh import Processes
 
 logger = logging.getLogger(__name__)

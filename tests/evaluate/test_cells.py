@@ -54,7 +54,8 @@ def test_a_model_that_finds_the_fact_scores_1_and_without_it_0(kind, depth):
                      seed=0, chunk=2000, native_len=500)
     assert (row["score"], row["correct"], row["n"], row["wilson_high"]) == (1.0, 4, 4, 1.0)
     assert row["actual_length"] == 600 and row["beyond_native"] is True
-    assert [t["predicted"] for t in row["trials"]] == [t["answer"] for t in row["trials"]]
+    assert [t["predicted"].lstrip() for t in row["trials"]] == [
+        t["answer"].lstrip() for t in row["trials"]]
     control = score_cell(Rigged(retrieve, 12), tokenizer, task,
                          Cell("x", "passkey", 600, None, 4, "no-needle"), seed=0, chunk=2000,
                          native_len=600)

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from extend.adapter_format.peft_files import Adapter, TensorFile
 from extend.checkpoint import Checkpoint
 from extend.errors import CheckpointError, RecipeError
-from extend.merge import merge
+from extend.merge import apply, merge
 from tests.adapter_format.tiny_models import LONG, LONG_THETA, NATIVE, edit_json, write_tokenizer
 
 # Distance of neighbouring numbers, relative: one unit in the last place is at most this times |x|.
@@ -211,7 +211,7 @@ def test_dtype_rounds_once_from_fp32(llama, tmp_path, name, dtype):
 
 def test_blocks_of_rows_change_nothing_but_the_last_bit(llama, tmp_path, monkeypatch):
     whole = weights(merge(llama.adapter, llama.models.target, tmp_path / "whole"))
-    monkeypatch.setattr("extend.merge.apply._BLOCK_BYTES", 4 * 64 * 5)
+    monkeypatch.setattr(apply, "_BLOCK_BYTES", 4 * 64 * 5)
     for name, value in weights(merge(llama.adapter, llama.models.target, tmp_path / "b")).items():
         torch.testing.assert_close(value, whole[name], rtol=ULP[torch.float32], atol=1e-8)
 

@@ -24,7 +24,8 @@ def test_rows_are_prompt_and_answer(kind, file):
     assert (cell.length, cell.depth, cell.trials) == (None, None, 2)
     for prompt, row in zip(task.prompts(tokenizer, cell, 0), ROWS, strict=True):
         assert prompt.ids == tokenizer(row["prompt"] + row["answer"])["input_ids"]
-        assert tokenizer.decode(prompt.ids[-prompt.answer_len:]).endswith(row["answer"])
+        wanted = tokenizer.decode(prompt.ids[-prompt.answer_len:])
+        assert wanted.endswith(row["answer"].lstrip(" "))  # a lone leading space is given
         assert prompt.details == {"answer": row["answer"]}
 
 

@@ -1,0 +1,86 @@
+"""Write files and directories so that a reader sees the old one, the new one, or none.
+
+What is being written has a temporary name beside its final one, and is renamed when it is complete.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from extend.errors import CheckpointError
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write JSON under a temporary name, then rename: readers see the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def require_space(directory: Path, num_bytes: int) -> None:
+    """Raise CheckpointError when the file system of `directory` lacks `num_bytes`."""
+    free = shutil.disk_usage(directory).free
+    if free < num_bytes:
+        raise CheckpointError(f"{directory}: needs {num_bytes / 2**30:.2f} GiB but only "
+                              f"{free / 2**30:.2f} GiB are free; free space or choose another "
+                              "--out")
+
+
+@contextlib.contextmanager
+def atomic_directory(out: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary directory that becomes `out` when the block ends without an error.
+
+    Raises:
+        CheckpointError: `out` exists and `overwrite` is false, or the disk refuses a write.
+    """
+    out = Path(out).absolute()
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out}: is a file; give a directory as --out")
+    if out.exists() and not overwrite and any(out.iterdir()):
+        raise CheckpointError(f"{out}: exists already; give another --out, or --overwrite to "
+                              "replace it")
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        _replace(partial, out)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"{out}: cannot be written ({_reason(error)})") from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _replace(partial: Path, out: Path) -> None:
+    """Put `partial` in the place of `out`; the old `out` is gone only once the new one is there."""
+    old = out.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    try:
+        partial.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _reason(error: OSError) -> str:
+    if error.errno == errno.ENOSPC:
+        return "no space left on the device; free space or choose another --out"
+    return str(error)  # with the file's name: it may be one of the inputs
+
+
+def copy_or_link(source: Path, destination: Path) -> None:
+    """Hard-link a file that will never be changed in place, or copy it across file systems."""
+    try:
+        os.link(source.resolve(), destination)
+    except OSError:
+        shutil.copyfile(source, destination)
