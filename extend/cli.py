@@ -198,7 +198,8 @@ def train(recipe, stage, nproc, out, overwrite):
 @click.option("--rank", type=int, default=None, help="Rank of every matrix (32 by default).")
 @click.option("--energy", type=float, default=None, help="Keep this share of each squared norm.")
 @click.option("--no-embeddings", is_flag=True, help="Leave embedding deltas out of the sidecar.")
-@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32",
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
+              default="float32",
               show_default=True, help="Dtype of the factors.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @_out

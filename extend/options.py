@@ -38,6 +38,7 @@ def parse_number(value: Any) -> Any:
 
 Length = Annotated[int, BeforeValidator(parse_length)]
 Number = Annotated[float, BeforeValidator(parse_number)]
+FloatDtype = Literal["float32", "bfloat16", "float16"]
 InputPath = Annotated[str, "input path"]
 """A path, or in a recipe the name of an earlier stage; relative paths start at the recipe."""
 
@@ -156,7 +157,7 @@ class TrainOptions(Options):
     """Dtype of the weights that the optimizer updates."""
     autocast: Literal["auto", "bfloat16", "none"] = "auto"
     """auto: bfloat16 on CUDA, none on the CPU."""
-    export_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    export_dtype: FloatDtype | None = None
     """Dtype of the written checkpoint; that of the input unless given."""
     activation_checkpointing: bool = True
     betas: tuple[Number, Number] = (0.9, 0.95)
@@ -188,7 +189,7 @@ class ExtractOptions(Options):
     """Share of each matrix's squared norm to keep; give this or `rank`."""
     embeddings: bool = True
     """Keep embedding and output head deltas in the sidecar."""
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    dtype: FloatDtype = "float32"
     seed: int = 0
 
     @model_validator(mode="after")
@@ -206,7 +207,7 @@ class MergeOptions(Options):
     weight: Number = 1.0
     sidecar: bool = True
     rope_from: InputPath | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: FloatDtype | None = None
 
 
 class EvalOptions(Options):
@@ -230,6 +231,8 @@ class ReportOptions(Options):
     results: Annotated[dict[str, InputPath], Field(min_length=1)]
     """Label -> results.json, its directory, or the name of an eval stage."""
     title: str = ""
+    training: InputPath | None = None
+    """Output of a train stage, for the loss curve."""
 
 
 STAGES: dict[str, type[Options]] = {

@@ -53,7 +53,8 @@ def _eval(options: Any, out: Path) -> Path:
 def _report(options: Any, out: Path) -> Path:
     from extend.evaluate import report
 
-    return report(options.results, out, title=options.title, overwrite=True)
+    return report(options.results, out, title=options.title, training=options.training,
+                  overwrite=True)
 
 
 RUNNERS: dict[str, Callable[[Any, Path], Path]] = {

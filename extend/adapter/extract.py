@@ -42,7 +42,7 @@ DEFAULT_RANK = 32
 
 
 def extract(base: Path | str, tuned: Path | str, out: Path | str, *, rank: int | None = None,
-            energy: float | None = None, embeddings: bool = True, dtype: str = "fp32",
+            energy: float | None = None, embeddings: bool = True, dtype: str = "float32",
             seed: int = 0, device: str = "auto", overwrite: bool = False) -> Path:
     """Write the difference of two checkpoints as a LoRA adapter with a sidecar.
 
@@ -55,7 +55,7 @@ def extract(base: Path | str, tuned: Path | str, out: Path | str, *, rank: int |
             of ||delta||_F^2. On a delta near the rounding of bf16 weights this chases noise.
         embeddings: False leaves the deltas of the embedding and the head out and records their
             norms; the merged model then differs from the long one by them.
-        dtype: of the stored factors: fp32, bf16 or fp16. The sidecar is always fp32.
+        dtype: of the stored factors: float32, bfloat16 or float16. The sidecar is always fp32.
         seed: of the random sketches.
         device: cpu, cuda, or auto (cuda where there is one).
         overwrite: replace `out` if it exists.

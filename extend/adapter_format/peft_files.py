@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-STORE_DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16",
-                "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+STORE_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<factor>lora_[AB])\.weight")
 

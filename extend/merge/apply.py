@@ -46,7 +46,8 @@ def merge(adapter: Path | str, target: Path | str, out: Path | str, *, weight: f
         weight: of all deltas. The RoPE change has no half way and is written whole for any
             weight; 0 leaves the target's weights bit for bit and writes the long RoPE alone.
         sidecar: False leaves the deltas of norms, biases and embeddings out.
-        dtype: of all floating-point weights (fp32, bf16, fp16); None keeps each tensor's own.
+        dtype: float32, bfloat16 or float16 for all floating-point weights; None keeps each
+            tensor's own.
         rope_from: for an adapter without a sidecar, the model whose RoPE and lengths to write.
         overwrite: replace `out` if it exists.
 

@@ -100,13 +100,13 @@ def test_sidecar_describes_base_and_context(adapter, llama):
     assert sidecar["sources"]["tuned"]["path"] == str(llama.tuned)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_reported_residuals_are_those_of_the_stored_factors(llama, tmp_path, dtype):
     out = extract(llama.base, llama.tuned, tmp_path / "a", rank=6, dtype=dtype)
     modules, expected = read(out / "extend_sidecar.json")["modules"], deltas(llama)
     base = load_file(llama.base / "model.safetensors")
     factors = load_file(out / "adapter_model.safetensors")
-    stored = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    stored = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
     assert {t.dtype for t in factors.values()} == {stored}
     assert len(modules) == 14
     for module, report in modules.items():
@@ -125,7 +125,7 @@ def test_reported_residuals_are_those_of_the_stored_factors(llama, tmp_path, dty
         assert report["residual"] >= float(best) * (1 - 1e-6)
         assert report["rank"] == 6
         kept = 1 - report["energy"]
-        if dtype == "fp32":
+        if dtype == "float32":
             assert kept == pytest.approx(residual ** 2, abs=1e-5)
 
 
@@ -243,7 +243,7 @@ def test_factors_that_overflow_are_refused(copies, tmp_path):
     tensors["model.layers.0.mlp.up_proj.weight"] *= 1e12
     save_file(tensors, copies.tuned / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"up_proj.*overflow.*--dtype bf16 or fp32"):
-        extract(copies.base, copies.tuned, tmp_path / "a", rank=4, dtype="fp16")
+        extract(copies.base, copies.tuned, tmp_path / "a", rank=4, dtype="float16")
 
 
 def test_existing_output_is_kept_unless_told(adapter, llama):
@@ -310,7 +310,8 @@ def test_reads_one_pair_at_a_time(llama, tmp_path, monkeypatch):
 def test_manifest_records_inputs_and_results(adapter, llama):
     manifest = read(adapter / "manifest.json")
     assert manifest["stage"] == "extract"
-    assert manifest["options"] == {"rank": 8, "energy": None, "embeddings": True, "dtype": "fp32"}
+    assert manifest["options"] == {"rank": 8, "energy": None, "embeddings": True,
+                                   "dtype": "float32"}
     assert manifest["inputs"]["base"]["path"] == str(llama.base)
     assert set(manifest["outputs"]) == FILES - {"manifest.json"}
     sidecar = read(adapter / "extend_sidecar.json")

@@ -177,5 +177,5 @@ def test_death_of_a_process_is_told(model_dir, tmp_path):
               seed=0, rows=tmp_path)
     task = KillsItself()
     work = [(task, cell) for cell in task.cells("x", [256], [0.0], 1)]
-    with pytest.raises(ExtendError, match=r"process [01] of 2 died \(SIGKILL.*same command goes on"):
+    with pytest.raises(ExtendError, match=r"process [01] of 2 died \(SIGKILL.*same command"):
         score_in_processes(job, work, 2)

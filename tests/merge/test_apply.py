@@ -113,7 +113,7 @@ def test_equals_pefts_merge(case, tmp_path):
 
 def test_equals_pefts_merge_in_fp32(case, tmp_path):
     """Whatever the stored dtype, in fp32 both compute the same sum, to its rounding."""
-    out = merge(case.adapter, case.models.target, tmp_path / "out", sidecar=False, dtype="fp32")
+    out = merge(case.adapter, case.models.target, tmp_path / "out", sidecar=False, dtype="float32")
     expected = peft_merged(case.adapter, case.models.target, torch.float32)
     for name, weight in weights(out).items():
         # Two summation orders of eight products of size 0.1.
@@ -121,7 +121,7 @@ def test_equals_pefts_merge_in_fp32(case, tmp_path):
 
 
 def test_adapter_in_peft_computes_what_the_merged_model_computes(case, tmp_path):
-    out = merge(case.adapter, case.models.target, tmp_path / "out", sidecar=False, dtype="fp32")
+    out = merge(case.adapter, case.models.target, tmp_path / "out", sidecar=False, dtype="float32")
     merged = AutoModelForCausalLM.from_pretrained(out)
     config = AutoConfig.from_pretrained(out)
     model = AutoModelForCausalLM.from_pretrained(case.models.target, config=config,
@@ -199,8 +199,8 @@ def test_sidecar_can_be_left_out(llama, tmp_path):
     assert read(out / "manifest.json")["results"]["sidecar_left_out"] == 7
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16),
-                                             ("float32", torch.float32)])
+@pytest.mark.parametrize(("name", "dtype"), [
+    ("bfloat16", torch.bfloat16), ("float16", torch.float16), ("float32", torch.float32)])
 def test_dtype_rounds_once_from_fp32(llama, tmp_path, name, dtype):
     wide = weights(merge(llama.adapter, llama.models.target, tmp_path / "wide"))
     out = merge(llama.adapter, llama.models.target, tmp_path / "out", dtype=name)
@@ -304,7 +304,7 @@ def test_overflow_is_refused_and_leaves_nothing(llama, target, tmp_path):
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "out").mkdir()
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj.*infinite"):
-        merge(llama.adapter, target, tmp_path / "out" / "m", dtype="fp16")
+        merge(llama.adapter, target, tmp_path / "out" / "m", dtype="float16")
     assert not list((tmp_path / "out").iterdir())
 
 
