@@ -211,6 +211,7 @@ def write_safetensors(path: Path, infos: Sequence[TensorInfo],
         infos: every tensor in the order of the file.
         read: called once per name, in order; must return the dtype and shape announced.
     """
+    require_space(path.parent, sum(info.num_bytes for info in infos))
     header: dict[str, object] = {"__metadata__": metadata or {"format": "pt"}}
     position = 0
     for info in infos:

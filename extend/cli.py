@@ -104,6 +104,7 @@ def _configure_logging(quiet: bool) -> None:
     rank = int(os.environ.get("RANK", "0"))
     level = logging.WARNING if quiet or rank != 0 else logging.INFO
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars of transformers, too
     for noisy in ("transformers", "torch", "torch.distributed", "matplotlib", "PIL", "fontTools"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 

@@ -19,6 +19,7 @@ from extend.model_config import read_json
 from extend.output import write_json
 
 MANIFEST_NAME = "manifest.json"
+METRICS_NAME = "metrics.jsonl"
 _PACKAGES = ("torch", "transformers", "peft", "safetensors", "accelerate")
 
 
@@ -36,7 +37,10 @@ def hash_files(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def hash_content(path: Path | str) -> str:
-    """One sha256 for a file, or for a directory's names and contents (its manifest left out).
+    """One sha256 for a file, or for a directory's names and contents.
+
+    Left out is how the directory came about: its manifest, and the metrics beside it. Their times
+    are never the same twice, and what a stage makes of the directory does not depend on them.
 
     Raises:
         CheckpointError: nothing is there.
@@ -47,6 +51,8 @@ def hash_content(path: Path | str) -> str:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such file or directory")
     listing = {name: entry["sha256"] for name, entry in hash_files(path).items()}
+    if (path / MANIFEST_NAME).is_file():
+        listing.pop(METRICS_NAME, None)
     return hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
 
 

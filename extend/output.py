@@ -17,8 +17,13 @@ from extend.errors import CheckpointError
 def write_json(path: Path, data: object) -> None:
     """Write JSON under a temporary name, then rename: readers see the old file or the new one."""
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def require_space(directory: Path, num_bytes: int) -> None:

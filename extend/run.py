@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from extend.errors import RecipeError
-from extend.manifest import MANIFEST_NAME, hash_content, outputs_intact
+from extend.errors import CheckpointError, ExtendError, RecipeError
+from extend.manifest import MANIFEST_NAME, hash_content, hash_file, outputs_intact
 from extend.model_config import read_json
 from extend.options import Options
 from extend.output import write_json
@@ -67,15 +67,20 @@ def run(recipe: Path | str, out: Path | str) -> Path:
 
     A stage is skipped when it was run with the same options on inputs with the same content and
     its output is whole. An interrupted stage starts again, from its last checkpoint where it
-    keeps one.
+    keeps one. The output of a stage stays until its successor is complete.
 
     Raises:
         RecipeError: the recipe is not valid.
+        CheckpointError: `out` cannot be written, or holds something in the place of an output.
         ExtendError: whatever a stage raises.
     """
     loaded = load_recipe(recipe)
     out = Path(out).absolute()
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{out}: no such directory can be made ({error.strerror}); choose "
+                              "another --out") from None
     for number, stage in enumerate(loaded.stages, start=1):
         label = f"[{number}/{len(loaded.stages)}] {stage.name} ({stage.kind})"
         _run_stage(stage, loaded, out, label)
@@ -86,29 +91,73 @@ def _run_stage(stage: Stage, recipe: Recipe, out: Path, label: str) -> None:
     names = {s.name for s in recipe.stages}
     options = resolve_inputs(stage.options, lambda value: str(
         out / value if value in names else (recipe.path.parent / value).resolve()))
-    fingerprint = _fingerprint(stage, options, out)
+    fingerprint = _fingerprint(stage, options)
     directory = out / stage.name
     record = read_json(out / RUN_RECORD) if (out / RUN_RECORD).exists() else {}
-    known = record.get(stage.name)
-    if known == fingerprint and (directory / MANIFEST_NAME).is_file():
-        problem = outputs_intact(directory)
-        if problem is None:
-            logger.info("%s: done already, skipped", label)
-            return
-        logger.info("%s: again, because %s", label, problem)
-    elif known not in (None, fingerprint):
-        logger.info("%s: again, because its options or inputs have changed", label)
-    else:
-        logger.info("%s", label)
-    if known != fingerprint:
-        # Order matters: the old output must be gone before its new fingerprint is recorded.
-        for stale in (directory, out / f"{stage.name}.state"):
-            shutil.rmtree(stale, ignore_errors=True)
-        write_json(out / RUN_RECORD, {**record, stage.name: fingerprint})
-    RUNNERS[stage.kind](options, directory)
+    known = record.get(stage.name, {})
+    _check_ours(directory, known)
+    made_with = _made_with(directory, known)
+    problem = None if made_with is None else outputs_intact(directory)
+    if made_with == fingerprint and problem is None:
+        logger.info("%s: done already, skipped", label)
+        if known["started"] == fingerprint:
+            _remove_leftovers(directory)
+        return
+    if made_with not in (None, fingerprint):
+        problem = "its options or inputs have changed"
+    logger.info("%s%s", label, f": again, because {problem}" if problem else "")
+    if known.get("started") != fingerprint:
+        _remove_leftovers(directory)
+    _write_record(out, {**record, stage.name: {
+        "started": fingerprint, "found": {"fingerprint": made_with,
+                                          "manifest": _manifest_hash(directory)}}})
+    try:
+        RUNNERS[stage.kind](options, directory)
+    except ExtendError as error:
+        raise type(error)(f"{stage.name}: {error}") from error
 
 
-def _fingerprint(stage: Stage, options: Options, out: Path) -> str:
+def _check_ours(directory: Path, known: dict[str, Any]) -> None:
+    """A stage replaces its own output, and nothing else."""
+    if not known and directory.exists() and (directory.is_file() or any(directory.iterdir())):
+        raise CheckpointError(f"{directory}: exists already, but {RUN_RECORD} beside it knows of "
+                              "no such output; choose another --out, or move it away")
+
+
+def _made_with(directory: Path, known: dict[str, Any]) -> str | None:
+    """The fingerprint that the output in `directory` was made with; None when there is none.
+
+    A stage puts its output in place in one step, and no two manifests are the same. So one that
+    was not found when the stage was last started is that start's.
+    """
+    manifest = _manifest_hash(directory)
+    if manifest is None:
+        return None
+    found = known["found"]
+    return found["fingerprint"] if manifest == found["manifest"] else known["started"]
+
+
+def _manifest_hash(directory: Path) -> str | None:
+    manifest = directory / MANIFEST_NAME
+    return hash_file(manifest) if manifest.is_file() else None
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Delete what a stage keeps beside its output until it is done."""
+    for name in (f"{directory.name}.state", f".{directory.name}.rows",
+                 f".{directory.name}.partial", f".{directory.name}.old"):
+        shutil.rmtree(directory.with_name(name), ignore_errors=True)
+
+
+def _write_record(out: Path, record: dict[str, Any]) -> None:
+    try:
+        write_json(out / RUN_RECORD, record)
+    except OSError as error:
+        raise CheckpointError(f"{out / RUN_RECORD}: cannot be written ({error.strerror}); free "
+                              "space or choose another --out") from None
+
+
+def _fingerprint(stage: Stage, options: Options) -> str:
     """Hash of the stage's options, with each input path replaced by its content's hash."""
     hashes = {}
     for location, value in input_paths(options):

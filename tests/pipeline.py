@@ -32,9 +32,9 @@ stages:
       - {kind: examples, path: examples.jsonl}
   - {name: adapter, stage: extract, base: base, tuned: long, rank: 4}
   - {name: merged, stage: merge, adapter: adapter, target: sibling}
-  - {name: eval-base, stage: eval, model: base, tasks: [passkey], lengths: [192], depths: 4,
+  - {name: eval-base, stage: eval, model: base, tasks: [passkey], lengths: [320], depths: 4,
      trials: 2}
-  - {name: eval-merged, stage: eval, model: merged, tasks: [passkey], lengths: [192], depths: 4,
+  - {name: eval-merged, stage: eval, model: merged, tasks: [passkey], lengths: [320], depths: 4,
      trials: 2}
   - {name: report, stage: report, results: {base: eval-base, merged: eval-merged}}
 """

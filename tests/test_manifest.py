@@ -59,6 +59,14 @@ def test_directory_hash_covers_names_and_contents_only(source, tmp_path):
     assert hash_content(moved) != before
 
 
+def test_metrics_of_a_stage_are_not_its_content(done):
+    before = hash_content(done)
+    (done / "metrics.jsonl").write_text('{"seconds": 1}')
+    assert hash_content(done) == before
+    (done / MANIFEST_NAME).unlink()  # in any other directory it is a file as any
+    assert hash_content(done) != before
+
+
 def test_missing_input(tmp_path):
     with pytest.raises(CheckpointError, match="nowhere: no such file or directory"):
         describe_inputs({"model": tmp_path / "nowhere"})

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from extend.errors import CompatibilityError, RecipeError
+from extend.errors import CompatibilityError, ExtendError, RecipeError
 from extend.evaluate.plan import PlannedTask, plan_tasks
 from extend.evaluate.rows import RowStore
 from extend.evaluate.summary import summarize
@@ -61,9 +61,13 @@ def evaluate(model: Path | str, out: Path | str, *,
             "cells": [cell.key for entry in planned for cell in entry.cells], **settings}, seed)
         store = RowStore.open(_rows_directory(Path(out)), {
             key: manifest.record[key] for key in ("inputs", "options", "seed", "versions")})
-        rows = _score(store, planned, nproc, device, model=str(model), seed=seed,
-                      adapter=None if adapter is None else str(adapter),
-                      dtype=settings["dtype"], chunk=settings["chunk"])
+        try:
+            rows = _score(store, planned, nproc, device, model=str(model), seed=seed,
+                          adapter=None if adapter is None else str(adapter),
+                          dtype=settings["dtype"], chunk=settings["chunk"])
+        except (ExtendError, OSError):
+            store.remove_if_empty()
+            raise
         results = {"schema": SCHEMA, "model": _describe_model(config, manifest, settings),
                    "summary": summarize(rows), "rows": rows}
         write_json(partial / RESULTS_NAME, results)

@@ -91,3 +91,8 @@ class RowStore:
 
     def remove(self) -> None:
         shutil.rmtree(self.directory)
+
+    def remove_if_empty(self) -> None:
+        """Leave nothing behind where there is nothing to go on from."""
+        if not self.read():
+            self.remove()

@@ -58,6 +58,7 @@ def launch(job: Job, options: TrainOptions, out: Path, *, overwrite: bool, world
         ticket = Path(directory) / "job.json"
         ticket.write_text(json.dumps({
             "options": options.model_dump(), "out": str(out), "overwrite": overwrite,
+            "launcher": os.getpid(),
             "log_level": logging.getLogger("extend").getEffectiveLevel()}), encoding="utf-8")
         _start(world, ticket)
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from extend.errors import CheckpointError
+
 logger = logging.getLogger(__name__)
 
 # Dense bf16 FLOP/s by the start of the device's name (data sheets of the vendors).
@@ -69,8 +71,13 @@ class Progress:
         if peak is not None:
             record["mfu"] = round(flops / seconds / peak, 4)
         record["eta_seconds"] = round((self._total - self._done) * self._seconds / self._tokens, 1)
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise CheckpointError(f"{self._file.name}: cannot be written ({error.strerror}); free "
+                                  "space, and the same command goes on from the last "
+                                  "checkpoint") from None
         logger.info("%s", progress_line(record))
 
     def pause(self) -> None:

@@ -20,7 +20,7 @@ from torch import nn
 
 from extend.errors import CheckpointError, TrainingError
 from extend.model_config import read_json
-from extend.output import write_json
+from extend.output import require_space, write_json
 from extend.train.mesh import Processes
 
 logger = logging.getLogger(__name__)
@@ -93,16 +93,20 @@ class RunState:
         """Write the checkpoint after `step` steps; all processes call it."""
         final = self.directory / f"{_PREFIX}{step}"
         partial = self.directory / f".{_PREFIX}{step}.partial"
+        tensors = _tensors(module, optimizer)
         if self.processes.is_main:
             shutil.rmtree(partial, ignore_errors=True)
+            require_space(self.directory, _count_bytes(tensors))
         self.processes.barrier()
         try:
             with self._quiet():
-                dcp.save(_tensors(module, optimizer), checkpoint_id=partial,
-                         no_dist=self.processes.mesh is None)
+                dcp.save(tensors, checkpoint_id=partial, no_dist=self.processes.mesh is None)
         except (OSError, dcp.api.CheckpointException) as error:
-            raise CheckpointError(f"{partial}: the training state cannot be written ({error}); the "
-                                  "checkpoint before it is still there") from None
+            if self.processes.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(f"{partial}: the training state cannot be written "
+                                  f"({_cause(error)}); see that the disk is not full, and the same "
+                                  "command goes on from the checkpoint before") from None
         if self.processes.is_main:
             older = [p for p in self.directory.glob(f"{_PREFIX}*") if p != final]
             shutil.rmtree(final, ignore_errors=True)
@@ -124,8 +128,8 @@ class RunState:
                 dcp.load(_tensors(module, optimizer), checkpoint_id=path,
                          no_dist=self.processes.mesh is None)
         except (OSError, ValueError, RuntimeError, dcp.api.CheckpointException) as error:
-            raise CheckpointError(f"{path}: the training state cannot be read ({error}); delete "
-                                  f"{self.directory} to start afresh") from None
+            raise CheckpointError(f"{path}: the training state cannot be read ({_cause(error)}); "
+                                  f"delete {self.directory} to start afresh") from None
 
     @contextlib.contextmanager
     def _quiet(self) -> Iterator[None]:
@@ -146,6 +150,19 @@ def _tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, A
     _create_moments(optimizer)
     return {"model": {name: p.detach() for name, p in trained.items()},
             "optimizer": {name: optimizer.state[p] for name, p in trained.items()}}
+
+
+def _count_bytes(tensors: dict[str, Any]) -> int:
+    """Bytes of all tensors, whole ones where a process holds a shard."""
+    return sum(_count_bytes(value) if isinstance(value, dict)
+               else value.numel() * value.element_size() for value in tensors.values())
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong, without the traceback of every process that torch puts around it."""
+    if isinstance(error, dcp.api.CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return str(error).strip()
 
 
 def _create_moments(optimizer: torch.optim.Optimizer) -> None:

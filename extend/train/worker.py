@@ -15,12 +15,13 @@ from extend.options import TrainOptions
 from extend.train.loop import run_process
 
 
-def _follow_parent() -> None:
-    """End this process when the launcher has died; it would go on without anyone to tell."""
-    parent = os.getppid()
+def _follow_parent(launcher: int) -> None:
+    """End this process when its parent, the process `launcher`, has died.
 
+    It would go on without anyone to tell. The launcher may be gone before this is called.
+    """
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == launcher:
             time.sleep(0.5)
         os._exit(1)
 
@@ -33,7 +34,7 @@ def main(ticket: str) -> int:
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     logging.getLogger("extend").setLevel(job["log_level"])
     disable_progress_bar()
-    _follow_parent()
+    _follow_parent(job["launcher"])
     handler = get_error_handler()
     handler.initialize()
     try:
