@@ -30,9 +30,12 @@ def require_space(directory: Path, num_bytes: int) -> None:
     """Raise CheckpointError when the file system of `directory` lacks `num_bytes`."""
     free = shutil.disk_usage(directory).free
     if free < num_bytes:
-        raise CheckpointError(f"{directory}: needs {num_bytes / 2**30:.2f} GiB but only "
-                              f"{free / 2**30:.2f} GiB are free; free space or choose another "
-                              "--out")
+        raise CheckpointError(f"{directory}: needs {_size(num_bytes)} but only {_size(free)} are "
+                              "free; free space or choose another --out")
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes:,} bytes"
 
 
 @contextlib.contextmanager

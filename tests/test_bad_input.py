@@ -299,7 +299,8 @@ def test_a_failing_replacement_keeps_the_old_output(name, inputs):
 def test_disk_too_small_for_what_is_planned(name, inputs, monkeypatch):
     usage = SimpleNamespace(total=10**6, used=10**6 - 1000, free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    refuse(COMMANDS[name], inputs, f"{inputs.parent}", "GiB are free; free space or choose another")
+    refuse(COMMANDS[name], inputs, f"{inputs.parent}",
+           "but only 1,000 bytes are free; free space or choose another --out")
 
 
 def test_disk_too_small_for_a_trained_model(inputs, monkeypatch):
@@ -312,7 +313,7 @@ def test_disk_too_small_for_a_trained_model(inputs, monkeypatch):
         patch.setattr(shutil, "disk_usage", disk_usage)
         result = invoke(COMMANDS["train"], inputs, inputs.parent / "out")
     assert result.exit_code == 1
-    assert "GiB are free; free space or choose another --out" in result.stderr
+    assert "only 1,000 bytes are free; free space or choose another --out" in result.stderr
     assert sorted(os.listdir(inputs.parent)) == ["inputs", "out.state"]
     assert (inputs.parent / "out.state" / "step-1").is_dir()
     assert invoke(COMMANDS["train"], inputs, inputs.parent / "out").exit_code == 0

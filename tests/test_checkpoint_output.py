@@ -95,7 +95,7 @@ def test_existing_output(tmp_path):
 def test_no_space_left(tmp_path, monkeypatch):
     usage = SimpleNamespace(total=100, used=90, free=10)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(CheckpointError, match=r"needs 0.00 GiB but only 0.00 GiB are free"):
+    with pytest.raises(CheckpointError, match="needs 11 bytes but only 10 bytes are free"):
         require_space(tmp_path, 11)
     require_space(tmp_path, 10)
     with (pytest.raises(CheckpointError, match="free space or choose another --out"),
