@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -320,30 +321,37 @@ def test_disk_too_small_for_a_trained_model(inputs, monkeypatch):
     assert sorted(os.listdir(inputs.parent)) == ["inputs", "out"]
 
 
-@pytest.fixture
+@contextmanager
 def small_files():
-    """The kernel refuses to let a file grow beyond 1500 bytes."""
+    """The kernel refuses to let a file grow beyond 1500 bytes: pytest's own log too, so no longer
+    than needed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1500, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("name", ["rescale", "extract", "merge"])
-def test_write_that_fails(name, inputs, small_files):
-    refuse(COMMANDS[name], inputs, f"{inputs.parent / 'out'}: cannot be written", "File too large")
+def test_write_that_fails(name, inputs):
+    with small_files():
+        refuse(COMMANDS[name], inputs, f"{inputs.parent / 'out'}: cannot be written",
+               "File too large")
 
 
-def test_evaluation_that_cannot_write(inputs, small_files):
+def test_evaluation_that_cannot_write(inputs):
     """Finished rows stay beside the output, to go on from."""
-    result = invoke(COMMANDS["eval"], inputs, inputs.parent / "out")
+    with small_files():
+        result = invoke(COMMANDS["eval"], inputs, inputs.parent / "out")
     assert result.exit_code == 1
     assert result.stderr.startswith(f"extend: {inputs.parent / 'out'}: cannot be written")
     assert sorted(os.listdir(inputs.parent)) == [".out.rows", "inputs"]
 
 
-def test_training_state_that_cannot_be_written(inputs, small_files):
-    result = invoke(COMMANDS["train"], inputs, inputs.parent / "out")
+def test_training_state_that_cannot_be_written(inputs):
+    with small_files():
+        result = invoke(COMMANDS["train"], inputs, inputs.parent / "out")
     assert result.exit_code == 1
     assert "the training state cannot be written" in result.stderr
     assert "see that the disk is not full" in result.stderr
