@@ -190,10 +190,8 @@ def _read_stage(entry: Any, index: int, names: list[Any], seed: Any, problems: _
     fields = {k: v for k, v in entry.items() if k not in ("name", "stage")}
     if seed is not None and "seed" in STAGES[kind].model_fields:
         fields.setdefault("seed", seed)
-    try:
-        options = STAGES[kind].model_validate(fields)
-    except ValidationError as error:
-        _explain(error, STAGES[kind], where, kind, problems)
+    options = _read_options(kind, fields, where, problems)
+    if options is None:
         return None
     for location, problem in check_family(options):
         problems.add((*where, *location), problem)
@@ -202,6 +200,25 @@ def _read_stage(entry: Any, index: int, names: list[Any], seed: Any, problems: _
         if problem:
             problems.add((*where, *location), f"{_dotted(location)}: {problem}")
     return Stage(str(name), kind, options)
+
+
+def _read_options(kind: str, fields: dict[str, Any], where: Location,
+                  problems: _Problems) -> Options | None:
+    try:
+        return STAGES[kind].model_validate(fields)
+    except ValidationError as error:
+        _explain(error, STAGES[kind], where, kind, problems)
+        return _without_wrong_fields(STAGES[kind], fields, error)
+
+
+def _without_wrong_fields(model: type[Options], fields: dict[str, Any],
+                          error: ValidationError) -> Options | None:
+    """The options that are left, so that what is wrong with them is reported too."""
+    wrong = {item["loc"][0] for item in error.errors() if item["loc"]}
+    try:
+        return model.model_validate({k: v for k, v in fields.items() if k not in wrong})
+    except ValidationError:
+        return None
 
 
 def _explain(error: ValidationError, model: type[BaseModel], where: Location, kind: str,

@@ -90,10 +90,11 @@ def test_each_problem_has_its_message_and_line(write, old, new, message):
 
 
 def test_all_problems_are_reported_at_once(write):
-    text = GOOD.replace("method: ntk", "methd: ntk").replace("model: long", "model: lng")
+    text = GOOD.replace("method: ntk", "method: nkt\n    too: 1")
+    text = text.replace("model: long", "model: lng")
     with pytest.raises(RecipeError) as caught:
         load_recipe(write(text))
-    assert [line.split(":")[1] for line in str(caught.value).splitlines()] == ["8", "18"]
+    assert [line.split(":")[1] for line in str(caught.value).splitlines()] == ["8", "9", "19"]
 
 
 @pytest.mark.parametrize("text", ["", "- a", "stages: []", "stages: {a: 1}", "stages: [1]",
