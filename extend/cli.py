@@ -172,7 +172,8 @@ def train(recipe, stage, nproc, out, overwrite):
     torchrun --nproc_per_node 2 -m extend train recipes/my.yaml --out runs/long
     """
     from extend.errors import RecipeError
-    from extend.recipe import load_recipe, resolve_inputs
+    from extend.options import resolve_inputs
+    from extend.recipe import load_recipe
     from extend.train import train as run_stage
 
     loaded = load_recipe(recipe)

@@ -6,10 +6,12 @@ options travel to other processes, takes its model whole).
 """
 
 import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+TASK_PATHS = ("haystack", "file", "text")  # options of evaluation tasks that name files
 _UNITS = {"": 1, "k": 1024, "m": 1024 ** 2}
 
 
@@ -238,3 +240,35 @@ class ReportOptions(Options):
 STAGES: dict[str, type[Options]] = {
     "rescale": RescaleOptions, "train": TrainOptions, "extract": ExtractOptions,
     "merge": MergeOptions, "eval": EvalOptions, "report": ReportOptions}
+
+
+def _is_path(metadata: Sequence[Any]) -> bool:
+    return "input path" in metadata
+
+
+def input_paths(options: BaseModel) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """Yield (location, value) of every field that names an input."""
+    for name, field in type(options).model_fields.items():
+        value = getattr(options, name)
+        text = "input path" in str(field.annotation) or _is_path(field.metadata)
+        if isinstance(value, str) and text:
+            yield (name,), value
+        elif isinstance(value, dict) and text:
+            yield from (((name, key), item) for key, item in value.items())
+        elif isinstance(value, list):
+            for i, item in enumerate(value):
+                if isinstance(item, BaseModel):
+                    yield from (((name, i, *loc), v) for loc, v in input_paths(item))
+                elif isinstance(item, dict):
+                    yield from (((name, i, key), item[key]) for key in TASK_PATHS if key in item)
+
+
+def resolve_inputs(options: Options, resolve: Callable[[str], str]) -> Options:
+    """Return the options with every input path replaced by `resolve(value)`."""
+    data = options.model_dump()
+    for location, value in input_paths(options):
+        target = data
+        for part in location[:-1]:
+            target = target[part]
+        target[location[-1]] = resolve(value)
+    return type(options).model_validate(data)

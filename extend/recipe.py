@@ -17,7 +17,7 @@ its file and line.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,12 @@ from extend.options import (
     RescaleOptions,
     RopeOptions,
     TrainOptions,
+    input_paths,
 )
 from extend.registry import check_options, lookup, suggest
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _TOP_KEYS = ("name", "seed", "stages")
-TASK_PATHS = ("haystack", "file", "text")  # options of evaluation tasks that name files
 
 Location = tuple[str | int, ...]
 
@@ -297,27 +297,6 @@ def _check_tasks(options: EvalOptions) -> None:
     check_tasks(options.tasks)
 
 
-def _is_path(metadata: Sequence[Any]) -> bool:
-    return "input path" in metadata
-
-
-def input_paths(options: BaseModel) -> Iterator[tuple[Location, str]]:
-    """Yield (location, value) of every field that names an input."""
-    for name, field in type(options).model_fields.items():
-        value = getattr(options, name)
-        text = "input path" in str(field.annotation) or _is_path(field.metadata)
-        if isinstance(value, str) and text:
-            yield (name,), value
-        elif isinstance(value, dict) and text:
-            yield from (((name, key), item) for key, item in value.items())
-        elif isinstance(value, list):
-            for i, item in enumerate(value):
-                if isinstance(item, BaseModel):
-                    yield from (((name, i, *loc), v) for loc, v in input_paths(item))
-                elif isinstance(item, dict):
-                    yield from (((name, i, key), item[key]) for key in TASK_PATHS if key in item)
-
-
 def _check_input(value: str, index: int, names: list[Any], recipe: Path,
                  check_files: bool) -> str | None:
     if value in names[:index]:
@@ -330,14 +309,3 @@ def _check_input(value: str, index: int, names: list[Any], recipe: Path,
         return f"{path} does not exist, and no earlier stage is called {value!r};" \
                f"{suggest(value, known)}"
     return None
-
-
-def resolve_inputs(options: Options, resolve: Callable[[str], str]) -> Options:
-    """Return the options with every input path replaced by `resolve(value)`."""
-    data = options.model_dump()
-    for location, value in input_paths(options):
-        target = data
-        for part in location[:-1]:
-            target = target[part]
-        target[location[-1]] = resolve(value)
-    return type(options).model_validate(data)

@@ -11,9 +11,9 @@ from typing import Any
 from extend.errors import CheckpointError, ExtendError, RecipeError
 from extend.manifest import MANIFEST_NAME, hash_content, hash_file, outputs_intact
 from extend.model_config import read_json
-from extend.options import Options
+from extend.options import Options, input_paths, resolve_inputs
 from extend.output import write_json
-from extend.recipe import Recipe, Stage, input_paths, load_recipe, resolve_inputs
+from extend.recipe import Recipe, Stage, load_recipe
 
 logger = logging.getLogger(__name__)
 RUN_RECORD = "run.json"

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from extend.errors import RecipeError
-from extend.recipe import input_paths, load_recipe, resolve_inputs
+from extend.options import input_paths, resolve_inputs
+from extend.recipe import load_recipe
 
 GOOD = """\
 name: small
