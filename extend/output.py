@@ -86,6 +86,15 @@ def _reason(error: OSError) -> str:
     return str(error)  # with the file's name: it may be one of the inputs
 
 
+def remove_directory(directory: Path) -> None:
+    """Delete a directory so that its name is never that of a half-deleted one."""
+    doomed = directory.with_name(f".{directory.name}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    if directory.exists():
+        directory.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
 def copy_or_link(source: Path, destination: Path) -> None:
     """Hard-link a file that will never be changed in place, or copy it across file systems."""
     try:

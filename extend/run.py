@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from extend.errors import CheckpointError, ExtendError, RecipeError
 from extend.manifest import MANIFEST_NAME, hash_content, hash_file, outputs_intact
 from extend.model_config import read_json
 from extend.options import Options, input_paths, resolve_inputs
-from extend.output import write_json
+from extend.output import remove_directory, write_json
 from extend.recipe import Recipe, Stage, load_recipe
 
 logger = logging.getLogger(__name__)
@@ -146,7 +145,7 @@ def _remove_leftovers(directory: Path) -> None:
     """Delete what a stage keeps beside its output until it is done."""
     for name in (f"{directory.name}.state", f".{directory.name}.rows",
                  f".{directory.name}.partial", f".{directory.name}.old"):
-        shutil.rmtree(directory.with_name(name), ignore_errors=True)
+        remove_directory(directory.with_name(name))
 
 
 def _write_record(out: Path, record: dict[str, Any]) -> None:

@@ -12,7 +12,13 @@ import torch
 
 from extend.checkpoint import TensorInfo, copy_side_files, write_checkpoint
 from extend.errors import CheckpointError
-from extend.output import atomic_directory, copy_or_link, require_space, write_json
+from extend.output import (
+    atomic_directory,
+    copy_or_link,
+    remove_directory,
+    require_space,
+    write_json,
+)
 
 INFOS = [TensorInfo("w", "F32", (3,))]
 
@@ -167,3 +173,14 @@ def test_side_files(tmp_path):
     assert json.loads((out / "tokenizer_config.json").read_text()) == {
         "model_max_length": 64, "x": 1}
     assert json.loads((out / "generation_config.json").read_text()) == {"top_p": 0.5}
+
+
+def test_removing_takes_the_name_away_first(tmp_path, monkeypatch):
+    doomed = tmp_path / "state"
+    (doomed / "step-1").mkdir(parents=True)
+    with monkeypatch.context() as patch:  # as when a kill comes before the files are deleted
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        remove_directory(doomed)
+    assert os.listdir(tmp_path) == [".state.removed"]
+    remove_directory(doomed)  # what an earlier removal left goes too
+    assert os.listdir(tmp_path) == []

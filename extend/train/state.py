@@ -20,7 +20,7 @@ from torch import nn
 
 from extend.errors import CheckpointError, TrainingError
 from extend.model_config import read_json
-from extend.output import require_space, write_json
+from extend.output import remove_directory, require_space, write_json
 from extend.train.mesh import Processes
 
 logger = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ class RunState:
 
     def remove(self) -> None:
         """Delete the directory; the run is done."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        remove_directory(self.directory)
 
 
 def _tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
