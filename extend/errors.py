@@ -7,6 +7,7 @@
       LayoutError         a length does not divide over the ranks of a layout (also a ValueError)
       DataError           training or evaluation text is missing, too short or malformed
       TrainingError       training cannot go on (loss not finite, ranks disagree, resume mismatch)
+      RankError           another rank does not answer: it died, hangs, or is too slow
 
 Each message says what is wrong, both values, where, and what to do. The command line prints it
 alone and exits with 1; `--debug` adds the traceback.
@@ -39,3 +40,7 @@ class DataError(ExtendError):
 
 class TrainingError(ExtendError):
     """A training run that cannot go on."""
+
+
+class RankError(ExtendError):
+    """Another rank of a group that did not answer in time, or is gone."""

@@ -12,6 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 TASK_PATHS = ("haystack", "file", "text")  # options of evaluation tasks that name files
+STRATEGIES = {"auto": False, "ring": False, "all-gather": False, "ulysses": False, "usp": True,
+              "double-ring": True}
+"""How a ring computes attention: name -> whether a number may follow it, as in `usp:4`."""
 _UNITS = {"": 1, "k": 1024, "m": 1024 ** 2}
 
 
@@ -36,6 +39,22 @@ def parse_number(value: Any) -> Any:
         except ValueError:
             return value
     return value
+
+
+def parse_strategy(value: Any) -> str:
+    """Read the name of a way to compute attention over several processes.
+
+    Names are those of `extend.ring.strategies`, which needs torch; a test keeps the two alike.
+
+    Raises:
+        ValueError: no such name, or a number that is none or does not belong to it.
+    """
+    match = re.fullmatch(r"([a-z-]+)(:[1-9]\d*)?", str(value))
+    takes_number = STRATEGIES.get(match[1]) if match else None
+    if takes_number is None or (match[2] and not takes_number):
+        known = ", ".join(f"{name}[:N]" if number else name for name, number in STRATEGIES.items())
+        raise ValueError(f"{value!r} is no strategy; write one of {known}, where N is a number")
+    return str(value)
 
 
 Length = Annotated[int, BeforeValidator(parse_length)]
@@ -155,6 +174,12 @@ class TrainOptions(Options):
     """Adds this times the mean loss over answer tokens to the mean over all tokens."""
     layout: Literal["contiguous", "zigzag", "striped"] = "zigzag"
     kernel: str = "auto"
+    strategy: Annotated[str, BeforeValidator(parse_strategy)] = "auto"
+    """How attention over a row that several processes share is computed; auto is the fastest that
+    fits in memory, `usp:N` splits heads over N processes, `double-ring:N` takes them for N hosts.
+    """
+    document_mask: bool = True
+    """Tokens see only their own of the documents that are packed into one row."""
     weight_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the weights that the optimizer updates."""
     autocast: Literal["auto", "bfloat16", "none"] = "auto"

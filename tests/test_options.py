@@ -1,9 +1,11 @@
 """Lengths, numbers and cross-field rules of the option models."""
 
+from typing import get_args
+
 import pytest
 from pydantic import ValidationError
 
-from extend.options import ExtractOptions, Phase, TrainOptions, parse_length
+from extend.options import STRATEGIES, ExtractOptions, Phase, TrainOptions, parse_length
 
 
 @pytest.mark.parametrize(("text", "tokens"), [
@@ -36,6 +38,44 @@ def test_schedule_must_not_shrink():
     phases = [{"length": 2048, "steps": 1, "lr": 1e-4}, {"length": 1024, "steps": 1, "lr": 1e-4}]
     with pytest.raises(ValidationError, match=r"must not shrink, they are \[2048, 1024\]"):
         TrainOptions(model="m", schedule=phases, data=[{"kind": "text", "path": "p"}])
+
+
+def train_options(**changes: object) -> TrainOptions:
+    return TrainOptions(model="m", schedule=[{"length": 1024, "steps": 1, "lr": 1e-4}],
+                        data=[{"kind": "text", "path": "p"}], **changes)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ring", "all-gather", "ulysses", "usp", "usp:4",
+                                      "double-ring", "double-ring:16"])
+def test_strategies_are_accepted(strategy: str):
+    assert train_options(strategy=strategy).strategy == strategy
+
+
+@pytest.mark.parametrize("strategy", ["rign", "usp:", "usp:0", "usp:-1", "usp:two", "ring:2",
+                                      "auto:2", "usp:4 ", "", None, 4])
+def test_other_strategies_are_not(strategy: object):
+    with pytest.raises(ValidationError, match=r"is no strategy; write one of auto, ring, all-ga.*"
+                                              r" ulysses, usp\[:N\], double-ring\[:N\]"):
+        train_options(strategy=strategy)
+
+
+def test_names_are_those_of_the_ring():
+    """They are written down twice, because options are read without torch."""
+    from extend.ring import LAYOUTS
+    from extend.ring.strategies import STRATEGIES as OF_THE_RING
+    from extend.ring.strategies import parse_strategy
+
+    assert set(STRATEGIES) == {"auto", *OF_THE_RING}
+    for name, takes_number in STRATEGIES.items():
+        assert parse_strategy(name) == (name, None)
+        if takes_number:
+            assert parse_strategy(f"{name}:3") == (name, 3)
+    assert set(get_args(TrainOptions.model_fields["layout"].annotation)) == set(LAYOUTS)
+
+
+def test_documents_are_masked_unless_told():
+    assert train_options().document_mask
+    assert not train_options(document_mask=False).document_mask
 
 
 def test_rank_and_energy_exclude_each_other():

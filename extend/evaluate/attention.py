@@ -15,6 +15,7 @@ from transformers import AttentionInterface
 from extend.errors import CompatibilityError
 from extend.ring.kernels import choose_kernel
 from extend.ring.lse import merge_partial
+from extend.ring.mask import CAUSAL, FULL, Mask
 
 ATTENTION_NAME = "extend_prefill"
 
@@ -49,13 +50,13 @@ def prefill_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tens
             f"{type(module).__name__} asks its attention for {', '.join(asked) or 'a mask'}, which "
             "evaluation does not compute; only models with plain causal attention are supported")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    kernel = choose_kernel("auto", query, key)
+    kernel = choose_kernel("auto", query, key, mask=Mask(causal=True))
     new, cached = query.shape[2], key.shape[2] - query.shape[2]
     out, lse = kernel.forward(query, key.narrow(2, cached, new), value.narrow(2, cached, new),
-                              causal=True, softmax_scale=scale)
+                              mask=CAUSAL, softmax_scale=scale)
     if cached:
         past, past_lse = kernel.forward(query, key.narrow(2, 0, cached),
-                                        value.narrow(2, 0, cached), causal=False,
+                                        value.narrow(2, 0, cached), mask=FULL,
                                         softmax_scale=scale)
         out, lse = out.to(torch.promote_types(out.dtype, torch.float32)), lse.clone()
         merge_partial(out, lse, past, past_lse)

@@ -1,140 +1,250 @@
-"""What travels around the ring: keys and values forwards, their gradients behind them.
+"""Who holds what, and how it gets there: a rank publishes a tensor, the others fetch parts of it.
 
-A hop is posted before the block it does not depend on is computed, and waited for after it. Every
-rank posts the hops of a step in the same order (keys and values, then gradients), so NCCL cannot
-deadlock, and no hop is made that nobody has a use for.
+    window = comm.publish("keys", shape, k, write)          # write(buffer) fills what is offered
+    transfer = window.fetch(step, into, select)             # from the rank `step` places back
+    ...                                                     # compute, meanwhile
+    transfer.wait()
+
+All ranks of a comm publish and fetch in the same order, with the same shapes. `select(buffer,
+receiver)` says what a receiver gets of the buffer of the rank that it fetches from; sender and
+receiver both ask it, so it must depend on nothing else. A fetch runs beside what the current stream
+gets *after* it: post it before the computation that should hide it. A lane is a name for one
+publication at a time: the next one makes the windows before it stale, but what was fetched from
+them and not yet waited for still arrives whole.
+
+Two transports. "p2p": messages, gloo on the CPU and NCCL between GPUs. "peer": each GPU copies out
+of memory that the others share (`extend.ring.peer`); GPUs of one host only. "auto" takes peer where
+it works.
+
+Nobody waits for ever: `RingComm(timeout_seconds=...)`, or the time-out of the process group. On the
+CPU what comes of it is a RankError that names the rank which did not answer. On GPUs the host does
+not wait, so it is the GPU's own end: NCCL's watchdog stops the process, and a barrier of the peer
+transport stops its kernel, which the next CUDA call reports as a launch failure; the process's log
+names ranks and channel.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup, Work
+from torch.distributed import ProcessGroup
 
-from extend.ring.layouts import Block
-from extend.ring.schedule import Schedule
+from extend.errors import CompatibilityError
+from extend.registry import lookup
+from extend.ring.links import Group, Link, group_of
+from extend.ring.messages import Messages
+from extend.ring.peer import PeerBuffers, PeerOffer
+from extend.ring.transfer import Arrival, Request, Select, Transfer
 
-Parcel = tuple[Tensor, int]  # what, and the rank in the group that it goes to or comes from
+__all__ = ["RingComm", "Transfer", "Window", "subcomm"]
 
-
-@dataclass(frozen=True)
-class Transfer:
-    """Sends and receives under way."""
-
-    works: Sequence[Work] = ()
-
-    def wait(self) -> None:
-        """Return when what was received may be read and what was sent may be overwritten.
-
-        On CUDA it is the current stream that waits.
-        """
-        for work in self.works:
-            work.wait()
+TRANSPORTS = dict.fromkeys(("auto", "p2p", "peer"))
 
 
 class RingComm:
-    """Point-to-point messages inside one process group."""
+    """Ranks that fetch from each other; cheap to make, what is costly is kept for each group.
 
-    def __init__(self, group: ProcessGroup | None = None):
-        """Use `group`; None is the default group, or one lone process where none was set up."""
-        self.group = group
-        ready = dist.is_initialized()
-        self.rank = dist.get_rank(group) if ready else 0
-        self.world = dist.get_world_size(group) if ready else 1
-        if self.rank < 0:
-            raise ValueError("this process is not in the group; only its members call the ring")
+    Attributes:
+        rank, world: this process among the ranks, and their number.
+        ranks: their numbers in the default group, in order.
+        group: the process group that they are part of; None is the default group.
+        timeout: how long a rank may keep the others waiting.
+    """
+
+    def __init__(
+        self,
+        group: ProcessGroup | None = None,
+        *,
+        transport: str = "auto",
+        timeout_seconds: float | None = None,
+    ):
+        """Use `group`; None is the default group, or one lone process where none was set up.
+
+        Args:
+            transport: "auto", "p2p" or "peer".
+            timeout_seconds: None is the time-out of the group.
+
+        Raises:
+            RecipeError: no such transport.
+        """
+        lookup(TRANSPORTS, transport, "transport")
+        self.group, self._wanted = group, transport
+        whole = group_of(group) if dist.is_initialized() else Group.alone()
+        self._join(whole, whole.places, timeout_seconds)
 
     @classmethod
     def alone(cls) -> "RingComm":
         """A ring of one, whatever process groups there are."""
         comm = cls.__new__(cls)
-        comm.group, comm.rank, comm.world = None, 0, 1
+        comm.group, comm._wanted = None, "p2p"
+        comm._join(Group.alone(), (0,), None)
         return comm
 
-    def post(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Transfer:
-        """Start all `sends` and `receives` as one batch and return without waiting."""
-        ops = [dist.P2POp(dist.isend, t, group=self.group, group_peer=to) for t, to in sends]
-        ops += [dist.P2POp(dist.irecv, t, group=self.group, group_peer=of) for t, of in receives]
-        return Transfer(dist.batch_isend_irecv(ops)) if ops else Transfer()
+    def _join(self, whole: Group, places: tuple[int, ...], timeout_seconds: float | None) -> None:
+        if whole.place not in places:
+            raise ValueError("this process is not a member; only members call the ring")
+        self._whole, self._timeout_seconds = whole, timeout_seconds
+        self.link: Link = whole.link(places)
+        self.places = places
+        self.ranks = self.link.ranks
+        self.rank, self.world = places.index(whole.place), len(places)
+        given = timeout_seconds is not None
+        self.timeout = timedelta(seconds=timeout_seconds) if given else whole.timeout
 
+    @property
+    def transport(self) -> str:
+        """"p2p" or "peer": what tensors on a GPU take. The first look is a collective call."""
+        return "p2p" if self._wanted == "p2p" or self._peers() is None else "peer"
 
-def circulate(
-    comm: RingComm, schedule: Schedule, k: Tensor, v: Tensor
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield `(step, k, v)` for every step, [b, h_kv, s, d] each.
+    @property
+    def transport_reason(self) -> str:
+        """Why it is that one."""
+        return "asked for" if self._wanted == "p2p" else self._connected().reason
 
-    While the caller computes on what was yielded, the next keys and values are on their way in one
-    buffer; two such buffers are all that is ever held. What is yielded is valid for its own step
-    only, and holds nothing at a step without a block.
-    """
-    if comm.world == 1:
-        yield 0, k, v
-        return
-    held = torch.stack((k, v))
-    spare = torch.empty_like(held)
-    onward, behind = (comm.rank + 1) % comm.world, (comm.rank - 1) % comm.world
-    for step in range(comm.world):
-        ours, theirs = schedule.source(step), schedule.source(step, behind)
-        transfer = comm.post(
-            sends=[(held, onward)] if step < schedule.last_step(ours) else [],
-            receives=[(spare, behind)] if step < schedule.last_step(theirs) else [],
-        )
-        yield step, held[0], held[1]
-        transfer.wait()
-        held, spare = spare, held
+    @property
+    def hosts(self) -> int:
+        """On how many hosts the ranks run. The first look at a group is a collective call."""
+        facts = self._whole.facts(self.group, self.timeout)
+        return len({facts[place].host for place in self.places})
 
+    def publish(
+        self, lane: str, shape: Sequence[int], like: Tensor, write: Callable[[Tensor], object]
+    ) -> "Window":
+        """Offer a tensor of `shape`, of the dtype and on the device of `like`.
 
-class GradientHops:
-    """Collects dK and dV: every rank adds its share to a sum that follows the keys.
+        `write(buffer)` fills it: at once, or on a side stream after all that the current stream
+        holds now. What it reads must not change before a transfer of the window has been waited
+        for.
 
-    Sums are fp32 [2, b, h_kv, s, d], dK then dV. The share of step 0 stays at home; the others
-    start at step 1 and go home directly from the last rank that had a use for the keys.
-    """
-
-    def __init__(self, comm: RingComm, schedule: Schedule, k: Tensor):
-        self._comm, self._schedule = comm, schedule
-        dtype = torch.promote_types(k.dtype, torch.float32)
-        self._home = torch.zeros((2, *k.shape), dtype=dtype, device=k.device)
-        self._held = torch.zeros_like(self._home)  # the sum that this rank adds to next
-        self._spare = torch.empty_like(self._home)  # where the one after it arrives
-        self._returned: Tensor | None = None
-        self._transfer = Transfer()
-
-    def add(self, step: int, block: Block | None, dk: Tensor | None, dv: Tensor | None) -> None:
-        """Add what this rank found at `step`, if it had a block, and pass the sum on.
-
-        The hop is under way when this returns; it is waited for at the next step, after the next
-        block has been computed.
+        Raises:
+            CompatibilityError: the peer transport was asked for and does not work here, or the
+                tensor is not on the current GPU.
+            RankError: at the first call on GPUs, a rank does not take part.
         """
-        self._transfer.wait()
-        if step > 1:
-            self._held, self._spare = self._spare, self._held
-        sums = self._home if step == 0 else self._held
-        if block is not None:
-            sums[0, :, :, block.kv] += dk
-            sums[1, :, :, block.kv] += dv
-        if step > 0:
-            self._transfer = self._pass_on(step)
+        shape = torch.Size(shape)
+        peers = self._peers() if like.is_cuda or self._wanted == "peer" else None
+        if peers is not None and shape.numel():
+            _check_device(like)
+            offer = peers.publish(lane, shape, like, write, self.timeout)
+        else:
+            buffer = like.new_empty(shape)
+            write(buffer)
+            offer = self._offer(lane, buffer)
+        return Window(self, lane, offer)
 
-    def finish(self) -> tuple[Tensor, Tensor]:
-        """dK and dV of this rank's own keys and values, in fp32."""
-        self._transfer.wait()
-        if self._returned is not None:
-            self._home += self._returned
-        return self._home[0], self._home[1]
+    def publish_tensor(self, lane: str, tensor: Tensor) -> "Window":
+        """Offer what `tensor` holds; messages take it as it is, if it is contiguous.
 
-    def _pass_on(self, step: int) -> Transfer:
-        rank, world, last_step = self._comm.rank, self._comm.world, self._schedule.last_step
-        onward, behind = (rank + 1) % world, (rank - 1) % world
-        ours, theirs = self._schedule.source(step), self._schedule.source(step, behind)
-        sends, receives = [], []
-        if step <= last_step(ours):
-            sends.append((self._held, onward if step < last_step(ours) else ours))
-        if step < last_step(theirs):
-            receives.append((self._spare, behind))
-        if step == last_step(rank):
-            self._returned = torch.empty_like(self._home)
-            receives.append((self._returned, (rank + step) % world))
-        return self._comm.post(sends, receives)
+        It must not change before a transfer of the window has been waited for.
+        """
+        if self.world == 1 or (not tensor.is_cuda and self._wanted != "peer"):
+            return Window(self, lane, self._offer(lane, tensor.contiguous()))
+        return self.publish(lane, tensor.shape, tensor, lambda buffer: buffer.copy_(tensor))
+
+    def fetch_all(
+        self, window: "Window", requests: Sequence[tuple[int, Tensor | None, Select]]
+    ) -> Transfer:
+        """Start several fetches `(step, into, select)` as one transfer; see `Window.fetch`."""
+        return window.fetch_all(requests)
+
+    def _offer(self, lane: str, buffer: Tensor) -> Messages:
+        return Messages(self.group, self.places, self.ranks, self.rank, lane, buffer, self.timeout)
+
+    def _peers(self) -> PeerBuffers | None:
+        if self.world == 1:
+            return None
+        if self._wanted == "p2p":
+            self._whole.facts(self.group, self.timeout)  # NCCL wants everybody there the first time
+            return None
+        link = self._connected()
+        if self._wanted == "peer" and link.peers is None:
+            raise CompatibilityError(
+                f"transport 'peer' does not work between {len(self.ranks)} ranks: {link.reason}; "
+                "use transport='auto' or 'p2p'"
+            )
+        return link.peers
+
+    def _connected(self) -> Link:
+        self._whole.connect(self.link, self.group, self.timeout)
+        return self.link
+
+
+class Window:
+    """What the ranks of a comm have published under one lane, until they do so again."""
+
+    def __init__(self, comm: RingComm, lane: str, offer: "Messages | PeerOffer"):
+        """Make the lane's earlier windows stale."""
+        self._comm, self._lane, self._offer = comm, lane, offer
+        counts = comm.link.published
+        self._number = counts[lane] = counts.get(lane, 0) + 1
+
+    def fetch(self, step: int, into: Tensor | None, select: Select) -> Transfer:
+        """Start to fetch from rank (rank - step) % world; all ranks call it with the same step.
+
+        Args:
+            step: how many places back the owner is; 0 is this rank itself.
+            into: where it goes, any strides, of the shape that is selected; None where nothing is.
+            select: `select(buffer, receiver)`, a view of the owner's buffer, or None.
+
+        Raises:
+            RuntimeError: the lane was published again.
+            ValueError: `into` is not what is selected.
+        """
+        return self.fetch_all([(step, into, select)])
+
+    def fetch_all(self, requests: Sequence[tuple[int, Tensor | None, Select]]) -> Transfer:
+        """Start several fetches as one transfer."""
+        comm = self._comm
+        if comm.link.published[self._lane] != self._number:
+            raise RuntimeError(
+                f"lane {self._lane!r} was published again since; fetch from the newest window"
+            )
+        requests = [Request(step % comm.world, into, select) for step, into, select in requests]
+        arrivals = [a for request in requests if (a := self._arrival(request)) is not None]
+        return self._offer.fetch(requests, arrivals)
+
+    def _arrival(self, request: Request) -> Arrival | None:
+        comm, into = self._comm, request.into
+        owner = (comm.rank - request.step) % comm.world
+        source = request.select(self._offer.view(owner), comm.rank)
+        found, room = _form(source), _form(into)
+        if found != room:
+            raise ValueError(
+                f"lane {self._lane!r}: rank {comm.rank} of {comm.world} fetches {found} from rank "
+                f"{owner} into {room}; pass `into` of what `select` gives"
+            )
+        return None if room is None else Arrival(owner, into, source)
+
+
+def subcomm(comm: RingComm, members: Sequence[int]) -> RingComm:
+    """The ranks `members` of `comm`, this one among them, in that order.
+
+    No communicator is made: messages use that of `comm`. Where the peer transport works, the
+    members rendezvous at their first publication.
+
+    Raises:
+        ValueError: this rank is not a member.
+    """
+    if tuple(members) == tuple(range(comm.world)):
+        return comm
+    if tuple(members) == (comm.rank,):
+        return RingComm.alone()
+    part = RingComm.__new__(RingComm)
+    part.group, part._wanted = comm.group, comm._wanted
+    part._join(comm._whole, tuple(comm.places[m] for m in members), comm._timeout_seconds)
+    return part
+
+
+def _check_device(like: Tensor) -> None:
+    if like.is_cuda and like.device.index != torch.cuda.current_device():
+        raise CompatibilityError(
+            f"the ring's tensors are on {like.device}, the process's own GPU is "
+            f"cuda:{torch.cuda.current_device()}; call torch.cuda.set_device before the first use"
+        )
+
+
+def _form(tensor: Tensor | None) -> tuple[tuple[int, ...], torch.dtype] | None:
+    """Shape and dtype; nothing is nothing, however it is written."""
+    return None if tensor is None or not tensor.numel() else (tuple(tensor.shape), tensor.dtype)

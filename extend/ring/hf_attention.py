@@ -6,19 +6,26 @@
 
 transformers hands unknown keywords of `model(...)` down to the attention function, so the settings
 travel with the call and there is nothing global to set or forget. Without `ring` the same kernels
-run on one process. Whatever the ring cannot honour (padding, packed rows, windows, sinks, dropout,
-a cache) is refused by name, because an ignored mask is a wrong model without an error.
+run on one process. A layer's sliding window arrives from transformers and means what it means
+there: a query sees its own key and the `window - 1` before it. Packed documents are told by
+`RingSettings.cu_seqlens`. Whatever the ring cannot honour (padding, sinks, capped scores, chunked
+attention, dropout, a cache) is refused by name, because an ignored mask is a wrong model without an
+error.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from extend.errors import CompatibilityError
 from extend.ring.attention import attend
 from extend.ring.comm import RingComm
+from extend.ring.layouts import LAYOUTS
+from extend.ring.mask import Mask, make_mask
 
 ATTENTION_NAME = "extend_ring"
 
@@ -26,8 +33,8 @@ ATTENTION_NAME = "extend_ring"
 _REFUSED = {
     "softcap": "capped scores",
     "s_aux": "attention sinks",
-    "cu_seq_lens_q": "packed documents",
-    "cu_seq_lens_k": "packed documents",
+    "cu_seq_lens_q": "packed documents told by transformers' keywords, only by RingSettings",
+    "cu_seq_lens_k": "packed documents told by transformers' keywords, only by RingSettings",
     "output_attentions": "returned attention weights",
 }
 
@@ -37,13 +44,20 @@ class RingSettings:
     """How one call of a model spreads its sequence.
 
     `group` holds the ranks that share a sequence (None: the default process group), `layout` is a
-    name in LAYOUTS, `kernel` a name in KERNELS or "auto". Every rank passes its own part of the
-    ids and the positions, as `shard` cuts them.
+    name in LAYOUTS, `kernel` a name in KERNELS and `strategy` one in STRATEGIES, or "auto". Every
+    rank passes its own part of the ids and the positions, as `shard` cuts them.
+
+    `cu_seqlens`, (0, ..., length), says where documents begin in the *whole* row, which is then the
+    only one of the call: tokens see their own document only. Positions may restart with each
+    document or run on over all of them, which to rotary embeddings is the same. None: one document
+    a row.
     """
 
     group: ProcessGroup | None = None
     layout: str = "zigzag"
     kernel: str = "auto"
+    strategy: str = "auto"
+    cu_seqlens: tuple[int, ...] | None = None
 
 
 def register_ring_attention() -> str:
@@ -81,13 +95,14 @@ def ring_attention_forward(
     layer = getattr(module, "layer_idx", None)
     _refuse_arguments(attention_mask, dropout, kwargs)
     _refuse_cache(query, key)
-    _refuse_window(module, layer, sliding_window, query.shape[2] * comm.world)
-    if layer == 0 and position_ids is not None:
-        _refuse_packing(position_ids)
+    _refuse_layer(module, layer, sliding_window)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    mask = _mask_of_call(settings, causal, sliding_window, query, comm.world)
+    if layer == 0 and position_ids is not None:
+        _refuse_restarts(position_ids, mask, settings.layout, comm)
     out = attend(
-        query, key, value, comm=comm, layout=settings.layout, causal=causal,
-        softmax_scale=scaling, kernel=settings.kernel,
+        query, key, value, comm=comm, layout=settings.layout, mask=mask,
+        softmax_scale=scaling, kernel=settings.kernel, strategy=settings.strategy,
     )  # fmt: skip
     return out.transpose(1, 2).contiguous(), None
 
@@ -132,26 +147,60 @@ def _refuse_cache(query: Tensor, key: Tensor) -> None:
         )
 
 
-def _refuse_window(
-    module: nn.Module, layer: int | None, sliding_window: int | None, seq_len: int
-) -> None:
-    kinds = getattr(getattr(module, "config", None), "layer_types", None)
-    kind = kinds[layer] if kinds and layer is not None else "full_attention"
-    if sliding_window is not None and sliding_window < seq_len:
+def _refuse_layer(module: nn.Module, layer: int | None, window: int | None) -> None:
+    """Refuse a layer whose attention is of another kind, or that keeps its window to itself."""
+    config = getattr(module, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    kind = kinds[layer] if kinds and layer is not None else None
+    if kind not in (None, "full_attention", "sliding_attention"):
         raise _refusal(
-            f"a sliding window of {sliding_window} over {seq_len} tokens in layer {layer}",
-            "use a model with full attention, or sequences no longer than the window",
+            f"layer {layer} of type {kind!r}", "use a model with full or sliding-window attention"
         )
-    if kind not in ("full_attention", "sliding_attention"):
-        raise _refusal(f"layer {layer} of type {kind!r}", "use a model with full attention")
-
-
-def _refuse_packing(position_ids: Tensor) -> None:
-    """Local positions increase in every layout; where they restart, another document begins."""
-    if bool((position_ids.diff(dim=-1) <= 0).any()):
+    # Without types one window holds for all layers (Mistral); with them, for the sliding ones.
+    named = getattr(config, "sliding_window", None)
+    windowed = kind is None and named and getattr(config, "use_sliding_window", True)
+    if window is None and (windowed or kind == "sliding_attention"):
         raise _refusal(
-            "position_ids that restart inside a row (packed documents)",
-            "number the whole row from 0, or pass one document a row",
+            f"the sliding window of {named} in layer {layer}, because {type(module).__name__} does "
+            "not pass it on",
+            "load this model with 'sdpa', or set its sliding_window to null",
+        )
+
+
+def _mask_of_call(
+    settings: RingSettings, causal: bool, window: int | None, query: Tensor, world: int
+) -> Mask:
+    rows, seq_len = query.shape[0], query.shape[2] * world
+    if settings.cu_seqlens is not None and rows != 1:
+        raise _refusal(
+            f"{rows} rows of packed documents (RingSettings.cu_seqlens) in one call",
+            "pass one row with all documents side by side",
+        )
+    return _cached_mask(causal, window, settings.cu_seqlens, seq_len)
+
+
+@lru_cache(maxsize=32)
+def _cached_mask(
+    causal: bool, window: int | None, cu_seqlens: tuple[int, ...] | None, seq_len: int
+) -> Mask:
+    """One object for all layers that have the same mask, so that none is built or planned twice."""
+    return make_mask(causal, window, cu_seqlens, seq_len)
+
+
+def _refuse_restarts(position_ids: Tensor, mask: Mask, layout: str, comm: RingComm) -> None:
+    """Local positions increase in every layout; where they do not, another document begins."""
+    falls = position_ids.diff(dim=-1) <= 0
+    if not bool(falls.any()):
+        return
+    seq_len = position_ids.shape[-1] * comm.world
+    held = LAYOUTS[layout].positions(seq_len, comm.rank, comm.world)
+    starts = torch.tensor((mask.cu_seqlens or ())[1:-1], dtype=torch.int64)
+    same = torch.bucketize(held, starts, right=True).diff() == 0
+    if bool((falls.cpu() & same).any()):
+        raise _refusal(
+            "position_ids that restart inside a row (packed documents) where "
+            "RingSettings.cu_seqlens has no boundary",
+            "give cu_seqlens the boundary, number the whole row from 0, or pass one document a row",
         )
 
 

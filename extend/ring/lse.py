@@ -13,11 +13,22 @@ def merge_partial(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor
 
     Each partial result is already divided by its own softmax sum, so the union of two key sets is
     the mean of the two, weighted by exp(lse). The block's weight is sigmoid(block_lse - lse),
-    which never overflows; a block without a key (block_lse = -inf) has weight 0. A query with no
-    key on either side would give NaN; no layout has one.
+    which never overflows; a block without a key (block_lse = -inf) has weight 0, and so have rows
+    of `out` that hold nothing yet (lse = -inf). A query with no key on either side would give NaN;
+    no layout has one. The arithmetic is fp32 or better and rounds to the dtype of `out` once.
 
     Source: Milakov and Gimelshein, arXiv:1805.02867, section 3.
     """
-    weight = torch.sigmoid(block_lse - lse).unsqueeze(-1)
-    out.lerp_(block_out.to(out.dtype), weight.to(out.dtype))
-    torch.logaddexp(lse, block_lse, out=lse)
+    if out.is_cuda and out.dtype != torch.float64:
+        # Imported here: Triton comes with CUDA builds of torch only.
+        from extend.ring.triton_merge import merge_on_gpu
+
+        merge_on_gpu(out, lse, block_out, block_lse)
+        return
+    wide = torch.promote_types(out.dtype, torch.float32)
+    weight = torch.sigmoid(block_lse - lse).unsqueeze(-1).to(wide)
+    if out.dtype == wide:
+        out.lerp_(block_out.to(wide), weight)
+    else:
+        out.copy_(torch.lerp(out.to(wide), block_out.to(wide), weight))
+    lse.copy_(torch.logaddexp(lse, block_lse))

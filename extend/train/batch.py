@@ -1,11 +1,17 @@
-"""From whole rows to what one rank computes: shift, then shard.
+"""From whole rows to what one rank computes: shift, lay side by side, shard.
 
 Shapes: r rows, s local tokens per row. Labels are shifted on the whole row before it is cut, since
 the token after the last one of a piece lies on another rank.
+
+A token's position is its place in the row it was cut as, wherever its document begins. Attention
+with rotary embeddings depends on differences of positions only, so within a document it makes no
+difference. It does to RoPE types that choose their frequencies by the largest position of a call
+(dynamic, longrope): these then see the length of the row, the same in every step and the one that
+the phase is for, and not that of whichever document is the longest.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,26 +29,38 @@ class Batch:
         input_ids: int64.
         labels: int64, the token that follows each input token, or IGNORE.
         answers: bool, where `labels` is part of an answer.
-        position_ids: int64, positions in the whole row.
+        position_ids: int64, positions in the whole row, before rows were laid side by side.
+        cu_seqlens: (0, ..., length), where the documents of the whole row begin that do not see one
+            another; r is 1 then. None: a document a row.
     """
 
     input_ids: Tensor
     labels: Tensor
     answers: Tensor
     position_ids: Tensor
+    cu_seqlens: tuple[int, ...] | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        tensors = (self.input_ids, self.labels, self.answers, self.position_ids)
-        return Batch(*(t.to(device, non_blocking=True) for t in tensors))
+        return self._map(lambda t: t.to(device, non_blocking=True))
 
     def pin(self) -> "Batch":
         """The same in page-locked memory, from which a GPU copies without waiting."""
-        tensors = (self.input_ids, self.labels, self.answers, self.position_ids)
-        return Batch(*(t.pin_memory() for t in tensors))
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        return replace(self, **{name: change(value) for name, value in vars(self).items()
+                                if isinstance(value, Tensor)})
 
     def counts(self) -> Tensor:
         """int64 [2]: tokens that are predicted, and those of them in answers."""
         return torch.stack(((self.labels != IGNORE).sum(), self.answers.sum()))
+
+    def documents(self, world: int) -> list[int]:
+        """Tokens of each document of the whole rows, which `world` ranks share."""
+        if self.cu_seqlens is None:
+            rows, local_len = self.input_ids.shape
+            return [local_len * world] * rows
+        return np.diff(self.cu_seqlens).tolist()
 
 
 def shift(row: Row) -> tuple[np.ndarray, np.ndarray]:
@@ -52,21 +70,39 @@ def shift(row: Row) -> tuple[np.ndarray, np.ndarray]:
     return labels, answers
 
 
-def build_batch(rows: Sequence[Row], *, layout: str, rank: int, world: int) -> Batch:
+def build_batch(rows: Sequence[Row], *, layout: str, rank: int, world: int,
+                document_mask: bool = False) -> Batch:
     """What cp rank `rank` of `world` holds of these rows.
+
+    With `document_mask`, rows of which one has several documents are laid side by side as one row,
+    which the ranks then share; so short rows are computed together however many documents they
+    hold. Without, and where each row is one document, they stay rows.
 
     Raises:
         LayoutError: the length does not divide over the ranks.
     """
     length = len(rows[0].input_ids)
     check_length(length, layout, world)
-    positions = LAYOUTS[layout].positions(length, rank, world).numpy()
     shifted = [shift(row) for row in rows]
+    ids = np.stack([row.input_ids for row in rows])
+    labels = np.stack([labels for labels, _ in shifted])
+    answers = np.stack([answers for _, answers in shifted])
+    places = np.tile(np.arange(length), (len(rows), 1))
+    columns, bounds = [ids, labels, answers, places], None
+    if document_mask and any(len(row.cu_seqlens) > 2 for row in rows):
+        columns = [column.reshape(1, -1) for column in columns]
+        bounds = join_boundaries(rows)
+    held = LAYOUTS[layout].positions(columns[0].shape[1], rank, world).numpy()
     # Cut by numpy: torch would start a second set of threads in the thread that builds rows.
-    ids = np.stack([row.input_ids[positions] for row in rows])
-    labels = np.stack([labels[positions] for labels, _ in shifted])
-    answers = np.stack([answers[positions] for _, answers in shifted])
-    return Batch(*map(torch.from_numpy, (ids, labels, answers, np.stack([positions] * len(rows)))))
+    parts = [torch.from_numpy(np.ascontiguousarray(column[:, held])) for column in columns]
+    return Batch(*parts, cu_seqlens=bounds)
+
+
+def join_boundaries(rows: Sequence[Row]) -> tuple[int, ...]:
+    """Where documents begin in rows laid side by side, and where the last one ends."""
+    length = len(rows[0].input_ids)
+    starts = [row.cu_seqlens[:-1] + i * length for i, row in enumerate(rows)]
+    return (*np.concatenate(starts).tolist(), length * len(rows))
 
 
 def token_weights(batch: Batch, totals: Tensor, answer_weight: float) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 from extend.checkpoint import copy_side_files
 from extend.errors import CheckpointError, TrainingError
 from extend.model_config import write_rope
-from extend.options import Phase, TrainOptions
+from extend.options import TrainOptions
 from extend.output import atomic_directory, write_json
 from extend.train.launch import count_processes, launch
 from extend.train.mesh import join_processes, phase_mesh
@@ -113,10 +113,11 @@ def run_phase(run: Run, number: int, begin: int, done: int, progress: Progress |
              run.processes.device)
     with prefetch(run, number, mesh, begin) as batches:
         for local_step, batch in enumerate(batches, start=begin):
-            record, stop = train_step(run, number, mesh, local_step, batch, stopped)
+            metrics, flops, stop = train_step(run, number, mesh, local_step, batch, stopped)
             step = done + local_step + 1
             if progress is not None:
-                progress.tell({"step": step, "steps": total} | record, **_work(run, phase))
+                progress.tell({"step": step, "steps": total} | metrics, flops=flops,
+                              tokens=phase.batch_rows * phase.length, peak=_peak(run))
             if stop or step % run.options.save_every == 0 or step == total:
                 run.state.save(step, run.module, run.optimizer)
                 if progress is not None:
@@ -142,12 +143,10 @@ def _open_progress(run: Run) -> Progress:
                     done_tokens=done)
 
 
-def _work(run: Run, phase: Phase) -> dict[str, Any]:
-    """Tokens and FLOPs of a step, and the FLOP/s that all devices together could give."""
+def _peak(run: Run) -> float | None:
+    """FLOP/s that all devices together could give, if known."""
     peak = peak_flops(run.processes.device)
-    return {"tokens": phase.batch_rows * phase.length,
-            "flops": phase.batch_rows * run.size.flops(phase.length),
-            "peak": None if peak is None else peak * run.processes.world}
+    return None if peak is None else peak * run.processes.world
 
 
 def write_output(run: Run, out: Path, overwrite: bool) -> None:

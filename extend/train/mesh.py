@@ -15,8 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from extend.options import Phase
+from extend.errors import CompatibilityError
+from extend.options import Phase, TrainOptions
+from extend.registry import lookup
+from extend.ring.kernels import KERNELS
 from extend.ring.layouts import check_length
+from extend.ring.strategies import parse_strategy
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,28 @@ def check_schedule(schedule: list[Phase], layout: str, world: int) -> None:
     """
     for phase in schedule:
         check_length(phase.length, layout, split_world(phase.batch_rows, world)[1])
+
+
+def check_attention(options: TrainOptions, num_heads: int, world: int) -> None:
+    """Check that the ring can run in every phase, so that a late one does not end a long run.
+
+    Raises:
+        RecipeError: no such kernel.
+        CompatibilityError: heads or ranks that the strategy cannot divide.
+    """
+    if options.kernel != "auto":
+        lookup(KERNELS, options.kernel, "kernel")
+    family, number = parse_strategy(options.strategy)
+    for i, phase in enumerate(options.schedule):
+        cp = split_world(phase.batch_rows, world)[1]
+        parts = cp if family == "ulysses" else number
+        if cp == 1 or parts is None:
+            continue
+        heads = "" if family == "double-ring" else f" and the model's {num_heads} query heads"
+        if cp % parts or (heads and num_heads % parts):
+            raise CompatibilityError(
+                f"phase {i + 1}: strategy {options.strategy!r} divides the {cp} processes of a "
+                f"ring{heads} by {parts}, which leaves a remainder; use strategy auto")
 
 
 def phase_mesh(phase: Phase, processes: Processes) -> PhaseMesh:

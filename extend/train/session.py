@@ -15,7 +15,7 @@ from extend.options import TrainOptions
 from extend.rope.methods import apply_method
 from extend.train.data import Rows, load_rows
 from extend.train.export import Exporter
-from extend.train.mesh import Processes, check_schedule, split_world
+from extend.train.mesh import Processes, check_attention, check_schedule, split_world
 from extend.train.model import (
     CausalLoss,
     ModelSize,
@@ -72,6 +72,7 @@ def plan_ropes(options: TrainOptions, world: int) -> list[RopeSpec]:
             list_files(data.path)
     Checkpoint(options.model)
     config = read_config(options.model)
+    check_attention(options, config.num_heads, world)
     ropes, current = [], config.rope
     for phase in options.schedule:
         if phase.rope is not None:
@@ -92,6 +93,8 @@ def prepare(options: TrainOptions, state: RunState) -> Run:
     rows = load_rows(options, AutoTokenizer.from_pretrained(options.model))
     model = load_model(options, config)
     size = model_size(model, config)
+    if processes.is_main:
+        _tell_windows(options, size)
     exporter = Exporter(Checkpoint(options.model), model, options.export_dtype)
     module = shard_model(CausalLoss(model, options.loss_chunk), processes)
     optimizer = build_optimizer(trained_parameters(module).values(), options)
@@ -105,6 +108,16 @@ def prepare(options: TrainOptions, state: RunState) -> Run:
             logger.info("going on after step %d of %s", step, state.directory)
     return Run(options, processes, config, ropes, rows, module, optimizer, size, exporter, state,
                manifest, step)
+
+
+def _tell_windows(options: TrainOptions, size: ModelSize) -> None:
+    """Say so when layers cannot see as far as the rows are long: training does not change that."""
+    longest = options.schedule[-1].length
+    short = [window for window in size.windows if window is not None and window < longest]
+    if short:
+        logger.warning("%d of %d layers of %s see a sliding window of %d tokens, not all %d of a "
+                       "row; rescale with sliding_window 'drop' for full attention", len(short),
+                       len(size.windows), options.model, min(short), longest)
 
 
 def _start_manifest(options: TrainOptions) -> Manifest:

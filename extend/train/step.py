@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,20 @@ from extend.train.progress import peak_memory_bytes
 from extend.train.session import Run
 
 _MICRO_TOKENS = 8192  # short rows are computed together, up to this many local tokens
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step gave, over all processes.
+
+    Attributes:
+        metrics: what is told of it.
+        flops: what it took, recomputed activations not counted.
+        told_to_stop: whether any process was told to stop before it began.
+    """
+
+    metrics: dict[str, Any]
+    flops: float
+    told_to_stop: bool
 
 
 @contextmanager
@@ -47,25 +61,25 @@ def build_step(run: Run, number: int, mesh: PhaseMesh, step: int) -> list[Batch]
     rows = [run.rows.row(number, index) for index in indices]
     at_once = max(1, _MICRO_TOKENS * mesh.cp // phase.length)
     batches = [build_batch(rows[i:i + at_once], layout=run.options.layout, rank=mesh.cp_rank,
-                           world=mesh.cp) for i in range(0, len(rows), at_once)]
+                           world=mesh.cp, document_mask=run.options.document_mask)
+               for i in range(0, len(rows), at_once)]
     return [b.pin() for b in batches] if run.processes.device.type == "cuda" else batches
 
 
 def train_step(run: Run, number: int, mesh: PhaseMesh, step: int, batches: list[Batch],
-               stopped: threading.Event) -> tuple[dict[str, Any], bool]:
+               stopped: threading.Event) -> StepResult:
     """Take one optimizer step.
-
-    Returns:
-        Its metrics, and whether any process was told to stop before it began.
 
     Raises:
         TrainingError: the loss or the gradient is not finite.
     """
     phase, device = run.options.schedule[number], run.processes.device
     counts = torch.stack([batch.counts() for batch in batches]).sum(0)
-    told = torch.tensor([int(stopped.is_set())])
-    # Over all processes: predicted tokens, answer tokens, processes told to stop.
-    totals = run.processes.sum(torch.cat((counts, told)).to(device))
+    # All ranks of a ring have the same rows, so one of them counts their attention.
+    squares = [run.size.squares(batch.documents(mesh.cp)) for batch in batches]
+    own = torch.tensor([int(stopped.is_set()), sum(squares) if mesh.cp_rank == 0 else 0])
+    # Over all processes: predicted tokens, answer tokens, processes told to stop, squares.
+    totals = run.processes.sum(torch.cat((counts, own)).to(device))
     sums = torch.zeros(3, device=device)
     for batch in batches:
         sums += forward_backward(run, mesh, batch.to(device), totals[:2])
@@ -77,13 +91,15 @@ def train_step(run: Run, number: int, mesh: PhaseMesh, step: int, batches: list[
     set_learning_rate(run.optimizer, lr)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    num_predicted, num_answers, num_told = totals.tolist()
-    return {
+    num_predicted, num_answers, num_told, num_squares = totals.tolist()
+    metrics = {
         "phase": number + 1, "length": phase.length, "loss": loss,
         "nll": nll / max(num_predicted, 1),
         "answer_nll": answer_nll / num_answers if num_answers else None,
         "lr": lr, "grad_norm": grad_norm,
-        "peak_memory_bytes": peak_memory_bytes(device)}, num_told > 0
+        "peak_memory_bytes": peak_memory_bytes(device)}
+    flops = run.size.flops(phase.batch_rows * phase.length, num_squares)
+    return StepResult(metrics, flops, num_told > 0)
 
 
 def forward_backward(run: Run, mesh: PhaseMesh, batch: Batch, totals: Tensor) -> Tensor:
@@ -93,7 +109,8 @@ def forward_backward(run: Run, mesh: PhaseMesh, batch: Batch, totals: Tensor) ->
         fp32 [3], this process's share of: the loss, and the summed losses of all predicted tokens
         and of answer tokens.
     """
-    ring = RingSettings(mesh.ring, run.options.layout, run.options.kernel)
+    ring = RingSettings(mesh.ring, run.options.layout, run.options.kernel, run.options.strategy,
+                        batch.cu_seqlens)
     weights = token_weights(batch, totals, run.options.answer_weight)
     with torch.autocast(run.processes.device.type, torch.bfloat16, enabled=_mixed_precision(run)):
         loss, nll = run.module(batch.input_ids, batch.position_ids, batch.labels, weights, ring)

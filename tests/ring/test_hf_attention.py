@@ -1,56 +1,30 @@
 """transformers models on the ring against the same models on one process with torch's attention."""
 
-from types import SimpleNamespace
+import itertools
 
 import pytest
 import torch
-from transformers import (
-    AttentionInterface,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AttentionInterface
 
-from extend.errors import CompatibilityError
 from extend.ring import (
     ATTENTION_NAME,
     LAYOUTS,
     RingSettings,
+    hf_attention,
     register_ring_attention,
     shard,
     unshard,
 )
 from extend.ring.hf_attention import ring_attention_forward
+from tests.ring.tiny_models import (
+    DOCUMENTS,
+    SEQ_LEN,
+    VOCABULARY,
+    WINDOWED,
+    make_ids,
+    make_model,
+)
 from tests.spawn import spawn
-
-SEQ_LEN, VOCABULARY = 64, 50
-MODELS = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-}
-
-
-def make_model(name, attention, **options):
-    config_class, model_class = MODELS[name]
-    options = {"sliding_window": None} | options
-    config = config_class(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, vocab_size=VOCABULARY, **options,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return model_class._from_config(config, attn_implementation=attention)
-
-
-def make_ids():
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(VOCABULARY, (2, SEQ_LEN), generator=generator)
 
 
 def loss_of(logits, weights):
@@ -58,11 +32,34 @@ def loss_of(logits, weights):
     return (logits * weights).sum()
 
 
-def make_weights():
-    return torch.randn(2, SEQ_LEN, VOCABULARY, generator=torch.Generator().manual_seed(2))
+def make_weights(rows=2):
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(rows, SEQ_LEN, VOCABULARY, generator=generator)
 
 
-def run_on_ring(rank, world, name, checkpointing, layout):
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_same(logits, grads, expected_logits, expected_grads):
+    """fp32 throughout; sums in another order over 64 positions and 2 layers."""
+    torch.testing.assert_close(logits, expected_logits, rtol=1e-5, atol=1e-5)
+    for name, expected in expected_grads.items():
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(
+            grads[name], expected, rtol=1e-4, atol=1e-5 * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def run_plain(name, ids, weights, **options):
+    """Logits and gradients of whole rows with torch's own attention."""
+    model = make_model(name, "eager", **options).train()
+    logits = model(input_ids=ids, use_cache=False).logits
+    loss_of(logits, weights).backward()
+    return logits.detach(), gradients(model)
+
+
+def run_on_ring(rank, world, name, checkpointing, layout, strategy="auto"):
     """This rank's logits, and its share of all parameter gradients."""
     register_ring_attention()
     model = make_model(name, ATTENTION_NAME).train()
@@ -70,11 +67,27 @@ def run_on_ring(rank, world, name, checkpointing, layout):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     positions = LAYOUTS[layout].positions(SEQ_LEN, rank, world).unsqueeze(0)
     ids, weights = (shard(t, 1, layout, rank, world) for t in (make_ids(), make_weights()))
-    output = model(
-        input_ids=ids, position_ids=positions, use_cache=False, ring=RingSettings(layout=layout)
-    )
+    settings = RingSettings(layout=layout, strategy=strategy)
+    output = model(input_ids=ids, position_ids=positions, use_cache=False, ring=settings)
     loss_of(output.logits, weights).backward()
-    return output.logits.detach(), {n: p.grad for n, p in model.named_parameters()}
+    return output.logits.detach(), gradients(model)
+
+
+def run_packed_on_ring(rank, world, name, restart, layout, strategy="auto"):
+    """The same for one row of documents, whose positions restart with each or run on."""
+    register_ring_attention()
+    model = make_model(name, ATTENTION_NAME).train()
+    positions = torch.arange(SEQ_LEN).unsqueeze(0)
+    if restart:
+        sizes = torch.tensor(DOCUMENTS).diff().tolist()
+        positions = torch.cat([torch.arange(size) for size in sizes]).unsqueeze(0)
+    ids, weights, positions = (
+        shard(t, 1, layout, rank, world) for t in (make_ids(1), make_weights(1), positions)
+    )
+    settings = RingSettings(layout=layout, strategy=strategy, cu_seqlens=DOCUMENTS)
+    output = model(input_ids=ids, position_ids=positions, use_cache=False, ring=settings)
+    loss_of(output.logits, weights).backward()
+    return output.logits.detach(), gradients(model)
 
 
 RING_CASES = [
@@ -84,31 +97,72 @@ RING_CASES = [
     ("mistral", True, "zigzag"),
     ("qwen2", True, "zigzag"),
     ("qwen3", True, "zigzag"),
+    *((name, False, "zigzag") for name in WINDOWED),
+    ("mistral window", True, "striped"),
+    ("gemma3 window", True, "contiguous"),
+    ("gemma3 window", True, "zigzag", "ulysses"),
+    ("qwen2 window", False, "zigzag", "all-gather"),
+]
+PACKED_CASES = [
+    ("llama", False, "zigzag"),
+    ("llama", True, "zigzag"),
+    ("mistral window", False, "zigzag"),
+    ("gemma3 window", True, "striped"),
+    ("mistral window", True, "zigzag", "all-gather"),
+    ("llama", False, "zigzag", "usp:2"),
+    ("gemma3 window", False, "zigzag", "ring"),
 ]
 
 
 def run_ring_cases(rank, world):
-    return [run_on_ring(rank, world, *case) for case in RING_CASES]
+    plain = [run_on_ring(rank, world, *case) for case in RING_CASES]
+    return plain, [run_packed_on_ring(rank, world, *case) for case in PACKED_CASES]
 
 
 @pytest.fixture(scope="module")
 def on_two_ranks():
+    """Per case the whole row's logits and the summed gradients."""
+
+    def join(case, results):
+        parts, shares = zip(*results, strict=True)
+        summed = {name: sum(share[name] for share in shares) for name in shares[0]}
+        return unshard(parts, 1, case[2]), summed
+
     ranks = spawn(2, run_ring_cases)
-    return {case: [rank[i] for rank in ranks] for i, case in enumerate(RING_CASES)}
+    return [
+        {case: join(case, [rank[kind][i] for rank in ranks]) for i, case in enumerate(cases)}
+        for kind, cases in enumerate((RING_CASES, PACKED_CASES))
+    ]
 
 
 @pytest.mark.parametrize("case", RING_CASES, ids=str)
 def test_model_on_two_ranks_equals_the_model_on_one(on_two_ranks, case):
-    name, _, layout = case
+    assert_same(*on_two_ranks[0][case], *run_plain(case[0], make_ids(), make_weights()))
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_windows_on_one_rank_are_those_of_transformers(name):
+    expected = run_plain(name, make_ids(), make_weights())
+    assert_same(*run_on_ring(0, 1, name, False, "zigzag"), *expected)
+    wide, _ = run_plain(name, make_ids(), make_weights(), sliding_window=SEQ_LEN)
+    assert (wide - expected[0]).abs().max() > 1e-2  # the window does change the model
+
+
+def run_documents_alone(name):
+    """Logits and summed gradients of each document as a row of its own, from position 0 on."""
     model = make_model(name, "eager").train()
-    logits = model(input_ids=make_ids(), use_cache=False).logits
-    loss_of(logits, make_weights()).backward()
-    parts, shares = zip(*on_two_ranks[case], strict=True)
-    # fp32 throughout; sums in another order over 64 positions and 2 layers
-    torch.testing.assert_close(unshard(parts, 1, layout), logits.detach(), rtol=1e-5, atol=1e-6)
-    summed = {n: shares[0][n] + shares[1][n] for n in shares[0]}
-    expected = {n: p.grad for n, p in model.named_parameters()}
-    torch.testing.assert_close(summed, expected, rtol=1e-4, atol=2e-5)
+    logits = []
+    for begin, end in itertools.pairwise(DOCUMENTS):
+        logits.append(model(input_ids=make_ids(1)[:, begin:end], use_cache=False).logits)
+        loss_of(logits[-1], make_weights(1)[:, begin:end]).backward()
+    return torch.cat(logits, 1).detach(), gradients(model)
+
+
+@pytest.mark.parametrize("case", PACKED_CASES, ids=str)
+def test_a_packed_row_equals_each_document_alone(on_two_ranks, case):
+    expected = run_documents_alone(case[0])
+    assert_same(*on_two_ranks[1][case], *expected)
+    assert_same(*run_packed_on_ring(0, 1, *case), *expected)
 
 
 def test_without_ring_settings_it_is_attention_on_one_process():
@@ -141,50 +195,26 @@ def test_no_mask_is_built(monkeypatch):
     assert seen == [(None, settings)] * 2
 
 
-def test_what_the_ring_cannot_honour_is_refused():
+def test_layers_with_the_same_mask_share_one_object(monkeypatch):
     register_ring_attention()
-    model, ids = make_model("llama", ATTENTION_NAME), make_ids()
-    padded = torch.ones_like(ids)
-    padded[0, :3] = 0
-    with pytest.raises(CompatibilityError, match="an attention mask with 3 padded positions"):
-        model(input_ids=ids, attention_mask=padded)
-    square = torch.zeros(2, 1, SEQ_LEN, SEQ_LEN)
-    with pytest.raises(CompatibilityError, match=r"an attention mask of shape \(2, 1, 64, 64\)"):
-        model(input_ids=ids, attention_mask=square)
-    restart = torch.cat((torch.arange(40), torch.arange(24))).unsqueeze(0)
-    with pytest.raises(CompatibilityError, match="packed documents"):
-        model(input_ids=ids, position_ids=restart, use_cache=False)
-    with pytest.raises(CompatibilityError, match=r"1 queries against 65 keys \(a KV cache\)"):
-        model(input_ids=ids[:, :1], past_key_values=model(input_ids=ids).past_key_values)
+    masks, settings = [], []
 
+    def record(query, key, value, *, mask, strategy, **kwargs):
+        masks.append(mask)
+        settings.append(strategy)
+        return query
 
-def test_windows_and_dropout_are_refused():
-    register_ring_attention()
-    ids = make_ids()
-    with pytest.raises(CompatibilityError, match="window of 32 over 64 tokens in layer 0"):
-        make_model("mistral", ATTENTION_NAME, sliding_window=32)(input_ids=ids)
-    wide = make_model("mistral", ATTENTION_NAME, sliding_window=64)
-    plain = make_model("mistral", "eager")
-    torch.testing.assert_close(wide(input_ids=ids).logits, plain(input_ids=ids).logits)
-    with pytest.raises(CompatibilityError, match=r"attention dropout 0.1; set attention_dropout"):
-        make_model("llama", ATTENTION_NAME, attention_dropout=0.1).train()(input_ids=ids)
-
-
-@pytest.mark.parametrize(
-    ("keywords", "message"),
-    [({"softcap": 30.0}, "capped scores"), ({"s_aux": torch.zeros(4)}, "attention sinks")],
-)
-def test_unsupported_keywords_are_refused_by_name(keywords, message):
-    q = torch.zeros(1, 4, 8, 8)
-    with pytest.raises(CompatibilityError, match=message):
-        ring_attention_forward(torch.nn.Module(), q, q, q, None, **keywords)
-
-
-def test_layers_of_another_kind_are_refused():
-    module = torch.nn.Module()
-    module.layer_idx, module.config = 1, SimpleNamespace(
-        layer_types=["full_attention", "chunked_attention"]
-    )
-    q = torch.zeros(1, 4, 8, 8)
-    with pytest.raises(CompatibilityError, match="layer 1 of type 'chunked_attention'"):
-        ring_attention_forward(module, q, q, q, None)
+    monkeypatch.setattr(hf_attention, "attend", record)
+    model = make_model(
+        "gemma3 window", ATTENTION_NAME, num_hidden_layers=6,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    )  # fmt: skip
+    model(
+        input_ids=make_ids(1), use_cache=False,
+        ring=RingSettings(strategy="ring", cu_seqlens=DOCUMENTS),
+    )  # fmt: skip
+    assert [(mask.causal, mask.window, mask.cu_seqlens) for mask in masks] == [
+        (True, 7, DOCUMENTS), (True, 7, DOCUMENTS), (True, None, DOCUMENTS)
+    ] * 2  # fmt: skip
+    assert len({id(mask) for mask in masks}) == 2
+    assert settings == ["ring"] * 6

@@ -10,12 +10,12 @@ from extend.train.batch import build_batch, shift, token_weights
 from extend.train.data import IGNORE, Row
 
 
-def example(length: int = 24, seed: int = 0) -> Row:
+def example(length: int = 24, seed: int = 0, bounds: tuple[int, ...] = ()) -> Row:
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, 100, length)
     labels = np.where(rng.random(length) < 0.3, IGNORE, ids)
     answers = (rng.random(length) < 0.3) & (labels != IGNORE)
-    return Row(ids, labels, answers, np.asarray([0, length], dtype=np.int32), "test")
+    return Row(ids, labels, answers, np.asarray([0, *bounds, length], dtype=np.int32), "test")
 
 
 def test_shift_moves_labels_to_the_token_before():
@@ -39,6 +39,34 @@ def test_parts_make_up_the_shifted_rows(layout: str, world: int):
     ):
         whole = unshard([getattr(part, name) for part in parts], 1, layout)
         torch.testing.assert_close(whole, torch.from_numpy(np.stack(want)))
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_of_documents_become_one_row(layout: str, world: int):
+    rows = [example(seed=0, bounds=(5, 6)), example(seed=1), example(seed=2, bounds=(20,))]
+    parts = [build_batch(rows, layout=layout, rank=rank, world=world, document_mask=True)
+             for rank in range(world)]
+    bounds = (0, 5, 6, 24, 48, 68, 72)
+    for part in parts:
+        assert part.cu_seqlens == part.to(torch.device("cpu")).cu_seqlens == bounds
+        assert part.documents(world) == [5, 1, 18, 24, 20, 4]
+    for name, want in (
+        ("input_ids", [row.input_ids for row in rows]),
+        ("labels", [shift(row)[0] for row in rows]),
+        ("answers", [shift(row)[1] for row in rows]),
+        ("position_ids", [np.arange(24)] * 3),
+    ):
+        whole = unshard([getattr(part, name) for part in parts], 1, layout)
+        torch.testing.assert_close(whole, torch.from_numpy(np.concatenate(want))[None])
+
+
+@pytest.mark.parametrize(("bounds", "document_mask"), [((), True), ((5,), False)])
+def test_other_rows_stay_rows(bounds: tuple[int, ...], document_mask: bool):
+    rows = [example(seed=0, bounds=bounds), example(seed=1)]
+    part = build_batch(rows, layout="zigzag", rank=1, world=2, document_mask=document_mask)
+    assert part.cu_seqlens is None and part.input_ids.shape == (2, 12)
+    assert part.documents(2) == [24, 24]
 
 
 def test_weights_are_means_over_the_whole_step():

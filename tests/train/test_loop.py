@@ -1,6 +1,8 @@
 """The same run on 1, 2 and 4 processes, and against plain transformers and torch.optim."""
 
+import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     directory = tmp_path_factory.mktemp("train")
     return {"directory": directory, "model": save_model(directory / "model"),
             "untied": save_model(directory / "untied", tied=False),
+            "window": save_model(directory / "window", window=23),
             "text": save_text(directory), "examples": save_examples(directory)}
 
 
@@ -38,6 +41,9 @@ def cases(files: dict[str, Path]) -> dict[str, TrainOptions]:
         "cp": options(files["model"], mixed, answer_weight=0.3, schedule=[phase]),
         "dp": options(files["untied"], mixed, answer_weight=0.3, weight_decay=0.1,
                       schedule=[phase | {"batch_rows": 4}]),
+        "crossing": options(files["model"], mixed, document_mask=False,
+                            schedule=[phase | {"batch_rows": 3}]),
+        "window": options(files["window"], mixed, schedule=[phase | {"batch_rows": 3}]),
         "lora": options(files["model"], mixed, mode="lora", lora_rank=4,
                         schedule=[phase, phase | {"batch_rows": 2}]),
     }
@@ -86,44 +92,52 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert_close_weights(load_file(a / "model.safetensors"), load_file(b / "model.safetensors"))
 
 
-@pytest.mark.parametrize("name", ["cp", "dp", "lora"])
+@pytest.mark.parametrize("name", ["cp", "dp", "crossing", "window", "lora"])
 def test_two_processes_equal_one(name: str, single: Path, double: Path):
     assert_same_run(single / f"{name}-1", double / f"{name}-2")
 
 
 def test_four_processes_with_two_rings_equal_one(files: dict[str, Path]):
     run = cases(files)["cp"].model_dump()
-    run["schedule"] = [{**SCHEDULE, "steps": 2, "batch_rows": 2}]
+    # Two rings of two with three rows each, one ring of four, and two rings with one row each.
+    run["schedule"] = [{**SCHEDULE, "steps": 1, "batch_rows": rows} for rows in (6, 1, 2)]
     train(TrainOptions(**run), files["directory"] / "grid-1")
     spawn(4, run_all, {"grid": run}, files["directory"])
     assert_same_run(files["directory"] / "grid-1", files["directory"] / "grid-4")
 
 
-def row_loss(logits: torch.Tensor, row: Row, totals: tuple[int, int],
-             answer_weight: float) -> torch.Tensor:
-    """Share of one whole row in the loss, from full logits."""
-    labels, answers = torch.from_numpy(row.labels[1:]), torch.from_numpy(row.answers[1:])
-    nll = F.cross_entropy(logits[0, :-1], labels, reduction="none", ignore_index=IGNORE)
-    return nll.sum() / totals[0] + answer_weight * nll[answers].sum() / totals[1]
+def row_loss(model: torch.nn.Module, row: Row, run: TrainOptions,
+             totals: tuple[int, int]) -> torch.Tensor:
+    """Share of one whole row in the loss: each of its documents in a forward of its own."""
+    bounds = row.cu_seqlens if run.document_mask else (0, len(row.input_ids))
+    loss = torch.zeros(())
+    for begin, end in itertools.pairwise(bounds):
+        ids, labels, answers = (torch.from_numpy(t[begin:end])
+                                for t in (row.input_ids, row.labels, row.answers))
+        logits = model(input_ids=ids[None]).logits[0, :-1]
+        nll = F.cross_entropy(logits, labels[1:], reduction="none", ignore_index=IGNORE)
+        loss = loss + nll.sum() / totals[0] + run.answer_weight * nll[answers[1:]].sum() / totals[1]
+    return loss
 
 
-def test_equals_plain_transformers_and_torch(files: dict[str, Path], single: Path):
+@pytest.mark.parametrize("name", ["dp", "crossing", "window"])
+def test_equals_plain_transformers_and_torch(name: str, files: dict[str, Path], single: Path):
     """The same run without ring, chunks, checkpointing, micro-batches, or our optimizer."""
-    run = cases(files)["dp"]
+    run, out = cases(files)[name], single / f"{name}-1"
     phase = run.schedule[0]
     rows = load_rows(run, AutoTokenizer.from_pretrained(run.model))
     # The config that the run wrote has the RoPE it trained with.
     model = AutoModelForCausalLM.from_pretrained(
-        run.model, config=AutoConfig.from_pretrained(single / "dp-1"), attn_implementation="eager")
-    groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
+        run.model, config=AutoConfig.from_pretrained(out), attn_implementation="eager")
+    decay = {"weight_decay": run.weight_decay}
+    groups = [{"params": [p for p in model.parameters() if p.ndim > 1]} | decay,
               {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=run.betas)
-    for step, line in enumerate(metrics(single / "dp-1")):
-        batch = [rows.row(0, 4 * step + i) for i in range(4)]
+    for step, line in enumerate(metrics(out)):
+        batch = [rows.row(0, phase.batch_rows * step + i) for i in range(phase.batch_rows)]
         totals = (sum(int((r.labels[1:] != IGNORE).sum()) for r in batch),
                   sum(int(r.answers[1:].sum()) for r in batch))
-        loss = sum(row_loss(model(input_ids=torch.from_numpy(r.input_ids)[None]).logits, r, totals,
-                            run.answer_weight) for r in batch)
+        loss = sum(row_loss(model, r, run, totals) for r in batch)
         loss.backward()
         assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.clip_norm)
@@ -132,9 +146,10 @@ def test_equals_plain_transformers_and_torch(files: dict[str, Path], single: Pat
             group["lr"] = learning_rate(phase, step)
         optimizer.step()
         optimizer.zero_grad()
-    trained, start = load_file(single / "dp-1" / "model.safetensors"), load_file(
-        files["untied"] / "model.safetensors")
-    assert_close_weights(trained, dict(model.state_dict()))
+    trained, start = (load_file(directory / "model.safetensors")
+                      for directory in (out, Path(run.model)))
+    plain = model.state_dict()
+    assert_close_weights(trained, {name: plain[name] for name in start})
     assert all((trained[n] - start[n]).abs().max() > 1e-3 for n in start)  # and it did train
 
 
@@ -181,6 +196,16 @@ def test_bad_runs_are_refused(changes: dict, data: dict, error: type, match: str
         train(options(files["model"], [data], **({"schedule": [SCHEDULE]} | changes)),
               tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_window_shorter_than_the_rows_is_told(files: dict[str, Path], tmp_path: Path,
+                                                caplog: pytest.LogCaptureFixture):
+    for length, told in ((16, False), (64, True)):
+        phase = SCHEDULE | {"length": length, "steps": 1, "rope": None}
+        train(options(files["window"], [{"kind": "text", "path": str(files["text"])}],
+                      schedule=[phase]), tmp_path / str(length))
+        message = "2 of 2 layers of .* see a sliding window of 23 tokens, not all 64 of a row"
+        assert bool(re.search(message, caplog.text)) == told
 
 
 def test_existing_output_is_not_replaced_unasked(files: dict[str, Path], single: Path):

@@ -3,10 +3,16 @@
 import pytest
 import torch
 
-from extend.errors import CompatibilityError, LayoutError
+from extend.errors import CompatibilityError, LayoutError, RecipeError
 from extend.model_config import RopeSpec
-from extend.options import Phase
-from extend.train.mesh import Processes, check_schedule, phase_mesh, split_world
+from extend.options import Phase, TrainOptions
+from extend.train.mesh import (
+    Processes,
+    check_attention,
+    check_schedule,
+    phase_mesh,
+    split_world,
+)
 from extend.train.model import check_rope
 
 
@@ -23,6 +29,36 @@ def test_schedule_is_checked_per_phase():
     check_schedule(phases[:1], "zigzag", 4)  # each process has whole rows
     with pytest.raises(LayoutError, match="length 10 must be a multiple of 2 x 2 ranks"):
         check_schedule(phases, "zigzag", 4)
+
+
+def run_of(strategy: str, **changes: str) -> TrainOptions:
+    phases = [Phase(length=64, steps=1, lr=1e-4, batch_rows=rows) for rows in (4, 2, 1)]
+    return TrainOptions(model="m", data=[{"kind": "retrieval"}], schedule=phases,
+                        strategy=strategy, **changes)
+
+
+@pytest.mark.parametrize(("strategy", "num_heads", "match"), [
+    ("ulysses", 6, r"phase 3: strategy 'ulysses' divides the 4 processes .* 6 query heads by 4"),
+    ("ulysses", 3, r"phase 2: strategy 'ulysses' divides the 2 processes .* 3 query heads by 2"),
+    ("usp:4", 8, r"phase 2: strategy 'usp:4' divides the 2 processes .* 8 query heads by 4"),
+    ("double-ring:4", 8, r"phase 2: strategy 'double-ring:4' divides the 2 processes .* ring by 4"),
+])
+def test_a_strategy_must_fit_every_phase(strategy: str, num_heads: int, match: str):
+    with pytest.raises(CompatibilityError, match=match):
+        check_attention(run_of(strategy), num_heads, 4)
+
+
+@pytest.mark.parametrize(("strategy", "num_heads"), [
+    ("ulysses", 8), ("usp:2", 6), ("usp", 3), ("double-ring:2", 3), ("ring", 3), ("auto", 3)])
+def test_strategies_that_fit(strategy: str, num_heads: int):
+    check_attention(run_of(strategy), num_heads, 4)
+    check_attention(run_of("usp:7"), num_heads, 1)  # one process needs no strategy
+
+
+def test_kernels_are_looked_up_before_anything_runs():
+    check_attention(run_of("auto", kernel="flash"), 8, 1)
+    with pytest.raises(RecipeError, match="kernel: unknown 'flsh'; did you mean 'flash'"):
+        check_attention(run_of("auto", kernel="flsh"), 8, 1)
 
 
 def test_one_process_has_no_groups():

@@ -7,12 +7,25 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    Qwen2ForCausalLM,
+)
 
 from extend.errors import CompatibilityError, RecipeError
 from extend.model_config import RopeSpec, read_config, write_rope
 from extend.options import TrainOptions
-from extend.train.model import load_model, model_size, set_rope, trained_parameters
+from extend.train.model import (
+    ModelSize,
+    layer_windows,
+    load_model,
+    model_size,
+    set_rope,
+    trained_parameters,
+)
 from tests.train.tiny import options, save_model
 
 
@@ -103,4 +116,28 @@ def test_flops_count_matrices_and_half_the_square(tied: bool, tmp_path: Path):
     size = model_size(load(directory), read_config(directory))
     layer = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48
     matrices = 2 * layer + 264 * 32
-    assert size.flops(100) == 6 * matrices * 100 + 12 * 2 * 32 * 100**2 / 2
+    attention = 12 * 2 * 32 * 100**2 / 2
+    assert size.flops(100, size.squares([100])) == 6 * matrices * 100 + attention
+
+
+def test_squares_count_what_documents_and_windows_leave():
+    """Against a count of the pairs, one by one: twice their number, less half of the diagonal."""
+    size = ModelSize(0, 0, 1, (None, 7, 7, 30))
+    lengths = [1, 6, 7, 8, 29, 30, 41]
+    pairs = [[min(query + 1, window or n) for query in range(n)]
+             for n in lengths for window in size.windows]
+    assert size.squares(lengths) == sum(2 * sum(seen) - max(seen) for seen in pairs)
+
+
+@pytest.mark.parametrize(("make", "changes", "windows"), [
+    (LlamaForCausalLM, {}, (None, None)),
+    (MistralForCausalLM, {"sliding_window": 9}, (9, 9)),
+    (Qwen2ForCausalLM, {"sliding_window": 9}, (None, None)),
+    (Qwen2ForCausalLM, {"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 1},
+     (None, 9)),
+])
+def test_windows_of_layers_are_those_of_transformers(make: type, changes: dict, windows: tuple):
+    config = make.config_class(vocab_size=50, hidden_size=32, intermediate_size=48,
+                               num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                               **changes)
+    assert layer_windows(make(config)) == windows

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedTokenizerFast
 
 from extend.options import TrainOptions
 
@@ -25,14 +25,20 @@ def save_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def save_model(directory: Path, *, tied: bool = True, seed: int = 0) -> Path:
-    """A Llama of two layers with grouped KV heads, native length 64, fp32."""
+def save_model(directory: Path, *, tied: bool = True, seed: int = 0,
+               window: int | None = None) -> Path:
+    """A Llama of two layers with grouped KV heads, native length 64, fp32.
+
+    With a sliding `window`, it is a Mistral.
+    """
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    make = LlamaForCausalLM if window is None else MistralForCausalLM
+    config = make.config_class(
         vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=NATIVE_LEN,
-        tie_word_embeddings=tied, initializer_range=0.2)
-    LlamaForCausalLM(config).save_pretrained(directory)
+        tie_word_embeddings=tied, initializer_range=0.2,
+        **({} if window is None else {"sliding_window": window}))
+    make(config).save_pretrained(directory)
     save_tokenizer(directory)
     return directory
 

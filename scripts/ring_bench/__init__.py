@@ -1,0 +1,1 @@
+"""The parts of bench_ring.py: one file for each section of its report."""

@@ -1,0 +1,96 @@
+"""Attention written down in fp64, and the inputs that the ring's tests give to it."""
+
+import functools
+
+import torch
+
+from extend.ring import ring_attention, shard
+
+SEQ_LEN, NUM_HEADS, HEAD_DIM, BATCH = 144, 24, 16, 2  # 144 = 9 * 16: divides for 2, 3, 4 and 8 ranks
+HEADS = {"MHA": 24, "GQA": 6, "MQA": 1}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+DOCUMENTS = (0, 1, 5, 40, 41, 90, 144)  # tiny and uneven, over and inside every cut
+MASKS = {
+    "causal": {},
+    "full": {"causal": False},
+    "window": {"window": 13},
+    "packed": {"cu_seqlens": DOCUMENTS},
+    "packed full": {"cu_seqlens": DOCUMENTS, "causal": False},
+    "packed window": {"cu_seqlens": DOCUMENTS, "window": 13},
+}
+NAMES = ("out", "dq", "dk", "dv")
+
+
+def visible(seq_len, causal=True, window=None, cu_seqlens=None):
+    """bool [seq_len, seq_len]: which key (column) a query (row) sees, from the definition."""
+    query, key = torch.arange(seq_len)[:, None], torch.arange(seq_len)[None, :]
+    seen = torch.ones(seq_len, seq_len, dtype=torch.bool)
+    if causal:
+        seen &= key <= query
+    if window is not None:
+        seen &= query - key < window
+    if cu_seqlens is not None:
+        document = torch.bucketize(torch.arange(seq_len), torch.tensor(cu_seqlens), right=True)
+        seen &= document[:, None] == document[None, :]
+    return seen
+
+
+def make_inputs(heads, dtype, seq_len=SEQ_LEN):
+    """q, k, v and dout, rounded to `dtype`."""
+    generator = torch.Generator().manual_seed(HEADS[heads])
+    return [
+        torch.randn(BATCH, h, seq_len, HEAD_DIM, generator=generator, dtype=torch.float64)
+        .to(DTYPES[dtype])
+        for h in (NUM_HEADS, HEADS[heads], HEADS[heads], NUM_HEADS)
+    ]  # fmt: skip
+
+
+def by_definition(q, k, v, dout, seen):
+    """out, dq, dk, dv in the dtype of the inputs, by autograd."""
+    q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+    group = q.shape[1] // k.shape[1]
+    scores = q @ k.repeat_interleave(group, 1).mT / q.shape[-1] ** 0.5
+    scores = scores.masked_fill(~seen, float("-inf"))
+    out = scores.softmax(-1) @ v.repeat_interleave(group, 1)
+    return out.detach(), *torch.autograd.grad(out, (q, k, v), dout)
+
+
+@functools.cache
+def exact(heads, dtype, mask):
+    """out, dq, dk, dv of the whole sequence in fp64."""
+    inputs = (t.double() for t in make_inputs(heads, dtype))
+    return by_definition(*inputs, visible(SEQ_LEN, **MASKS[mask]))
+
+
+@functools.cache
+def one_flash_call(heads, dtype, mask):
+    """out, dq, dk, dv of torch's own kernel on the whole sequence."""
+    q, k, v, dout = make_inputs(heads, dtype)
+    q, k, v = (t.requires_grad_() for t in (q, k, v))
+    dense = mask == "causal"
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=dense, enable_gqa=True,
+        attn_mask=None if dense else visible(SEQ_LEN, **MASKS[mask]),
+    )  # fmt: skip
+    return out.detach(), *torch.autograd.grad(out, (q, k, v), dout)
+
+
+def tolerance(name, heads, dtype, mask):
+    """What `name` may be off, absolutely."""
+    if dtype != "bf16":
+        # fp32: values are of order 1 to 10 and sums have some hundred terms, some tens of roundings.
+        # fp64: no step of the ring may be worse than fp64 when the inputs are.
+        return {"fp32": 2e-5, "fp64": 1e-12}[dtype]
+    i = NAMES.index(name)
+    flash = one_flash_call(heads, dtype, mask)[i].double() - exact(heads, dtype, mask)[i]
+    return 2.5 * flash.abs().max().item() + 2e-3  # the design's gate
+
+
+def run_ring(rank, world, inputs, **options):
+    """out, dq, dk, dv of this rank's part."""
+    layout = options.setdefault("layout", "zigzag")
+    q, k, v, dout = (shard(t, 2, layout, rank, world) for t in inputs)
+    q, k, v = (t.requires_grad_() for t in (q, k, v))
+    out = ring_attention(q, k, v, **options)
+    out.backward(dout)
+    return out.detach(), q.grad, k.grad, v.grad
