@@ -9,6 +9,9 @@ First predictions: every strategy that fits, forward and forward + backward. The
 published tables, and runs of other implementations on two H200, against the model with that
 implementation's transport and memory traffic. There the kernel's rates are scaled so that one GPU
 alone takes as long as the table says: what is checked is what happens between GPUs. Needs no GPU.
+
+Efficiencies a few points above 1 are an artefact: in short runs rectangles are faster than squares,
+in long ones, which one GPU needs more of, the power limit slows both alike.
 """
 
 import argparse
@@ -30,10 +33,10 @@ from extend.ring.passes import Implementation
 # torch concatenates the halves as well (8). Gradients of keys travel in fp32, but Burst's backward
 # sends dO, Q and dQ instead of K, V, dK and dV: as much as K, V and bf16 gradients where there are
 # as many KV heads as query heads.
-RING_FLASH_ATTN = Implementation("nccl", merge_bytes=38, share_bytes=4)
-BURST = Implementation("nccl", merge_bytes=38, share_bytes=2)
-TORCH = Implementation("nccl", merge_bytes=46, share_bytes=4)
-PLAIN_ULYSSES = Implementation("nccl", pack_bytes=8, head_groups=1)
+RING_FLASH_ATTN = Implementation("nccl", merge_bytes=38, share_bytes=4, is_frugal=False)
+BURST = Implementation("nccl", merge_bytes=38, share_bytes=2, is_frugal=False)
+TORCH = Implementation("nccl", merge_bytes=46, share_bytes=4, is_frugal=False)
+PLAIN_ULYSSES = Implementation("nccl", exchange_bytes=8, is_frugal=False)
 
 
 class Published(NamedTuple):

@@ -28,6 +28,8 @@ from extend.ring.layouts import LAYOUTS, check_length
 from extend.ring.mask import Mask, make_mask
 from extend.ring.strategies import Strategy, build_strategy, parse_strategy
 
+CAUSAL_MASK = Mask()
+
 
 def ring_attention(
     q: Tensor,
@@ -86,7 +88,7 @@ def attend(
     *,
     comm: RingComm,
     layout: str = "zigzag",
-    mask: Mask = Mask(),
+    mask: Mask = CAUSAL_MASK,
     softmax_scale: float | None = None,
     kernel: str = "auto",
     strategy: str = "auto",

@@ -1,6 +1,6 @@
 """Keys and values on the way: K and V in one buffer, rows outermost.
 
-A block is [rows, 2, b, h_kv, d]: any range of rows is one piece of memory, so that a part of a block
+A block is [rows, 2, b, h_kv, d]: any range of rows is one piece of memory, so that a part of it
 travels as cheaply as all of it. Kernels read K and V out of it through strides, without a copy.
 """
 
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from extend.ring.comm import RingComm, Window
+from extend.ring.lse import write_sum
+from extend.ring.partial import assemble
 
 
 def block_shape(k: Tensor) -> tuple[int, ...]:
@@ -18,9 +20,9 @@ def block_shape(k: Tensor) -> tuple[int, ...]:
 
 def fill_block(block: Tensor, k: Tensor, v: Tensor) -> None:
     """Write k, v [b, h_kv, n, d] into the first n rows of `block`."""
-    rows = k.shape[2]
-    block[:rows, 0].copy_(k.permute(2, 0, 1, 3))
-    block[:rows, 1].copy_(v.permute(2, 0, 1, 3))
+    keys, values = open_block(block[: k.shape[2]])
+    write_sum(keys, k)
+    write_sum(values, v)
 
 
 def open_block(block: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,7 +30,9 @@ def open_block(block: Tensor) -> tuple[Tensor, Tensor]:
     return block[:, 0].permute(1, 2, 0, 3), block[:, 1].permute(1, 2, 0, 3)
 
 
-def publish_block(comm: RingComm, lane: str, like: Tensor, k: Tensor | None, v: Tensor | None) -> Window:
+def publish_block(
+    comm: RingComm, lane: str, like: Tensor, k: Tensor | None, v: Tensor | None
+) -> Window:
     """Offer k and v (None: nothing of use) in a block as large as for `like` [b, h_kv, s, d]."""
     write = (lambda block: fill_block(block, k, v)) if k is not None else (lambda block: None)
     return comm.publish(lane, block_shape(like), like, write)
@@ -37,45 +41,45 @@ def publish_block(comm: RingComm, lane: str, like: Tensor, k: Tensor | None, v: 
 class KeySum:
     """dk and dv [b, h_kv, s, d] of this rank's own keys, from the shares of several ranks.
 
-    One share more than the own is added in the dtype of the keys, rounding once; several are summed
-    in fp32.
+    Two shares are added in one go, rounding once; more are summed in fp32 as they come.
     """
 
-    def __init__(self, k: Tensor, num_arrivals: int):
-        wide = torch.promote_types(k.dtype, torch.float32)
-        self._dtype = wide if num_arrivals > 1 else k.dtype
+    def __init__(self, k: Tensor, num_shares: int):
+        """`num_shares` is how many ranks, this one included, have a share in the same key."""
         self._k = k
+        self._parts: tuple[list, list] | None = ([], []) if num_shares <= 2 else None
         self._sums: tuple[Tensor, Tensor] | None = None
+        if self._parts is None:
+            wide = torch.promote_types(k.dtype, torch.float32)
+            self._sums = tuple(torch.zeros_like(k, dtype=wide) for _ in range(2))
 
     def add_own(self, dk: Tensor, dv: Tensor, heads: slice | None = None) -> None:
-        """Add the share of this rank's own queries, of all key heads or of `heads`."""
-        if self._sums is None and dk.shape == self._k.shape:
-            self._sums = dk.to(self._dtype), dv.to(self._dtype)
-            return
-        for total, share in zip(self._get(), (dk, dv), strict=True):
-            (total if heads is None else total[:, heads]).add_(share)
+        """Add the share of this rank's own queries, of all key heads or of `heads`; once each."""
+        self._add(heads, slice(0, self._k.shape[2]), dk, dv)
 
     def add_block(self, rows: slice, block: Tensor, heads: slice | None = None) -> None:
         """Add what arrived for `rows`: a block [rows, 2, b, h_kv, d]."""
-        for total, share in zip(self._get(), open_block(block), strict=True):
-            (total if heads is None else total[:, heads])[:, :, rows].add_(share)
+        self._add(heads, rows, *open_block(block))
 
     def result(self) -> tuple[Tensor, Tensor]:
         """dk, dv in the dtype of the keys."""
-        dk, dv = self._get()
-        return dk.to(self._k.dtype), dv.to(self._k.dtype)
+        if self._parts is not None:
+            return assemble(self._k, self._parts[0]), assemble(self._k, self._parts[1])
+        dk, dv = (total.to(self._k.dtype) for total in self._sums)
+        return dk, dv
 
-    def _get(self) -> tuple[Tensor, Tensor]:
-        if self._sums is None:
-            shape, device = self._k.shape, self._k.device
-            self._sums = tuple(
-                torch.zeros(shape, dtype=self._dtype, device=device) for _ in range(2)
-            )
-        return self._sums
+    def _add(self, heads: slice | None, rows: slice, dk: Tensor, dv: Tensor) -> None:
+        heads = heads or slice(0, self._k.shape[1])
+        for i, share in enumerate((dk, dv)):
+            if self._parts is not None:
+                self._parts[i].append((heads, rows, share))
+            else:
+                part = self._sums[i][:, heads, rows]
+                write_sum(part, part, share)
 
 
 def split_heads(k: Tensor, num_heads: int, world: int) -> list[tuple[slice, slice]]:
-    """(query heads, key heads) of the portions in which a rank does its own part of a backward pass.
+    """(query heads, key heads) of the portions of a rank's own part of a backward pass.
 
     Two halves of k [b, h_kv, s, d]'s heads where that helps: half of it before the others' keys and
     half after them hides the first fetch behind the one and the way home of the last gradients

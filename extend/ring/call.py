@@ -9,8 +9,10 @@ from extend.ring.layouts import LAYOUTS, Union, union
 from extend.ring.mask import Mask
 from extend.ring.tiles import Run, Tile, fit_tiles, plan_tiles, rows_needed
 
-# For each source: (rows of its own part, rows of the whole; the latter may have a step) of each piece.
+# For each source, of each piece: rows of its own part, rows of the whole (may have a step).
 Places = tuple[tuple[tuple[slice, slice], ...], ...]
+
+_KEPT = 512  # plans; with thousands of documents each takes a good part of a MiB
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,12 @@ def shift_keys(tiles: tuple[Tile, ...], rows: slice) -> tuple[Tile, ...]:
     )
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=_KEPT)
 def _runs(layout: str, seq_len: int, rank: int, world: int) -> tuple[Run, ...]:
     return LAYOUTS[layout].runs(seq_len, rank, world)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=_KEPT)
 def _one_after_another(
     layout: str, seq_len: int, sources: tuple[int, ...], world: int
 ) -> Union:
@@ -84,7 +86,7 @@ def _one_after_another(
     )
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=_KEPT)
 def _tiles(
     queries: tuple[Run, ...], keys: tuple[Run, ...], mask: Mask, bands: bool, packed: bool
 ) -> tuple[Tile, ...]:

@@ -48,8 +48,9 @@ def choose_strategy(call: Call, q: Tensor, k: Tensor) -> Choice:
 
 @functools.lru_cache(maxsize=512)
 def _choose(
-    shape: tuple[int, ...], num_kv_heads: int, value_bytes: int, world: int, hosts: int, layout: str,
-    causal: bool, window: int | None, documents: int, kernel: str, gpu: str, memory_bytes: int,
+    shape: tuple[int, ...], num_kv_heads: int, value_bytes: int, world: int, hosts: int,
+    layout: str, causal: bool, window: int | None, documents: int, kernel: str, gpu: str,
+    memory_bytes: int,
 ) -> Choice:  # fmt: skip
     batch, num_heads, local_len, head_dim = shape
     per_host = world // hosts

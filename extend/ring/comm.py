@@ -124,10 +124,9 @@ class RingComm:
             RankError: at the first call on GPUs, a rank does not take part.
         """
         shape = torch.Size(shape)
-        peers = self._peers() if like.is_cuda or self._wanted == "peer" else None
+        peers = self._peers_for(like)
         if peers is not None and shape.numel():
-            _check_device(like)
-            offer = peers.publish(lane, shape, like, write, self.timeout)
+            offer = peers.publish(lane, shape, like, write)
         else:
             buffer = like.new_empty(shape)
             write(buffer)
@@ -139,9 +138,9 @@ class RingComm:
 
         It must not change before a transfer of the window has been waited for.
         """
-        if self.world == 1 or (not tensor.is_cuda and self._wanted != "peer"):
-            return Window(self, lane, self._offer(lane, tensor.contiguous()))
-        return self.publish(lane, tensor.shape, tensor, lambda buffer: buffer.copy_(tensor))
+        if self._peers_for(tensor) is not None:
+            return self.publish(lane, tensor.shape, tensor, lambda buffer: buffer.copy_(tensor))
+        return Window(self, lane, self._offer(lane, tensor.contiguous()))
 
     def fetch_all(
         self, window: "Window", requests: Sequence[tuple[int, Tensor | None, Select]]
@@ -151,6 +150,14 @@ class RingComm:
 
     def _offer(self, lane: str, buffer: Tensor) -> Messages:
         return Messages(self.group, self.places, self.ranks, self.rank, lane, buffer, self.timeout)
+
+    def _peers_for(self, tensor: Tensor) -> PeerBuffers | None:
+        if not tensor.is_cuda and self._wanted != "peer":
+            return None
+        peers = self._peers()
+        if peers is not None:
+            _check_device(tensor)
+        return peers
 
     def _peers(self) -> PeerBuffers | None:
         if self.world == 1:
@@ -204,6 +211,10 @@ class Window:
         requests = [Request(step % comm.world, into, select) for step, into, select in requests]
         arrivals = [a for request in requests if (a := self._arrival(request)) is not None]
         return self._offer.fetch(requests, arrivals)
+
+    def close(self) -> None:
+        """Say that nothing more will be fetched, so that the owners may publish anew."""
+        self._offer.close()
 
     def _arrival(self, request: Request) -> Arrival | None:
         comm, into = self._comm, request.into

@@ -10,10 +10,11 @@ host copy engines pull from the owner's memory, between hosts NCCL sends; gradie
 as `share_bytes` a value. The first keys are packed into a buffer for the others while the rank
 computes on its own. Merging runs at memory bandwidth and hides behind nothing. The rank with the
 most to do decides: of zigzag's ranks the first, which fetches whole blocks, or the last, which
-merges whole ones. All-gather and Ulysses work in groups of KV heads: all but the first group's
-transfer in, and the last one's out, hide behind kernels. Documents are of equal length. Not
-modelled: throttling by power beyond what the fitted rates contain, waiting for the process that
-launches the kernels (calls under 1 ms), other traffic.
+merges whole ones. In the backward pass half of the rank's own block is left for the end, to hide
+the last gradients' way home. All-gather takes its heads in as many groups as 2 GiB of keys ask for;
+the next group's transfer hides behind kernels. Nothing hides Ulysses' exchanges. Documents are of
+equal length. Not modelled: throttling by power beyond what the fitted rates contain, waiting for
+the process that launches the kernels (calls under 1 ms), other traffic.
 
 Source: rates and links in hardware.py; `scripts/predict_ring.py` prints how far predictions are
 from published tables and from runs on two H200.
@@ -25,7 +26,15 @@ from functools import lru_cache
 from extend.errors import CompatibilityError
 from extend.registry import lookup
 from extend.ring.hardware import HARDWARE, Hardware
-from extend.ring.passes import OURS, STRATEGIES, Cost, Implementation, Pass, exchanged
+from extend.ring.passes import (
+    OURS,
+    STRATEGIES,
+    Cost,
+    Implementation,
+    Pass,
+    exchanged,
+    gather_groups,
+)
 from extend.ring.workload import Call, kernel_seconds, whole
 
 
@@ -119,11 +128,12 @@ def predict(
         run = Pass(hardware, implementation, is_backward)
         ideal += kernel_seconds(alone, whole(alone), hardware, is_backward) / world
         cost += STRATEGIES[kind](call, run, degree)
+    peak = _peak_bytes(kind, degree, call, implementation, backward, hardware.kernel.bands)
     hosts = -(-world // gpus_per_host)
     machine = f"{world} x {hardware.name}" + (f" in {hosts} hosts" if hosts > 1 else "")
     return Prediction(
         f"{strategy} ({layout})", machine, cost.seconds, cost.compute, cost.merge, cost.exposed,
-        ideal, cost.intra, cost.inter, _peak_bytes(kind, degree, call, implementation, backward),
+        ideal, cost.intra, cost.inter, peak,
     )  # fmt: skip
 
 
@@ -170,7 +180,7 @@ def _fits(strategy: str, heads: int, world: int) -> bool:
 
 
 def _peak_bytes(
-    kind: str, degree: int, call: Call, how: Implementation, backward: bool
+    kind: str, degree: int, call: Call, how: Implementation, backward: bool, bands: bool
 ) -> float:
     """Tensors of one rank at the fullest moment, the kernel's own workspace left out."""
     copies = 2 if backward else 1  # of everything: itself and its gradient
@@ -182,14 +192,15 @@ def _peak_bytes(
         return total
     block = call.rows * call.kv_values * call.value_bytes
     share = call.rows * call.kv_values * how.share_bytes if backward else 0.0
-    if kind == "all-gather":  # two groups: one being computed, one on its way
-        groups = max(1, min(how.head_groups, call.kv_heads))
-        return total + block + 2 * call.world / groups * (block + share)
-    total += block * (1 + min(2, call.world - 1)) + 2 * share  # published, computed, on its way
-    if kind == "double-ring" and degree > 1:
-        total += block + share
-    partial = call.rows * call.q_values * (4 + call.value_bytes)  # a sum in fp32, a block's share
-    return total + partial + (call.rows * call.kv_values * 4 if backward else 0.0)
+    wide = call.world > 2 or not how.is_frugal  # sums in fp32
+    total += call.rows * call.q_values * (call.value_bytes + 4 * wide)  # a block's result, the sum
+    total += call.rows * call.kv_values * (4 if wide else call.value_bytes) * backward
+    if kind == "all-gather":  # gathered: computed and on its way; shares: the result and two lanes
+        groups = gather_groups(call, how, bands)
+        keys = min(2, groups) * call.world / groups * block
+        return total + block + keys + 3 * call.world / groups * share
+    total += block * (1 + min(2, call.world - 1)) + 3 * share  # published, computed, on its way
+    return total + (2 * block + 2 * share) * (kind == "double-ring" and degree > 1)
 
 
 def _tensors(call: Call) -> float:

@@ -207,7 +207,7 @@ HOPPER: dict[str, KernelRates] = {
         Rate(343e12, 547), Rate(362e12, 0), Rate(325e12, 772), Rate(335e12, 0), bands=True
     ),
     "fa4": KernelRates(
-        Rate(704e12, 0), Rate(709e12, 0), Rate(604e12, 271), Rate(637e12, 0), bands=True
+        Rate(704e12, 0), Rate(709e12, 0), Rate(604e12, 271), Rate(637e12, 0)
     ),
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Join partial attention results through their log-sum-exp.
+"""Join partial results: attention through its log-sum-exp, gradients by adding them up.
 
 Shapes: b batch, h query heads, s queries, d head_dim. `lse` [b, h, s] is the natural logarithm of
 the sum of exp(scaled scores), at least fp32; it says how much softmax mass a partial result holds.
@@ -21,7 +21,7 @@ def merge_partial(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor
     """
     if out.is_cuda and out.dtype != torch.float64:
         # Imported here: Triton comes with CUDA builds of torch only.
-        from extend.ring.triton_merge import merge_on_gpu
+        from extend.ring.on_gpu import merge_on_gpu
 
         merge_on_gpu(out, lse, block_out, block_lse)
         return
@@ -32,3 +32,18 @@ def merge_partial(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor
     else:
         out.copy_(torch.lerp(out.to(wide), block_out.to(wide), weight))
     lse.copy_(torch.logaddexp(lse, block_lse))
+
+
+def write_sum(out: Tensor, a: Tensor, b: Tensor | None = None) -> None:
+    """Write a + b, or a alone, to `out`, all [b, h, s, d]; `out` may be one of them.
+
+    Sums of half precision are taken in fp32 and rounded once.
+    """
+    if out.is_cuda and out.dtype != torch.float64 and out.numel():
+        from extend.ring.on_gpu import sum_on_gpu
+
+        sum_on_gpu(out, a, b)
+    elif b is None:
+        out.copy_(a)
+    else:
+        torch.add(a, b, out=out) if a.dtype == b.dtype == out.dtype else out.copy_(a + b)

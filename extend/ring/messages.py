@@ -47,6 +47,9 @@ class Messages:
         batch.post()
         return Transfer(batch.wait, batch)
 
+    def close(self) -> None:
+        """A message leaves nothing behind."""
+
     def _op(self, kind, tensor: Tensor, peer: int) -> P2POp:
         return P2POp(kind, tensor, group=self._group, group_peer=self._places[peer])
 

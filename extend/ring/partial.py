@@ -7,13 +7,16 @@ three on the sums are fp32, so that rounding does not grow with the number of po
 
 import functools
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from extend.ring.call import Call
-from extend.ring.lse import merge_partial
+from extend.ring.lse import merge_partial, write_sum
 from extend.ring.tiles import Tile
+
+_FEW = 4  # tiles whose dq are kept until all have come
 
 
 class AttentionSum:
@@ -26,7 +29,9 @@ class AttentionSum:
         self._out: Tensor | None = None
         self._lse: Tensor | None = None
 
-    def add(self, tiles: tuple[Tile, ...], k: Tensor, v: Tensor, heads: slice | None = None) -> None:
+    def add(
+        self, tiles: tuple[Tile, ...], k: Tensor, v: Tensor, heads: slice | None = None
+    ) -> None:
         """Add attention over k, v [b, h_kv, n, d]; `heads` are the query heads that see them."""
         for tile in tiles:
             block_out, block_lse = self._call.kernel.forward(
@@ -48,14 +53,14 @@ class AttentionSum:
                 self._rows.touch(heads, rows)
                 return
             self._out = torch.zeros_like(self._q)
-            shape = self._q.shape[:3]
-            self._lse = torch.full(shape, float("-inf"), dtype=block_lse.dtype, device=self._q.device)
+            nothing = block_lse.new_tensor(float("-inf"))
+            self._lse = nothing.expand(self._q.shape[:3]).contiguous()
         new = self._rows.touch(heads, rows)
         if not new and self._rows.many and self._out.dtype == self._q.dtype:
             self._out = self._out.to(torch.promote_types(self._out.dtype, torch.float32))
         out, lse = _part(self._out, heads, rows), _part(self._lse, heads, rows)
         if new:
-            out.copy_(block_out)
+            write_sum(out, block_out)
             lse.copy_(block_lse)
         else:
             merge_partial(out, lse, block_out, block_lse)
@@ -70,14 +75,19 @@ class GradientSum:
     ):  # fmt: skip
         """`out` and `lse` are over all keys: a tile's backward from them is its share exactly."""
         self._dout, self._q, self._out, self._lse, self._call = dout, q, out, lse, call
-        self._rows = _Rows(q.shape[2], portions)
+        # With at most two results a row, and few in all, they wait for each other and are written
+        # once; otherwise they are summed as they come.
+        self._few = not _Rows(q.shape[2], portions).many and sum(map(len, portions)) <= _FEW
+        self._parts: list[tuple[slice, slice, Tensor]] = []
         self._dq: Tensor | None = None
-        self._early: list[tuple[slice | None, slice, Tensor]] = []
 
     def add(
         self, tiles: tuple[Tile, ...], k: Tensor, v: Tensor, heads: slice | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The share of this rank's queries in dk, dv [b, h_kv, n, d] of k and v, in their dtype."""
+        """The share of this rank's queries in dk, dv [b, h_kv, n, d] of k and v.
+
+        In the dtype of k, or fp32 where it is a sum over tiles (see `sums_keys`).
+        """
         shares = _KeyShares(k, tiles)
         for tile in tiles:
             dout, q, out, lse = (
@@ -94,25 +104,53 @@ class GradientSum:
     def dq(self) -> Tensor:
         """dq [b, h, s, d] in q's dtype."""
         if self._dq is None:
-            self._start(torch.zeros_like(self._q))
+            return assemble(self._q, self._parts)
         return self._dq.to(self._q.dtype)
 
     def _join(self, heads: slice | None, rows: slice, dq: Tensor) -> None:
-        if self._dq is None:
-            if dq.shape == self._q.shape:
-                self._start(dq)
-            else:
-                self._early.append((heads, rows, dq))
+        if self._few:
+            self._parts.append((heads or slice(0, self._q.shape[1]), rows, dq))
             return
-        if self._rows.many and self._dq.dtype == self._q.dtype:
-            self._dq = self._dq.to(torch.promote_types(self._dq.dtype, torch.float32))
-        _part(self._dq, heads, rows).add_(dq)
+        if self._dq is None:
+            dtype = torch.promote_types(self._q.dtype, torch.float32)
+            self._dq = torch.zeros_like(self._q, dtype=dtype)
+        part = _part(self._dq, heads, rows)
+        write_sum(part, part, dq)
 
-    def _start(self, dq: Tensor) -> None:
-        """Take the first result that covers everything, and add those that came before it."""
-        self._dq, early, self._early = dq, self._early, []
-        for heads, rows, part in early:
-            self._join(heads, rows, part)
+
+def assemble(like: Tensor, parts: Sequence[tuple[slice, slice, Tensor]]) -> Tensor:
+    """A tensor like `like` [b, h, s, d] from `parts`: (heads, rows, what they add).
+
+    At most two add to a cell; every cell is written once, with one rounding.
+    """
+    if len(parts) == 1 and parts[0][2].shape == like.shape:
+        return parts[0][2].to(like.dtype)
+    whole = torch.empty_like(like)
+    for heads in _cuts([heads for heads, _, _ in parts], like.shape[1]):
+        for rows in _cuts([rows for _, rows, _ in parts], like.shape[2]):
+            cell = whole[:, heads, rows]
+            adding = [
+                part[:, _inside(heads, of_heads), _inside(rows, of_rows)]
+                for of_heads, of_rows, part in parts
+                if _covers(of_heads, heads) and _covers(of_rows, rows)
+            ]
+            write_sum(cell, *adding) if adding else cell.zero_()
+    return whole
+
+
+def _cuts(spans: Sequence[slice], size: int) -> list[slice]:
+    """0 to `size`, cut where any of the spans begins or ends."""
+    bounds = sorted({0, size, *(s.start for s in spans), *(s.stop for s in spans)})
+    return [slice(a, b) for a, b in pairwise(bounds)]
+
+
+def _covers(span: slice, cell: slice) -> bool:
+    return span.start <= cell.start and cell.stop <= span.stop
+
+
+def _inside(cell: slice, span: slice) -> slice:
+    """`cell` counted from the beginning of `span`."""
+    return slice(cell.start - span.start, cell.stop - span.start)
 
 
 class _KeyShares:
@@ -128,17 +166,22 @@ class _KeyShares:
                 self._sums = dk, dv
                 return
             dtype = self._k.dtype
-            if _depth(tuple((t.kv.start, t.kv.stop) for t in self._tiles)) > 1:
+            if sums_keys(self._tiles):
                 dtype = torch.promote_types(dtype, torch.float32)
             self._sums = tuple(torch.zeros_like(self._k, dtype=dtype) for _ in range(2))
         for total, share in zip(self._sums, (dk, dv), strict=True):
-            total[:, :, rows] += share
+            part = total[:, :, rows]
+            write_sum(part, part, share)
 
     def result(self) -> tuple[Tensor, Tensor]:
         if self._sums is None:
             return torch.zeros_like(self._k), torch.zeros_like(self._k)
-        dk, dv = self._sums
-        return dk.to(self._k.dtype), dv.to(self._k.dtype)
+        return self._sums
+
+
+def sums_keys(tiles: tuple[Tile, ...]) -> bool:
+    """Whether some key row is in more than one of the tiles."""
+    return _depth(tuple((t.kv.start, t.kv.stop) for t in tiles)) > 1
 
 
 class _Rows:

@@ -49,9 +49,9 @@ def cut(piece: Piece) -> list[Piece]:
     if piece.binds_lo and piece.binds_hi:
         return _cut_band(piece)
     if piece.binds_lo:
-        return _cut_below(piece._replace(hi=math.inf))
+        return _cut_below(piece)
     if piece.binds_hi:
-        return [_mirror(part) for part in _cut_below(_mirror(piece._replace(lo=-math.inf)))]
+        return [_mirror(part) for part in _cut_below(_mirror(piece))]
     return [piece._replace(hi=math.inf)]
 
 
@@ -70,7 +70,7 @@ def _cut_band(piece: Piece) -> list[Piece]:
 
 
 def _cut_below(piece: Piece) -> list[Piece]:
-    """With a lower bound only: keys that all rows see, a square, and rows that see all keys."""
+    """By the lower bound alone: keys that all rows see, a square, and rows that see all keys."""
     q, kv, lo, _ = piece
     corner = q.start - lo  # the last key of the first row
     side = kv.stop - corner

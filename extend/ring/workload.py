@@ -101,20 +101,25 @@ def whole(call: Call) -> Work:
     return Work(_pairs_before(call, seq_len), min(call.window, call.document), is_square=True)
 
 
-def gathered(call: Call) -> tuple[Work, ...]:
-    """A rank's queries against all keys in the order of their positions, slowest rank."""
-    rows, world = call.rows, call.world
+def gathered(call: Call, own: bool) -> tuple[Work, ...]:
+    """A rank's queries against all ranks' keys, in the order of positions; the slowest rank.
+
+    With its `own` keys, a rectangle that is causal at its end counts as rectangle and square.
+    """
+    rows, others = call.rows, call.rows * (call.world - 1)
     if not call.dense or call.layout == "striped":
         plan = max(plans(call), key=lambda plan: plan.local.pairs + plan.steps * plan.step.pairs)
         if call.dense:
-            return (plan.local, *[plan.step] * plan.steps)
-        pairs = plan.local.pairs + plan.steps * plan.step.pairs
+            return (plan.local,) * own + (plan.step,) * plan.steps
+        pairs = own * plan.local.pairs + plan.steps * plan.step.pairs
         return (Work(pairs, plan.local.length, is_square=True),)
     if not call.causal:
-        return (rectangle(rows, call.seq_len),)
+        return (rectangle(rows, others + own * rows),)
     if call.layout == "contiguous":
-        return square(rows), rectangle(rows, rows * (world - 1))
-    return square(rows / 2), square(rows / 2), rectangle(rows / 2, rows / 2 * (2 * world - 1))
+        return (square(rows),) * own + (rectangle(rows, others),)
+    if not own:
+        return (rectangle(rows / 2, others),) if others else ()
+    return square(rows / 2), square(rows / 2), rectangle(rows / 2, others + rows / 2)
 
 
 @lru_cache(maxsize=1024)

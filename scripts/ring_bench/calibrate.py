@@ -1,6 +1,5 @@
 """Section calibrate: the rates and links of this machine, and what the cost model makes of them."""
 
-import inspect
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -11,9 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from extend.errors import ExtendError
+from extend.ring.comm import RingComm
 from extend.ring.cost import predict
 from extend.ring.hardware import Hardware, Measurement, find_hardware, fit, harmonic
 from extend.ring.kernels import KERNELS
+from extend.ring.mask import CAUSAL, FULL
 from ring_bench.problems import DTYPES, Problem
 from ring_bench.session import Session
 from ring_bench.timing import repeats
@@ -84,14 +85,8 @@ def _both(
 def _calls(
     kernel: str, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool
 ) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """One block forward and backward, in the words of this or an older version of the kernels."""
-    options: dict[str, Any] = {"softmax_scale": q.shape[-1] ** -0.5}
-    if "mask" in inspect.signature(KERNELS[kernel].forward).parameters:
-        from extend.ring.mask import CAUSAL, FULL
-
-        options["mask"] = CAUSAL if causal else FULL
-    else:
-        options["causal"] = causal
+    """One block forward and backward."""
+    options = {"softmax_scale": q.shape[-1] ** -0.5, "mask": CAUSAL if causal else FULL}
     out, lse = KERNELS[kernel].forward(q, k, v, **options)
     return (
         lambda: KERNELS[kernel].forward(q, k, v, **options),
@@ -141,21 +136,16 @@ def _message(session: Session, size: int) -> Callable[[], None]:
     return call
 
 
-def _pull(session: Session, size: int) -> Callable[[], Any]:
-    """Copy out of the next rank's symmetric memory.
+def _pull(session: Session, size: int) -> Callable[[], None]:
+    """Copy out of the memory that the rank before offers.
 
     Raises:
-        RuntimeError: this machine has none.
+        CompatibilityError: there is no such way between these ranks.
     """
-    if not session.is_cuda:
-        raise RuntimeError("symmetric memory needs CUDA")
-    import torch.distributed._symmetric_memory as symmetric
-
-    mine = symmetric.empty(size, dtype=torch.uint8, device=session.device)
-    handle = symmetric.rendezvous(mine, dist.group.WORLD)
-    peer = handle.get_buffer((session.rank + 1) % session.world, (size,), torch.uint8)
+    comm = RingComm(transport="peer")
     into = torch.empty(size, dtype=torch.uint8, device=session.device)
-    return lambda: into.copy_(peer)
+    window = comm.publish(f"calibrate {size}", (size,), into, lambda buffer: buffer.zero_())
+    return lambda: window.fetch(1, into, lambda buffer, receiver: buffer).wait()
 
 
 def compare_predictions(
@@ -166,9 +156,11 @@ def compare_predictions(
     rows = []
     for group in groups:
         for row in group["rows"]:
-            if row["family"] != "ours" or row["kernel"] not in fitted or "auto" in row["name"]:
-                continue
             strategy, _, layout = row["name"].partition(" ")[0].partition("/")
+            if row["family"] != "ours" or row["kernel"] not in fitted:
+                continue
+            if strategy in ("auto", "usp", "double-ring"):  # it does not say what was run
+                continue
             seconds = predict(
                 strategy, **shape, seq_len=group["seq_len"], world=world,
                 layout=layout or "zigzag", backward=row["kind"] != "fwd",

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from extend.ring import LAYOUTS, RingComm, ring_attention
 from extend.ring.attention import attend
 from extend.ring.mask import make_mask
-from ring_bench.flash_attn_shim import flash_impl
 from ring_bench.problems import Problem
 from ring_bench.session import Session
 
@@ -47,6 +47,7 @@ class Ours(NamedTuple):
     strategy: str
     layout: str
     kernel: str
+    group: ProcessGroup | None = None
     family: str = "ours"
 
     @property
@@ -62,13 +63,14 @@ class Ours(NamedTuple):
 
     def build(self, problem: Problem, session: Session) -> Forward:
         options = {
-            "layout": self.layout, "kernel": self.kernel, "strategy": self.strategy,
-            "causal": problem.causal, "window": problem.window, "cu_seqlens": problem.cu_seqlens,
+            "group": self.group, "layout": self.layout, "strategy": self.strategy,
+            "kernel": self.kernel, "causal": problem.causal, "window": problem.window,
+            "cu_seqlens": problem.cu_seqlens,
         }  # fmt: skip
         return lambda q, k, v: ring_attention(q, k, v, **options)
 
     def context(self) -> AbstractContextManager[Any]:
-        return flash_impl(None) if self.kernel == "flash" else nullcontext()
+        return nullcontext()
 
 
 class OneGpu(NamedTuple):
@@ -95,7 +97,7 @@ class OneGpu(NamedTuple):
         return lambda q, k, v: attend(q, k, v, comm=comm, mask=mask, kernel=self.kernel)
 
     def context(self) -> AbstractContextManager[Any]:
-        return flash_impl(None) if self.kernel == "flash" else nullcontext()
+        return nullcontext()
 
 
 def parse_ours(strategies: str, kernels: str) -> list[Ours]:

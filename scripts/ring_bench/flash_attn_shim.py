@@ -1,8 +1,9 @@
 """The interface of the flash_attn package on torch's own kernels, so that peers run as published.
 
 Tensors are flash_attn's: [b, s, h, d], packed [tokens, h, d]; lse [b, h, s], packed [h, tokens].
-Only what ring-flash-attn and yunchang call: no dropout, no window, no ALiBi. `install` changes
-nothing where flash_attn itself can be imported.
+Only what ring-flash-attn and yunchang call: no dropout, no window, no ALiBi. torch's operators
+return gradients where flash_attn writes them into given tensors; the copy takes under a hundredth
+of the time. `install` changes nothing where flash_attn itself can be imported.
 """
 
 import importlib.util
@@ -87,8 +88,8 @@ def backward(
     """Writes dq, dk and dv."""
     if q.is_cuda:
         grads = aten._flash_attention_backward(
-            dout, q, k, v, out, softmax_lse, None, None, q.shape[1], k.shape[1], 0.0, causal,
-            *_no_random_state(q.device), scale=softmax_scale,
+            dout, q, k, v, out, softmax_lse.contiguous(), None, None, q.shape[1], k.shape[1], 0.0,
+            causal, *_no_random_state(q.device), scale=softmax_scale,
         )  # fmt: skip
     else:
         heads_first = (t.transpose(1, 2) for t in (dout, q, k, v, out))

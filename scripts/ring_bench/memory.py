@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
-from ring_bench.contenders import Contender, OneGpu
+from ring_bench.contenders import Contender, OneGpu, Ours
 from ring_bench.problems import DTYPES, Problem
 from ring_bench.session import Session
 from ring_bench.timing import Entry, make_call
@@ -17,42 +18,46 @@ Interval = tuple[float, float]
 TRACED_CALLS = 2
 
 
-def measure_memory(
-    session: Session, problem: Problem, contender: Contender, start: "Usage"
-) -> dict[str, Any]:
+def measure_memory(session: Session, problem: Problem, contender: Ours) -> dict[str, Any]:
     """One row, bytes on the rank that needs most.
 
-    `path`: what a forward and backward call adds at its fullest, q, k, v and dout included, with
-    what grew outside torch's allocator (symmetric memory, NCCL). `left_before`: what earlier calls
-    have left since `start`, which this one may use again: it counts into the ratios as well.
+    `path`: what a forward and backward call of a new process group adds at its fullest, q, k, v and
+    dout included, with what grew outside torch's allocator (symmetric memory, NCCL's connections).
     `local`: q, k, v, out, their gradients and two blocks of keys and values. `workspace`: what the
     kernel alone needs beyond arguments and results for a block of the local length.
     """
     row = {"name": contender.name, "mask": problem.mask, "seq_len": problem.seq_len}
     if not session.is_cuda:
         return {**row, "reason": "needs CUDA: there is no count of bytes on a CPU"}
+    dense = dataclasses.replace(problem, window=None, cu_seqlens=None)
     single = OneGpu(contender.kernel, local=True)
-    local = Problem(problem.seq_len // session.world, problem.heads, problem.kv_heads,
-                    problem.head_dim, problem.dtype)  # fmt: skip
-    alone = dataclasses.replace(local, seq_len=problem.seq_len)
-    found, reason = session.attempt(lambda: _peak(session, alone, single))
+    found, reason = session.attempt(lambda: _peak(session, dense, single))
     if reason:
         return {**row, "reason": f"{single.name}: {reason}"}
-    workspace = session.slowest(found - tensor_bytes(local, local.seq_len))
-    before = Usage.now()
-    found, reason = session.attempt(lambda: _peak(session, problem, contender))
+    rows = problem.seq_len // session.world
+    workspace = session.slowest(found - tensor_bytes(problem, rows))
+    found, reason = session.attempt(lambda: _path(session, problem, contender))
     if reason:
         return {**row, "reason": reason}
-    outside = session.slowest(max(0, Usage.now().outside - before.outside))
-    path = session.slowest(found) + outside
-    left = session.slowest(before.allocated + before.outside - start.allocated - start.outside)
-    rows = problem.seq_len // session.world
-    ideal = tensor_bytes(problem, rows) + 2 * kv_bytes(problem, rows)
+    inside, outside = (session.slowest(value) for value in found)
+    path, ideal = inside + outside, tensor_bytes(problem, rows) + 2 * kv_bytes(problem, rows)
     return {
-        **row, "path": path, "left_before": left, "outside_allocator": outside, "local": ideal,
-        "workspace": workspace, "ratio": (path + left) / ideal,
-        "ratio_without_workspace": (path + left - workspace) / ideal,
+        **row, "path": path, "outside_allocator": outside, "local": ideal, "workspace": workspace,
+        "ratio": path / ideal, "ratio_without_workspace": (path - workspace) / ideal,
     }  # fmt: skip
+
+
+def _path(session: Session, problem: Problem, contender: Ours) -> tuple[int, int]:
+    """Bytes inside and outside torch's allocator that a call of a new process group adds."""
+    _peak(session, problem, contender)  # compiles, and loads kernels, on the default group
+    group = dist.new_group()
+    try:
+        dist.all_reduce(torch.zeros(1, device=session.device), group=group)  # NCCL's own buffers
+        before = Usage.now()
+        inside = _peak(session, problem, contender._replace(group=group))
+        return inside, max(0, Usage.now().outside - before.outside)
+    finally:
+        dist.destroy_process_group(group)
 
 
 class Usage(NamedTuple):
@@ -63,8 +68,6 @@ class Usage(NamedTuple):
 
     @classmethod
     def now(cls) -> "Usage":
-        if not torch.cuda.is_available():
-            return cls(0, 0)
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()

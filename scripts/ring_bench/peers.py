@@ -6,7 +6,7 @@
     yunchang:U                        LongContextAttention, U ranks exchange heads, zigzag ring
 
 The first three lines take the kernel after @ (cudnn, flash); ring-flash-attn and yunchang run on
-torch's flash kernel behind flash_attn's interface (flash_attn_shim.py), with FA3 or FA4 after @.
+torch's flash kernel behind flash_attn's interface (flash_attn_shim.py), or on fa3 or fa4 after @.
 """
 
 import importlib
@@ -16,7 +16,7 @@ import tempfile
 import types
 import zipfile
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from extend.errors import CompatibilityError
-from extend.ring import LAYOUTS
+from extend.ring import KERNELS, LAYOUTS
 from ring_bench import flash_attn_shim
 from ring_bench.contenders import Forward
 from ring_bench.flash_attn_shim import flash_impl
@@ -102,12 +102,15 @@ class Peer(NamedTuple):
             return self._backend()
         if self.kind.startswith("torch-"):
             return self._context_parallel()
-        return flash_impl(None if self.kernel == "flash" else self.kernel.upper())
+        return flash_impl(getattr(KERNELS.get(self.kernel), "version", None))
 
-    def _backend(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def _backend(self):
         if not torch.cuda.is_available():
-            return nullcontext()
-        return sdpa_kernel(BACKENDS[self.kernel])
+            yield
+            return
+        with flash_impl(None), sdpa_kernel(BACKENDS[self.kernel]):
+            yield
 
     @contextmanager
     def _context_parallel(self):
@@ -119,7 +122,6 @@ class Peer(NamedTuple):
         # Tensors are sharded already: only the patched attention is wanted, so one small buffer.
         buffer = torch.zeros(2 * mesh.size(), device=mesh.device_type)
         with ExitStack() as stack:
-            stack.enter_context(flash_impl(None))
             stack.enter_context(self._backend())
             stack.enter_context(context_parallel(mesh, buffers=[buffer], buffer_seq_dims=[0]))
             yield
@@ -208,9 +210,19 @@ def build_yunchang(peer: Peer, problem: Problem, session: Session) -> Forward:
         raise CompatibilityError(
             f"{session.world} ranks or {problem.kv_heads} KV heads do not divide by {degree}"
         )
-    yunchang.set_seq_parallel_pg(degree, session.world // degree, session.rank, session.world)
+    groups = _yunchang_groups(degree, session.rank, session.world)
+    found = importlib.import_module("yunchang.globals").PROCESS_GROUP
+    found.ULYSSES_PG, found.RING_PG = groups
     layer = yunchang.LongContextAttention(ring_impl_type="zigzag")
     return _sequence_first(lambda q, k, v: layer(q, k, v, causal=True))
+
+
+@cache
+def _yunchang_groups(degree: int, rank: int, world: int) -> tuple[Any, Any]:
+    """Its process groups, made once: each costs a communicator."""
+    import_yunchang().set_seq_parallel_pg(degree, world // degree, rank, world)
+    found = importlib.import_module("yunchang.globals").PROCESS_GROUP
+    return found.ULYSSES_PG, found.RING_PG
 
 
 def _sequence_first(function: Forward) -> Forward:

@@ -55,7 +55,8 @@ def time_table(group: Row) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for who, why in group["not_measured"].items():
         reasons.setdefault(why, []).append(who)
-    return lines + [f"- not measured: {', '.join(who)}: {why}" for why, who in reasons.items()] + [""]
+    lines += [f"- not measured: {', '.join(who)}: {why}" for why, who in reasons.items()]
+    return [*lines, ""]
 
 
 def heads_note(row: Row) -> str:
@@ -95,14 +96,14 @@ def accuracy_table(accuracy: Row) -> list[str]:
 
 def memory_table(rows: list[Row]) -> list[str]:
     """MiB on the rank that needs most."""
-    columns = ("path", "left_before", "outside_allocator", "local", "workspace")
+    columns = ("path", "outside_allocator", "local", "workspace")
     cells = []
     for row in rows:
         sizes = [f"{row[name] / 2**20:.0f}" if name in row else "" for name in columns]
         ratios = [number(row.get(name)) for name in ("ratio", "ratio_without_workspace")]
         cells.append([row["name"], row["mask"], str(row["seq_len"]), *sizes, *ratios,
                       row.get("reason", "")])  # fmt: skip
-    head = ["", "mask", "tokens", "path MiB", "left before", "outside the allocator",
+    head = ["", "mask", "tokens", "path MiB", "of it outside the allocator",
             "local tensors + 2 KV blocks", "kernel's workspace", "ratio", "without workspace",
             "not measured"]  # fmt: skip
     return ["## Peak memory", "", *table(head, cells)]
@@ -159,7 +160,7 @@ def plot(result: Row, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 3, figsize=(15, 4.8), constrained_layout=True)
+    figure, panels = pyplot.subplots(1, 3, figsize=(15, 6), constrained_layout=True)
     specs = (("fwd", "eff_best", "forward: efficiency"),
              ("fwd+bwd", "eff_best", "forward + backward: efficiency"),
              ("fwd+bwd", "tflops_per_gpu", "forward + backward: TFLOP/s per GPU"))  # fmt: skip
@@ -185,20 +186,22 @@ def plot(result: Row, path: Path) -> None:
 
 
 def line_styles(groups: list[Row]) -> dict[str, Row]:
-    """Ours in colour and solid, peers dashed, one GPU in grey; a kernel has its marker."""
-    families = {row["name"]: (row["family"], row["kernel"]) for g in groups for row in g["rows"]}
-    kernels = sorted({kernel for _, kernel in families.values()})
-    markers = dict(zip(kernels, "osv^DPX", strict=False))
-    styles, colours = {}, {"ours": 0, "peer": 0}
-    for name, (family, kernel) in families.items():
-        if family == "one GPU":
-            style = {"color": "0.6", "linestyle": ":"}
-        else:
-            style = {"color": f"C{colours[family] % 10}",
-                     "linestyle": "-" if family == "ours" else "--"}  # fmt: skip
-            colours[family] += 1
-        styles[name] = {**style, "marker": markers.get(kernel, "o"), "markersize": 4,
-                        "linewidth": 1.6 if family == "ours" else 1.1}  # fmt: skip
+    """Ours: a colour for each strategy, a marker for each kernel; peers dashed; one GPU dotted."""
+    found = {row["name"]: (row["family"], row["kernel"]) for g in groups for row in g["rows"]}
+    kernels = sorted({kernel for family, kernel in found.values() if family != "peer"})
+    ours = list(dict.fromkeys(n.partition(" ")[0] for n, (f, _) in found.items() if f == "ours"))
+    peers = [name for name, (family, _) in found.items() if family == "peer"]
+    styles = {}
+    for name, (family, kernel) in found.items():
+        style = {"marker": "osv^DPX"[kernels.index(kernel) % 7] if kernel in kernels else "o",
+                 "color": "0.6", "linestyle": ":", "linewidth": 1.2, "markersize": 5}  # fmt: skip
+        if family == "ours":
+            style |= {"color": f"C{ours.index(name.partition(' ')[0]) % 10}", "linestyle": "-"}
+        elif family == "peer":
+            number = peers.index(name)
+            shade = f"{0.1 + 0.6 * number / len(peers):.2f}"
+            style |= {"color": shade, "linestyle": "--", "marker": "x+1234*|_"[number % 9]}
+        styles[name] = style
     return styles
 
 

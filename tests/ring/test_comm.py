@@ -1,6 +1,8 @@
+import gc
 import os
 import re
 import time
+import weakref
 
 import pytest
 import torch
@@ -215,6 +217,21 @@ def test_a_part_has_the_order_of_its_members():
     for rank, (place, into) in enumerate(spawn(3, members_in_another_order)):
         assert place == 2 - rank
         torch.testing.assert_close(into, published((rank + 1) % 3))
+
+
+def forget_a_group(rank, world):
+    group = dist.new_group([0, 1])
+    comm = RingComm(group)
+    comm.publish_tensor("lane", torch.zeros(1)).fetch(1, torch.zeros(1), whole).wait()
+    known = weakref.ref(comm.link)
+    dist.destroy_process_group(group)
+    del comm, group
+    gc.collect()
+    return known() is None
+
+
+def test_what_is_known_of_a_group_goes_with_it():
+    assert all(spawn(2, forget_a_group))
 
 
 def refuse_peer(rank, world):

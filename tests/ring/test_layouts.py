@@ -193,6 +193,10 @@ def test_unions_are_few_runs():
     assert union("zigzag", 48, (0, 1, 3, 4, 5, 6, 7), 8).runs == (
         Run(0, 1, 6), Run(9, 1, 30), Run(42, 1, 6),
     )  # fmt: skip
+    assert union("zigzag", 16, (3, 1), 4).places == (
+        ((slice(0, 4), slice(2, 6)),),
+        ((slice(0, 2), slice(0, 2)), (slice(2, 4), slice(6, 8))),
+    )
     assert union("striped", 48, (1, 5), 8).runs == (Run(1, 4, 12),)
     assert union("striped", 48, (1, 5), 8).places == (
         ((slice(0, 6), slice(0, 11, 2)),), ((slice(0, 6), slice(1, 12, 2)),),
@@ -233,6 +237,8 @@ def test_length_that_does_not_divide_is_refused_with_the_nearest_that_do():
         shard(torch.zeros(1, 3), 1, "striped", 0, 4)
     with pytest.raises(LayoutError, match="1030"):
         union("zigzag", 1030, (0, 1), 4)
+    with pytest.raises(LayoutError, match=r"length 0 .* use 8$"):
+        check_length(0, "zigzag", 4)
     check_length(1032, "zigzag", 4)
 
 

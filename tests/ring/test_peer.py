@@ -266,6 +266,17 @@ def test_the_order_on_each_stream():
     assert side[9] == ("barrier", (1, 1))  # a buffer and a channel of its own
 
 
+def test_a_tensor_of_any_strides_can_be_published():
+    machine = Machine(2)
+    tensors = [torch.arange(6).view(2, 3).t() + 10 * rank for rank in range(2)]
+    rooms = [torch.zeros(3, 2, dtype=torch.int64) for _ in range(2)]
+    for rank in range(2):
+        window = comm_of(Gpu(machine, rank)).publish_tensor("lane", tensors[rank])
+        window.fetch(1, rooms[rank], lambda buffer, receiver: buffer)
+    machine.run(random.Random(0))
+    torch.testing.assert_close(rooms, tensors[::-1])
+
+
 def test_memory_is_taken_only_to_grow():
     machine = Machine(1)
     gpu = Gpu(machine, 0)

@@ -195,6 +195,15 @@ def test_documents_share_one_tile(layout):
     assert fit_tiles(tiles, bands=False, packed=True) == tiles
 
 
+def test_documents_share_one_tile_without_causality():
+    queries = held("zigzag", 64, 0, 4)
+    tiles = plan_tiles(queries, queries, Mask(False, None, (0, 3, 58, 61, 64)))
+    # The second document holds rows of head and tail: four rectangles, which are one.
+    assert tiles == (tile((0, 16), (0, 16), None, None, (0, 3, 10, 13, 16)),)
+    alone = fit_tiles(tiles, bands=False, packed=False)
+    assert [t.mask for t in alone] == [FULL] * 4
+
+
 def test_documents_and_a_window_share_one_band():
     tiles = plan([(0, 1, 16)], [(0, 1, 16)], window=3, cu_seqlens=(0, 2, 7, 8, 16))
     assert tiles == (tile((0, 16), (0, 16), 0, 2, (0, 2, 7, 8, 16)),)
@@ -212,11 +221,13 @@ def test_other_ranks_see_only_documents_that_cross_over():
 
 def test_runs_in_reach_of_a_window_are_one_square():
     # From 0 to 13: a window of 14 reaches, one of 13 does not.
-    runs = [(0, 1, 4), (10, 1, 4)]
-    assert plan(runs, runs, window=14) == (tile((0, 8), (0, 8), 0),)
+    runs = [(0, 1, 4), (5, 1, 2), (10, 1, 4)]
+    assert plan(runs, runs, window=14) == (tile((0, 10), (0, 10), 0),)
     assert plan(runs, runs, window=13) == (
-        tile((0, 8), (0, 8), 0, None, (0, 4, 8)),
-        tile((4, 8), (0, 4), None, 2),
+        tile((0, 10), (0, 10), 0, None, (0, 4, 6, 10)),
+        tile((4, 6), (0, 4)),
+        tile((6, 10), (0, 4), None, 2),
+        tile((6, 10), (4, 6)),
     )
     runs = [(0, 5, 2), (6, 5, 2)]  # steps of 5, 1 and 5
     assert plan(runs, runs, window=16) == (tile((0, 4), (0, 4), 0),)

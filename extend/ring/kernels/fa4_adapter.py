@@ -1,7 +1,7 @@
 """flash-attn-4's functions with as many results as torch's adapter for them takes.
 
-torch (2.11 to 2.13) unpacks out and lse, and dq, dk and dv; newer releases of the package give more.
-torch imports this module when the kernel "fa4" is activated; nothing else does.
+torch (2.11 to 2.13) unpacks out and lse, and dq, dk and dv; newer releases of the package give
+more. torch imports this module when the kernel "fa4" is activated; nothing else does.
 """
 
 from typing import Any

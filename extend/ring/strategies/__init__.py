@@ -4,8 +4,8 @@
     all-gather    all keys at once, for some heads at a time; the fewest and largest kernel calls
     ulysses       heads split over all ranks in place of the sequence
     usp:U         heads split over groups of U ranks, a ring over the groups
-    double-ring:H a ring inside each of H hosts and a ring of hosts, so that the slow link is used once
-                  for each turn of the inner ring; without a number, the hosts that the ranks run on
+    double-ring:H a ring inside each of H hosts and a ring of hosts, so that the slow link is used
+                  once a turn of the inner ring; without a number, the hosts that the ranks run on
     auto          the fastest of them by `extend.ring.cost` that fits in memory
 """
 
@@ -45,7 +45,7 @@ def parse_strategy(name: str) -> tuple[str, int | None]:
 
 
 def build_strategy(name: str, call: Call, q: Tensor, k: Tensor) -> Strategy:
-    """The strategy called `name` (not "auto") for tensors like q [b, h, s, d] and k [b, h_kv, s, d].
+    """The strategy called `name` (not "auto") for tensors like q [b, h, s, d], k [b, h_kv, s, d].
 
     Raises:
         CompatibilityError: these heads or ranks cannot be split that way.
@@ -75,8 +75,8 @@ def _usp(call: Call, degree: int | None, num_heads: int, num_kv_heads: int) -> S
         degree = _default_degree(comm.world, comm.world // comm.hosts, num_heads)
     if comm.world % degree or num_heads % degree:
         raise CompatibilityError(
-            f"strategy usp:{degree}: {num_heads} query heads over {degree} of {comm.world} ranks do "
-            f"not divide; {degree} must divide both {num_heads} and {comm.world}"
+            f"strategy {'ulysses' if degree == comm.world else f'usp:{degree}'}: {num_heads} query "
+            f"heads and {comm.world} ranks; {degree} ranks that share heads must divide both"
         )
     members = ulysses_ranks(call.layout, comm.rank, comm.world, degree)
     place = members.index(comm.rank)
@@ -109,8 +109,8 @@ def _default_degree(world: int, per_host: int, num_heads: int) -> int:
         if world % degree == 0 and num_heads % degree == 0:
             return degree
     raise CompatibilityError(
-        f"strategy usp: no number between 1 and {world} divides {num_heads} query heads and {world} "
-        "ranks; use ring or all-gather"
+        f"strategy usp: no number between 1 and {world} divides {num_heads} query heads and "
+        f"{world} ranks; use ring or all-gather"
     )
 
 

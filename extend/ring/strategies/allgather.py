@@ -1,21 +1,22 @@
-"""All keys at once, for some heads at a time: few, large blocks, and memory for the whole sequence.
+"""All keys at once, for some heads at a time: few, large blocks, memory for the whole sequence.
 
-Kernels that take bands see the keys of every rank in the order of their positions: one call for each
-piece of the local queries, and nothing to join. Others compute their own block first, while the rest
-arrives, and then at most two large rectangles. Gathered memory is bounded: the heads are taken in as
-many groups as that needs, the next group arriving while one is computed.
+Kernels that take bands see the keys of every rank in the order of their positions: one call for
+each piece of the local queries, and nothing to join. Others compute their own block first, while
+the rest arrives, and then at most two large rectangles. Gathered memory is bounded: the heads are
+taken in as many groups as that needs, the next group arriving while one is computed.
 
 Source: the context parallelism of Llama 3, arXiv:2407.21783, section 3.3.2.
 """
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from extend.ring.blocks import KeySum, fill_block, open_block, split_heads
 from extend.ring.call import Call, shift_keys
 from extend.ring.comm import Transfer, Window
-from extend.ring.partial import AttentionSum, GradientSum
+from extend.ring.partial import AttentionSum, GradientSum, sums_keys
 from extend.ring.tiles import Tile, rows_needed
 
 GATHERED_BYTES = 2 << 30  # of keys and values held for one group of heads, and of their gradients
@@ -40,6 +41,8 @@ class AllGather:
         self._whole = call.kernel.bands
         self._gathered = {r: self._plan(r) for r in range(call.comm.world)}
         self._tiles, self._places = self._gathered[call.comm.rank]
+        # Sums over several of a rank's tiles travel in fp32, so that they are rounded only once.
+        self._wide = any(sums_keys(tiles) for tiles, _ in self._gathered.values())
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """out [b, h, s, d] of the local queries, and what `backward` needs."""
@@ -63,7 +66,7 @@ class AllGather:
         call, groups = self.call, self._num_groups(k)
         own = () if self._whole else call.tiles(call.comm.rank, call.comm.rank)
         total = GradientSum(dout, q, out, lse, call, [own, self._tiles])
-        home = KeySum(k, call.comm.world - (not self._whole))
+        home = KeySum(k, call.comm.world)
         window = self._publish(k, v, groups)
         ahead = self._gather(window, k, 0, groups)
         first, *others = split_heads(k, q.shape[1], call.comm.world) if own else [None]
@@ -144,7 +147,10 @@ class AllGather:
                     step, None if into is None else keys[into.into],
                     self._selector(step, index, group),
                 ))  # fmt: skip
-        return comm.fetch_all(window, fetches), keys
+        transfer = comm.fetch_all(window, fetches)
+        if group + 1 == groups:
+            window.close()
+        return transfer, keys
 
     def _selector(self, step: int, index: int, group: int):
         """What a rank hands out as its `index`-th piece to the rank `step` places on."""
@@ -162,8 +168,10 @@ class AllGather:
         """Send every rank its keys' shares; start to receive those for the own ones."""
         comm = self.call.comm
         most = max(_num_rows(places) for _, places in self._gathered.values())
+        dtype = torch.promote_types(k.dtype, torch.float32) if self._wide else k.dtype
         window = comm.publish(
-            f"shares {group % 2}", self._gathered_shape(k, groups, most), k,
+            f"shares {group % 2}", self._gathered_shape(k, groups, most),
+            k.new_empty(0, dtype=dtype),
             lambda buffer: fill_block(buffer, *shares),
         )  # fmt: skip
         arriving, fetches, heads = [], [], _kv_heads(k, group, groups)
@@ -173,10 +181,12 @@ class AllGather:
                 into = None
                 if place is not None:
                     num_rows = place.rows.stop - place.rows.start
-                    into = k.new_empty(self._gathered_shape(k, groups, num_rows))
+                    into = k.new_empty(self._gathered_shape(k, groups, num_rows), dtype=dtype)
                     arriving.append((place.rows, into, heads))
                 fetches.append((step, into, self._returner(step, index)))
-        return comm.fetch_all(window, fetches), arriving
+        transfer = comm.fetch_all(window, fetches)
+        window.close()
+        return transfer, arriving
 
     def _returner(self, step: int, index: int):
         """What a rank sends back of the `index`-th piece of the rank `step` places on."""
@@ -214,7 +224,7 @@ def _kv_heads(k: Tensor, group: int, groups: int) -> slice:
 
 
 def _clip(rows: slice, into: slice, hull: slice) -> tuple[slice, slice] | None:
-    """The part of a piece inside `hull`, and its place counted from there; `into` may have a step."""
+    """The part of a piece inside `hull`, its place counted from there; `into` may have a step."""
     step = into.step or 1
     first = max(0, -(-(hull.start - into.start) // step))
     last = min(rows.stop - rows.start, -(-(hull.stop - into.start) // step))

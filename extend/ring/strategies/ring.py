@@ -1,14 +1,14 @@
 """Ring attention: keys and values of one rank at a time, two blocks of them held.
 
-At step t rank r fetches the keys that started on rank r - t, while it computes on those of step t - 1.
-In the backward pass the share of each rank in another's dk and dv goes straight home, in the dtype
-that the kernel gave it, and is summed there.
+At step t rank r fetches the keys that started on rank r - t, while it computes on those of step
+t - 1. In the backward pass the share of each rank in another's dk and dv goes straight home, in the
+dtype of the keys, and is summed there.
 
-Over several hosts the ring is a double ring: a block crosses the slow link to each host once a turn,
-to the rank in the same place, and is handed around inside the host; the shares of a host are summed
+Over several hosts the ring is a double ring: a block crosses the slow link to each host once, to
+the rank in the same place, and is handed around inside the host; the shares of a host are summed
 there and cross once as well.
 
-Source: Ring Attention, arXiv:2310.01889; the double ring of LoongTrain, arXiv:2406.18485, section 4.
+Source: Ring Attention, arXiv:2310.01889; the double ring of LoongTrain, arXiv:2406.18485, sec. 4.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from extend.ring.comm import RingComm, Transfer, Window
 from extend.ring.partial import AttentionSum, GradientSum
 from extend.ring.tiles import Tile
 
-Keys = tuple[Tensor | None, Tensor | None]  # k, v [b, h_kv, n, d]; None where there is no use for any
+Keys = tuple[Tensor | None, Tensor | None]  # k, v [b, h_kv, n, d]; None where none is of use
 
 
 @dataclass
@@ -68,11 +68,11 @@ class Ring:
         """dq, dk, dv of the local q, k, v."""
         q, k, v, out, lse = saved
         total = GradientSum(dout, q, out, lse, self.call, self._portions())
-        home = KeySum(k, self._num_arrivals(0) + self.outer.world - 1)
+        home = KeySum(k, self._num_shares(0) + self.outer.world - 1)
         first, *others = split_heads(k, q.shape[1], self.call.comm.world)
         passing = crossing = None
         for turn, held in enumerate(self._turns(k, v)):
-            sums = KeySum(k, self._num_arrivals(turn)) if turn else home
+            sums = KeySum(k, self._num_shares(turn)) if turn else home
             for step, tiles, keys, values in self._steps(turn, k, held):
                 if turn == step == 0:
                     self._add_own(total, home, k, v, *first)
@@ -149,7 +149,10 @@ class Ring:
             return None if wanted is None else block[wanted]
 
         into = _empty_block(k, rows(self.inner.rank))
-        return window.fetch(step, into, select), into
+        transfer = window.fetch(step, into, select)
+        if step + 1 == world:
+            window.close()
+        return transfer, into
 
     def _fetch_turn(
         self, window: Window, turn: int, k: Tensor
@@ -164,7 +167,10 @@ class Ring:
         source = self._source(turn, self.inner.rank)
         wanted = self._host_needs(self.outer.rank, source)
         into = _empty_block(k, slice(0, k.shape[2]) if wanted else None)
-        return window.fetch(turn, into, select), into
+        transfer = window.fetch(turn, into, select)
+        if turn + 1 == hosts:
+            window.close()
+        return transfer, into
 
     def _send_home(
         self, turn: int, step: int, k: Tensor, share: Keys, sums: KeySum
@@ -183,14 +189,17 @@ class Ring:
         window = publish_block(self.inner, "shares", k, *share)
         wanted = rows(self.inner.rank)
         into = _empty_block(k, wanted)
-        return Homecoming(sums, wanted, into, window.fetch(world - step, into, select))
+        transfer = window.fetch(world - step, into, select)
+        window.close()
+        return Homecoming(sums, wanted, into, transfer)
 
     def _send_across(self, turn: int, k: Tensor, sums: KeySum, home: KeySum) -> Homecoming:
         """Send this host's sum to the rank whose keys they are; receive one for `home`."""
         hosts = self.outer.world
 
         def needed(receiver: int) -> bool:
-            return self._host_needs((receiver + turn) % hosts, self._rank(self.inner.rank, receiver))
+            source = self._rank(self.inner.rank, receiver)
+            return self._host_needs((receiver + turn) % hosts, source)
 
         window = publish_block(self.outer, "sums", k, *sums.result())
         wanted = slice(0, k.shape[2]) if needed(self.outer.rank) else None
@@ -198,6 +207,7 @@ class Ring:
         transfer = window.fetch(
             hosts - turn, into, lambda block, receiver: block if needed(receiver) else None
         )
+        window.close()
         return Homecoming(home, wanted, into, transfer)
 
     def _rank(self, place: int, host: int | None = None) -> int:
@@ -212,11 +222,11 @@ class Ring:
         places = range(self.inner.world)
         return any(self.call.needed(self._rank(place, host), source) for place in places)
 
-    def _num_arrivals(self, turn: int) -> int:
-        """How many ranks of this host send a share for the keys held in `turn`."""
+    def _num_shares(self, turn: int) -> int:
+        """How many ranks of this host have a share in the keys held in `turn`."""
         source = self._source(turn, self.inner.rank)
-        others = [p for p in range(self.inner.world) if p != self.inner.rank]
-        return sum(self.call.needed(self._rank(p), source) is not None for p in others)
+        places = range(self.inner.world)
+        return sum(self.call.needed(self._rank(place), source) is not None for place in places)
 
     def _portions(self) -> list[tuple[Tile, ...]]:
         rank, world = self.call.comm.rank, self.call.comm.world

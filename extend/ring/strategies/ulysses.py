@@ -9,6 +9,7 @@ Source: DeepSpeed Ulysses, arXiv:2309.14509; USP, arXiv:2405.07719.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from extend.ring.comm import RingComm
 from extend.ring.layouts import union
+from extend.ring.lse import write_sum
+
+Arrive = Callable[[], list[Tensor]]  # waits for tensors under way
 
 
 class Strategy(Protocol):
@@ -31,7 +35,11 @@ class Strategy(Protocol):
 
 
 class Ulysses:
-    """Heads split over the ranks of `comm`, which hold `members` of the layout's `world` parts."""
+    """Heads split over the ranks of `comm`, which hold `members` of the layout's `world` parts.
+
+    Where a rank's share has an even number of key heads, it goes and comes in two groups, one on
+    its way while the other is computed.
+    """
 
     def __init__(
         self, comm: RingComm, inner: Strategy, layout: str, seq_len: int,
@@ -41,64 +49,83 @@ class Ulysses:
         self.comm, self.inner, self._num_kv_heads = comm, inner, num_kv_heads
         self._places = union(layout, seq_len, members, world).places
         self._local_len = seq_len // world
+        repeated = math.lcm(num_kv_heads, comm.world)
+        self._times = repeated // num_kv_heads
+        self._groups = 2 if repeated // comm.world % 2 == 0 else 1
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """out [b, h, s, d] of the local queries, and what `backward` needs."""
-        k, v = self._repeat(k), self._repeat(v)
-        gathered = self._to_heads("queries and keys", (q, k, v))
-        out, saved = self.inner.forward(*gathered)
-        (out,) = self._to_rows("out", (out,))
-        return out, saved
+        saved, leaving = [], []
+        for group, arrive in enumerate(self._all_to_heads("q, k, v", q, self._repeat(k),
+                                                          self._repeat(v))):  # fmt: skip
+            out, kept = self.inner.forward(*arrive())
+            leaving.append(self._to_rows(f"out {group}", (out,)))
+            saved += kept
+        (out,) = self._join([arrive() for arrive in leaving])
+        return out, tuple(saved)
 
     def backward(self, dout: Tensor, saved: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv of the local q, k, v."""
-        (dout,) = self._to_heads("dout", (dout,))
-        dq, dk, dv = self._to_rows("gradients", self.inner.backward(dout, saved))
+        leaving, count = [], len(saved) // self._groups
+        for group, arrive in enumerate(self._all_to_heads("dout", dout)):
+            kept = saved[group * count : (group + 1) * count]
+            gradients = self.inner.backward(*arrive(), kept)
+            leaving.append(self._to_rows(f"gradients {group}", gradients))
+        dq, dk, dv = self._join([arrive() for arrive in leaving])
         return dq, _sum_repeated(dk, self._num_kv_heads), _sum_repeated(dv, self._num_kv_heads)
 
     def _repeat(self, k: Tensor) -> Tensor:
         """Key heads [b, h_kv, s, d], repeated until they can be shared out evenly."""
-        times = math.lcm(k.shape[1], self.comm.world) // k.shape[1]
-        return k.repeat_interleave(times, dim=1) if times > 1 else k
+        return k.repeat_interleave(self._times, dim=1) if self._times > 1 else k
 
-    def _to_heads(self, lane: str, tensors: tuple[Tensor, ...]) -> list[Tensor]:
-        """[b, h, s, d] each -> [b, h / ranks, rows of the group, d], rows by position."""
+    def _all_to_heads(self, lane: str, *tensors: Tensor) -> list[Arrive]:
+        """Start the way of all groups' heads of [b, h, s, d] each."""
+        apart = [t.unflatten(1, (self.comm.world, self._groups, -1)) for t in tensors]
+        return [
+            self._to_heads(f"{lane} {group}", [t[:, :, group] for t in apart])
+            for group in range(self._groups)
+        ]
+
+    def _to_heads(self, lane: str, tensors: Sequence[Tensor]) -> Arrive:
+        """[b, ranks, heads, s, d] each -> [b, heads, rows of the group, d], by position."""
         world, like = self.comm.world, tensors[0]
-        batch, _, rows, head_dim = like.shape
-        heads = [t.shape[1] // world for t in tensors]
+        batch, _, _, rows, head_dim = like.shape
+        heads = [t.shape[2] for t in tensors]
 
         def write(buffer: Tensor) -> None:  # [ranks, s, b, heads of all tensors, d]
             for part, t in zip(buffer.split(heads, dim=3), tensors, strict=True):
-                part.copy_(t.unflatten(1, (world, -1)).permute(1, 3, 0, 2, 4))
+                part.copy_(t.permute(1, 3, 0, 2, 4))
 
         shape = (world, rows, batch, sum(heads), head_dim)
         window = self.comm.publish(lane, shape, like, write)
         whole = like.new_empty((world * rows, *shape[2:]))
-
-        def place(sender: int, index: int) -> tuple[slice, slice] | None:
-            return _nth(self._places[sender], index)
-
         fetches = []
         for step, index in self._pieces():
-            found = place((self.comm.rank - step) % world, index)
+            found = _nth(self._places[(self.comm.rank - step) % world], index)
 
             def select(buffer: Tensor, receiver: int, step=step, index=index) -> Tensor | None:
-                found = place((receiver - step) % world, index)
+                found = _nth(self._places[(receiver - step) % world], index)
                 return None if found is None else buffer[receiver][found[0]]
 
             fetches.append((step, None if found is None else whole[found[1]], select))
-        self.comm.fetch_all(window, fetches).wait()
-        return [part.permute(1, 2, 0, 3) for part in whole.split(heads, dim=2)]
+        transfer = self.comm.fetch_all(window, fetches)
+        window.close()
 
-    def _to_rows(self, lane: str, tensors: tuple[Tensor, ...]) -> list[Tensor]:
-        """The way back: [b, h / ranks, rows of the group, d] each -> [b, h, s, d]."""
+        def arrive() -> list[Tensor]:
+            transfer.wait()
+            return [part.permute(1, 2, 0, 3) for part in whole.split(heads, dim=2)]
+
+        return arrive
+
+    def _to_rows(self, lane: str, tensors: Sequence[Tensor]) -> Arrive:
+        """The way back: [b, heads, rows of the group, d] each -> [b, s, ranks, heads, d]."""
         world, like = self.comm.world, tensors[0]
         batch, _, rows, head_dim = like.shape
         heads = [t.shape[1] for t in tensors]
 
         def write(buffer: Tensor) -> None:  # [rows of the group, b, heads of all tensors, d]
             for part, t in zip(buffer.split(heads, dim=2), tensors, strict=True):
-                part.copy_(t.permute(2, 0, 1, 3))
+                write_sum(part.permute(1, 2, 0, 3), t)
 
         window = self.comm.publish(lane, (rows, batch, sum(heads), head_dim), like, write)
         parts = like.new_empty((world, self._local_len, batch, sum(heads), head_dim))
@@ -112,9 +139,20 @@ class Ulysses:
 
             into = None if found is None else parts[(self.comm.rank - step) % world][found[0]]
             fetches.append((step, into, select))
-        self.comm.fetch_all(window, fetches).wait()
+        transfer = self.comm.fetch_all(window, fetches)
+        window.close()
+
+        def arrive() -> list[Tensor]:
+            transfer.wait()
+            return [part.permute(2, 1, 0, 3, 4) for part in parts.split(heads, dim=3)]
+
+        return arrive
+
+    def _join(self, groups: list[list[Tensor]]) -> list[Tensor]:
+        """The groups' [b, s, ranks, heads, d] of each tensor as one [b, h, s, d]."""
         return [
-            part.permute(2, 0, 3, 1, 4).flatten(1, 2) for part in parts.split(heads, dim=3)
+            torch.stack(parts, dim=3).flatten(2, 4).transpose(1, 2)
+            for parts in zip(*groups, strict=True)
         ]
 
     def _pieces(self) -> list[tuple[int, int]]:
