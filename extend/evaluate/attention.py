@@ -1,21 +1,23 @@
 """Causal attention for prefill: no mask, no length x length scores, and room for a KV cache.
 
-transformers' own `sdpa` is as good while queries and keys are equally many. With a cache they are
-not, and it builds a mask of queries x keys and repeats the KV heads. Here the new tokens attend
-to the cache (all of it) and to themselves (causally) with the ring's kernels, and the two partial
-results are joined through their log-sum-exp.
+transformers' own `sdpa` is as good while queries and keys are equally many and each query sees all
+before it. With a cache or a sliding window it builds a mask of queries x keys and repeats the KV
+heads. Here the ring's planner and kernels compute the same: the new tokens are the last positions
+of the keys, and what they see is cut into tiles.
 """
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from extend.errors import CompatibilityError
+from extend.ring.call import Call
+from extend.ring.comm import RingComm
 from extend.ring.kernels import choose_kernel
-from extend.ring.lse import merge_partial
-from extend.ring.mask import CAUSAL, FULL, Mask
+from extend.ring.mask import make_mask
+from extend.ring.partial import AttentionSum
+from extend.ring.tiles import Run, fit_tiles, plan_tiles
 
 ATTENTION_NAME = "extend_prefill"
 
@@ -31,12 +33,17 @@ def register_prefill_attention() -> str:
 
 def prefill_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
                       attention_mask: Tensor | None, *, scaling: float | None = None,
+                      sliding_window: int | None = None,
                       **kwargs: Any) -> tuple[Tensor, None]:
     """Attention as transformers calls it; the queries are the last of the keys' positions.
+
+    The keys may be fewer than the tokens so far: the cache of a layer with a window drops those
+    that no later token sees.
 
     Args:
         query: [b, h, s_new, d].
         key, value: [b, h_kv, s_cached + s_new, d].
+        sliding_window: tokens that a query sees, its own included; None is all up to its own.
 
     Returns:
         out [b, s_new, h, d], and None for the weights.
@@ -44,20 +51,47 @@ def prefill_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tens
     Raises:
         CompatibilityError: the model asks for a mask or for what these kernels do not compute.
     """
+    new, total = query.shape[2], key.shape[2]
+    _refuse_arguments(module, attention_mask, kwargs)
+    _refuse_layer(module, sliding_window, total)
+    mask = make_mask(True, sliding_window, None, total)
+    kernel = choose_kernel("auto", query, key, mask=mask)
+    tiles = fit_tiles(plan_tiles((Run(total - new, 1, new),), (Run(0, 1, total),), mask),
+                      bands=kernel.bands, packed=kernel.packed)
+    attended = AttentionSum(query, Call(
+        comm=RingComm.alone(), layout="contiguous", mask=mask, kernel=kernel, seq_len=total,
+        softmax_scale=query.shape[-1] ** -0.5 if scaling is None else scaling), [tiles])
+    attended.add(tiles, key, value)
+    out, _ = attended.result()
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _refuse_arguments(module: nn.Module, attention_mask: Tensor | None,
+                      kwargs: dict[str, Any]) -> None:
     asked = [name for name in _REFUSED if kwargs.get(name) is not None]
     if attention_mask is not None or asked:
         raise CompatibilityError(
             f"{type(module).__name__} asks its attention for {', '.join(asked) or 'a mask'}, which "
-            "evaluation does not compute; only models with plain causal attention are supported")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    kernel = choose_kernel("auto", query, key, mask=Mask(causal=True))
-    new, cached = query.shape[2], key.shape[2] - query.shape[2]
-    out, lse = kernel.forward(query, key.narrow(2, cached, new), value.narrow(2, cached, new),
-                              mask=CAUSAL, softmax_scale=scale)
-    if cached:
-        past, past_lse = kernel.forward(query, key.narrow(2, 0, cached),
-                                        value.narrow(2, 0, cached), mask=FULL,
-                                        softmax_scale=scale)
-        out, lse = out.to(torch.promote_types(out.dtype, torch.float32)), lse.clone()
-        merge_partial(out, lse, past, past_lse)
-    return out.to(query.dtype).transpose(1, 2).contiguous(), None
+            "evaluation does not compute; only models with plain causal attention, in a sliding "
+            "window or not, are supported")
+
+
+def _refuse_layer(module: nn.Module, window: int | None, total: int) -> None:
+    """Refuse a layer whose attention is of another kind, or that keeps its window to itself."""
+    config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    kinds = getattr(config, "layer_types", None)
+    kind = kinds[layer] if kinds and layer is not None else None
+    if kind not in (None, "full_attention", "sliding_attention"):
+        raise CompatibilityError(
+            f"layer {layer} is of type {kind!r}, which evaluation does not compute; only models "
+            "with full or sliding-window attention are supported")
+    # Without types one window holds for all layers (Mistral); with them, for the sliding ones.
+    named = getattr(config, "sliding_window", None)
+    used = kind == "sliding_attention" or (kind is None
+                                           and getattr(config, "use_sliding_window", True))
+    if window is None and used and named and total > named:
+        raise CompatibilityError(
+            f"layer {layer} has a sliding window of {named} tokens, which {type(module).__name__} "
+            f"does not pass on to its attention, and {total} keys; evaluate at most {named} tokens "
+            "of this model, or set its sliding_window to null (extend rescale with "
+            "sliding_window 'drop')")

@@ -54,7 +54,7 @@ def evaluate(model: Path | str, out: Path | str, *,
         from extend.evaluate.adapted import adapted_config
 
         config = adapted_config(model, adapter)
-        settings = _resolve(config, device, dtype, chunk)
+        settings = _resolve(device, dtype, chunk)
         _check_prompts(model, planned, seed)
         manifest = Manifest("eval", paths, {
             "tasks": [dict(entry.spec, name=entry.name) for entry in planned],
@@ -97,12 +97,12 @@ def _input_paths(model: Path | str, adapter: Path | str | None,
     return paths
 
 
-def _resolve(config: ModelConfig, device: str, dtype: str, chunk: int | None) -> dict[str, Any]:
+def _resolve(device: str, dtype: str, chunk: int | None) -> dict[str, Any]:
     """What `auto` means here: part of what the rows depend on."""
     from extend.evaluate.load import choose_chunk, choose_device, choose_dtype
 
     chosen = choose_device(device)
-    return {"device": chosen.type, "chunk": choose_chunk(chunk, config, chosen),
+    return {"device": chosen.type, "chunk": choose_chunk(chunk, chosen),
             "dtype": str(choose_dtype(dtype, chosen)).removeprefix("torch.")}
 
 

@@ -14,7 +14,6 @@ from extend.model_config import ModelConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CHUNK = {"cuda": 131072, "cpu": 16384}
-_MASKED_CHUNK = 2048  # sliding windows need a mask of chunk x keys
 
 
 def choose_device(device: str) -> torch.device:
@@ -49,12 +48,10 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def choose_chunk(chunk: int | None, config: ModelConfig, device: torch.device) -> int:
+def choose_chunk(chunk: int | None, device: torch.device) -> int:
     """Tokens in one forward: what was asked for, or what fits the device's attention."""
     if chunk is not None:
         return chunk
-    if config.sliding_window is not None:
-        return _MASKED_CHUNK
     return _CHUNK.get(device.type, _CHUNK["cpu"])
 
 
@@ -81,12 +78,10 @@ def load_model(model: Path | str, *, adapter: Path | str | None = None, device: 
     """
     config = adapted_config(model, adapter)
     Checkpoint(model)  # headers against sizes: a truncated shard is named before any loading
-    masked = config.sliding_window is not None
-    attention = "sdpa" if masked else register_prefill_attention()
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
-            str(model), config=load_hf_config(config), dtype=dtype, attn_implementation=attention,
-            local_files_only=True, output_loading_info=True)
+            str(model), config=load_hf_config(config), dtype=dtype, local_files_only=True,
+            attn_implementation=register_prefill_attention(), output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CompatibilityError(f"{model}: transformers cannot load it ({error})") from error
     _check_loaded(model, config, info)

@@ -2,16 +2,19 @@
 
 import functools
 import logging
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from extend.errors import CompatibilityError
+from extend.ring.balance import imbalance
 from extend.ring.call import Call
-from extend.ring.cost import candidates, predict
+from extend.ring.cost import Prediction, candidates, predict
 from extend.ring.hardware import find_hardware
 from extend.ring.kernels import KERNELS
+from extend.ring.mask import Mask
 
 logger = logging.getLogger(__name__)
 
@@ -36,21 +39,18 @@ def choose_strategy(call: Call, q: Tensor, k: Tensor) -> Choice:
         return Choice("ring", "one rank")
     if q.device.type != "cuda":
         return Choice("ring", "on the CPU memory counts, and the ring takes the least")
-    bounds = call.mask.cu_seqlens
     properties = torch.cuda.get_device_properties(q.device)
     kernel = next(name for name, member in KERNELS.items() if member is call.kernel)
     return _choose(
         tuple(q.shape), k.shape[1], q.element_size(), call.comm.world, call.comm.hosts, call.layout,
-        call.mask.causal, call.mask.window, len(bounds) - 1 if bounds else 1, kernel,
-        properties.name, properties.total_memory,
+        call.mask, kernel, properties.name, properties.total_memory,
     )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=512)
 def _choose(
     shape: tuple[int, ...], num_kv_heads: int, value_bytes: int, world: int, hosts: int,
-    layout: str, causal: bool, window: int | None, documents: int, kernel: str, gpu: str,
-    memory_bytes: int,
+    layout: str, mask: Mask, kernel: str, gpu: str, memory_bytes: int,
 ) -> Choice:  # fmt: skip
     batch, num_heads, local_len, head_dim = shape
     per_host = world // hosts
@@ -58,14 +58,32 @@ def _choose(
         name: predict(
             name, heads=num_heads, kv_heads=num_kv_heads, head_dim=head_dim,
             seq_len=local_len * world, world=world, gpus_per_host=per_host, layout=layout,
-            causal=causal, window=window, documents=documents, value_bytes=value_bytes,
-            batch=batch, hardware=find_hardware(gpu, kernel),
+            causal=mask.causal, window=mask.window, documents=len(mask.cu_seqlens or (0, 0)) - 1,
+            value_bytes=value_bytes, batch=batch, hardware=find_hardware(gpu, kernel),
         )
         for name in candidates(num_heads, world, per_host)
     }  # fmt: skip
+    if mask.cu_seqlens:
+        predictions = {
+            name: _with_documents(prediction, name, layout, local_len * world, world, mask)
+            for name, prediction in predictions.items()
+        }
     choice = choose_among(predictions, memory_bytes * MEMORY_SHARE)
     logger.info("ring attention: %s", choice.reason)
     return choice
+
+
+def _with_documents(
+    prediction: Prediction, name: str, layout: str, seq_len: int, world: int, mask: Mask
+) -> Prediction:
+    """The model takes documents to be of one length; real ones load some ranks more than others."""
+    family, _, degree = name.partition(":")
+    parts = world // {"ulysses": world, "usp": int(degree or 1)}.get(family, 1)
+    more = prediction.compute_seconds * (imbalance(layout, seq_len, parts, mask) - 1)
+    return replace(
+        prediction, seconds=prediction.seconds + more,
+        compute_seconds=prediction.compute_seconds + more,
+    )  # fmt: skip
 
 
 def choose_among(predictions: dict, limit_bytes: float) -> Choice:

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -5,6 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from extend.errors import CompatibilityError
 from extend.evaluate.attention import prefill_attention
+from extend.ring.kernels.choose import CANDIDATES
 
 # fp32: both sum the same products in another order; entries are of size 1, eps is 1.2e-7.
 TOLERANCE = {"rtol": 1e-5, "atol": 2e-6}
@@ -13,13 +16,20 @@ TOLERANCE = {"rtol": 1e-5, "atol": 2e-6}
 @pytest.mark.parametrize(("new", "cached"), [(1, 0), (33, 0), (1, 20), (16, 1), (40, 88)])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
 @pytest.mark.parametrize("scaling", [None, 0.7])
-def test_queries_are_the_last_positions(new, cached, heads, kv_heads, scaling):
+@pytest.mark.parametrize("window", [None, 1, 2, 17, 128])
+@pytest.mark.parametrize("kernel", ["flash_cpu", "reference"])  # squares only, any band
+def test_queries_are_the_last_positions(new, cached, heads, kv_heads, scaling, window, kernel,
+                                        monkeypatch):
+    monkeypatch.setitem(CANDIDATES, "cpu", (kernel,))
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, heads, new, 16, generator=generator)
     k, v = torch.randn(2, 2, kv_heads, new + cached, 16, generator=generator)
     mask = torch.ones(new, new + cached, dtype=torch.bool).tril(cached)
+    if window is not None:
+        mask = mask.triu(cached - window + 1)
     expected = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=True)
-    out, weights = prefill_attention(nn.Identity(), q, k, v, None, scaling=scaling)
+    out, weights = prefill_attention(nn.Identity(), q, k, v, None, scaling=scaling,
+                                     sliding_window=window)
     torch.testing.assert_close(out, expected.transpose(1, 2), **TOLERANCE)
     assert weights is None and out.is_contiguous()
 
@@ -41,3 +51,10 @@ def test_what_is_not_computed_is_refused():
         prefill_attention(nn.Identity(), q, q, q, torch.ones(1, 1, 2, 2, dtype=torch.bool))
     with pytest.raises(CompatibilityError, match="asks its attention for softcap"):
         prefill_attention(nn.Identity(), q, q, q, None, softcap=30.0)
+    llama4 = nn.Identity()
+    llama4.config = SimpleNamespace(layer_types=["full_attention", "chunked_attention"])
+    llama4.layer_idx = 1
+    with pytest.raises(CompatibilityError, match="layer 1 is of type 'chunked_attention'"):
+        prefill_attention(llama4, q, q, q, None)
+    llama4.layer_idx = 0
+    assert prefill_attention(llama4, q, q, q, None)[0].shape == (1, 2, 1, 8)

@@ -27,9 +27,18 @@ def random_prompts(lengths, answer_len=5, seed=0):
             for n in lengths]
 
 
-def oracle(model_dir, prompt):
+def save_mistral(directory, window):
+    torch.manual_seed(0)
+    MistralForCausalLM(MistralConfig(
+        vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, sliding_window=window,
+        initializer_range=0.3)).save_pretrained(directory)
+    return directory
+
+
+def oracle(model_dir, prompt, model_class=LlamaForCausalLM):
     """First choices and loss from transformers' eager attention and all logits."""
-    model = LlamaForCausalLM.from_pretrained(model_dir, attn_implementation="eager")
+    model = model_class.from_pretrained(model_dir, attn_implementation="eager")
     with torch.no_grad():
         logits = model(torch.tensor([prompt.ids])).logits[0, -prompt.answer_len - 1:-1]
     wanted = torch.tensor(prompt.ids[-prompt.answer_len:])
@@ -88,8 +97,11 @@ class _Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("chunk", [4096, 1024])
-def test_neither_scores_nor_a_mask_nor_all_logits_exist(model, chunk):
+@pytest.mark.parametrize("window", [None, 512])
+def test_neither_scores_nor_a_mask_nor_all_logits_exist(model_dir, tmp_path, chunk, window):
     length = 4096
+    model = load_model(save_mistral(tmp_path, window) if window else model_dir,
+                       device=torch.device("cpu"), dtype=torch.float32)
     prompt, = random_prompts([length])
     with _Largest() as seen:
         score_answers(model, [prompt], chunk=chunk)
@@ -97,21 +109,14 @@ def test_neither_scores_nor_a_mask_nor_all_logits_exist(model, chunk):
     assert seen.elements <= 48 * length < length * min(400, chunk)
 
 
-def test_sliding_windows_are_kept(tmp_path):
-    torch.manual_seed(0)
-    config = MistralConfig(vocab_size=400, hidden_size=32, intermediate_size=48,
-                           num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                           head_dim=8, sliding_window=16, initializer_range=0.3)
-    MistralForCausalLM(config).save_pretrained(tmp_path)
-    model = load_model(tmp_path, device=torch.device("cpu"), dtype=torch.float32)
-    prompt, = random_prompts([100])
-    reference = MistralForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
-    with torch.no_grad():
-        logits = reference(torch.tensor([prompt.ids])).logits[0, -6:-1]
-    loss = functional.cross_entropy(logits, torch.tensor(prompt.ids[-5:]), reduction="sum")
-    for chunk in (1000, 24):
-        score, = score_answers(model, [prompt], chunk=chunk)
-        torch.testing.assert_close(score.nll, float(loss), **TOLERANCE)
+@pytest.mark.parametrize("chunk", [1000, 24])
+def test_sliding_windows_are_kept(tmp_path, chunk):
+    model = load_model(save_mistral(tmp_path, 16), device=torch.device("cpu"), dtype=torch.float32)
+    prompts = random_prompts([100, 11, 60])
+    for prompt, score in zip(prompts, score_answers(model, prompts, chunk=chunk), strict=True):
+        choices, loss = oracle(tmp_path, prompt, MistralForCausalLM)
+        assert score.predicted == choices
+        torch.testing.assert_close(score.nll, loss, **TOLERANCE)
 
 
 def test_models_that_change_their_logits_are_refused(model):

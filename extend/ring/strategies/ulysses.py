@@ -94,7 +94,8 @@ class Ulysses:
 
         def write(buffer: Tensor) -> None:  # [ranks, s, b, heads of all tensors, d]
             for part, t in zip(buffer.split(heads, dim=3), tensors, strict=True):
-                part.copy_(t.permute(1, 3, 0, 2, 4))
+                for receiver in range(world):
+                    write_sum(part[receiver].permute(1, 2, 0, 3), t[:, receiver])
 
         shape = (world, rows, batch, sum(heads), head_dim)
         window = self.comm.publish(lane, shape, like, write)
@@ -118,7 +119,7 @@ class Ulysses:
         return arrive
 
     def _to_rows(self, lane: str, tensors: Sequence[Tensor]) -> Arrive:
-        """The way back: [b, heads, rows of the group, d] each -> [b, s, ranks, heads, d]."""
+        """The way back: [b, heads, rows of the group, d] each -> [ranks, b, heads, s, d]."""
         world, like = self.comm.world, tensors[0]
         batch, _, rows, head_dim = like.shape
         heads = [t.shape[1] for t in tensors]
@@ -144,16 +145,22 @@ class Ulysses:
 
         def arrive() -> list[Tensor]:
             transfer.wait()
-            return [part.permute(2, 1, 0, 3, 4) for part in parts.split(heads, dim=3)]
+            return [part.permute(0, 2, 3, 1, 4) for part in parts.split(heads, dim=3)]
 
         return arrive
 
     def _join(self, groups: list[list[Tensor]]) -> list[Tensor]:
-        """The groups' [b, s, ranks, heads, d] of each tensor as one [b, h, s, d]."""
-        return [
-            torch.stack(parts, dim=3).flatten(2, 4).transpose(1, 2)
-            for parts in zip(*groups, strict=True)
-        ]
+        """The groups' [ranks, b, heads, s, d] of each tensor as one [b, h, s, d]."""
+        return [self._interleave(parts) for parts in zip(*groups, strict=True)]
+
+    def _interleave(self, parts: Sequence[Tensor]) -> Tensor:
+        world, batch, heads, rows, head_dim = parts[0].shape
+        # In memory [b, s, h, d], as models have it.
+        whole = parts[0].new_empty((batch, rows, world, len(parts), heads, head_dim))
+        for group, part in enumerate(parts):
+            for rank in range(world):
+                write_sum(whole[:, :, rank, group].transpose(1, 2), part[rank])
+        return whole.flatten(2, 4).transpose(1, 2)
 
     def _pieces(self) -> list[tuple[int, int]]:
         """(step, index) of every piece that may travel; the same on all ranks."""
