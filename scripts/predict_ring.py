@@ -24,9 +24,9 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, not installed
 
-from extend.ring.cost import candidates, predict
-from extend.ring.hardware import AMPERE, HARDWARE, HOPPER, Hardware, Rate, find_hardware
-from extend.ring.passes import Implementation
+from extend.ring.cost.hardware import AMPERE, HARDWARE, HOPPER, Hardware, Rate, find_hardware
+from extend.ring.cost.passes import Implementation
+from extend.ring.cost.predict import candidates, predict
 
 # How the published implementations move data, read in their sources. A merge is block to fp32 (6
 # bytes a value), out - block (12), times sigmoid (8), out minus that (12), in kernels of their own;

@@ -2,10 +2,10 @@
 
     python scripts/ring_error.py --out docs/results/ring-error.md
 
-Errors are relative, |x - exact| / |exact| in the 2-norm over the whole tensor, of out, dq, dk and dv
-against attention written down in fp64; the first row is torch's own kernel on one process. Ranks are
-processes on the CPU (gloo), so that any number of them can be tried; the arithmetic is the same as on
-GPUs: bf16 in and out of a block, fp32 inside, partial results joined as they are there.
+Errors are relative, |x - exact| / |exact| in the 2-norm over the whole tensor, of out, dq, dk and
+dv against attention written down in fp64; the first row is torch's own kernel on one process. Ranks
+are processes on the CPU (gloo), so that any number of them can be tried; the arithmetic is the same
+as on GPUs: bf16 in and out of a block, fp32 inside, partial results joined as they are there.
 """
 
 import argparse
@@ -113,10 +113,12 @@ def main():
 
 
 def table(rows, options):
-    head = (f"Relative error of causal attention, {options.length} tokens, {options.heads} query and "
-            f"{options.kv_heads} key heads, head_dim {options.head_dim}, {options.dtype}, zigzag\n"
+    head = (f"Relative error of causal attention, {options.length} tokens, {options.heads} query "
+            f"and {options.kv_heads} key heads, head_dim {options.head_dim}, {options.dtype}, "
+            "zigzag\n"
             f"(`{' '.join(sys.argv)}`, torch {torch.__version__}, CPU)\n")
-    lines = [head, "| strategy | ranks | out | dq | dk | dv |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = [head, "| strategy | ranks | out | dq | dk | dv |",
+             "| --- | --- | --- | --- | --- | --- |"]
     for strategy, world, values in rows:
         cells = " | ".join(f"{value:.2e}" for value in values)
         lines.append(f"| {strategy} | {world} | {cells} |")

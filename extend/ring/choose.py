@@ -11,8 +11,8 @@ from torch import Tensor
 from extend.errors import CompatibilityError
 from extend.ring.balance import imbalance
 from extend.ring.call import Call
-from extend.ring.cost import Prediction, candidates, predict
-from extend.ring.hardware import find_hardware
+from extend.ring.cost.hardware import find_hardware
+from extend.ring.cost.predict import Prediction, candidates, predict
 from extend.ring.kernels import KERNELS
 from extend.ring.mask import Mask
 

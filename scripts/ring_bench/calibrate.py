@@ -11,8 +11,8 @@ from torch import Tensor
 
 from extend.errors import ExtendError
 from extend.ring.comm import RingComm
-from extend.ring.cost import predict
-from extend.ring.hardware import Hardware, Measurement, find_hardware, fit, harmonic
+from extend.ring.cost.hardware import Hardware, Measurement, find_hardware, fit, harmonic
+from extend.ring.cost.predict import predict
 from extend.ring.kernels import KERNELS
 from extend.ring.mask import CAUSAL, FULL
 from ring_bench.problems import DTYPES, Problem

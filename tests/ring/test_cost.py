@@ -14,9 +14,9 @@ import pytest
 
 from extend.errors import CompatibilityError, RecipeError
 from extend.ring import LAYOUTS
-from extend.ring.cost import candidates, parse_strategy, predict
-from extend.ring.hardware import HARDWARE, Hardware, KernelRates, Link, Rate
-from extend.ring.workload import Call, plans, whole
+from extend.ring.cost.hardware import HARDWARE, Hardware, KernelRates, Link, Rate
+from extend.ring.cost.predict import candidates, parse_strategy, predict
+from extend.ring.cost.workload import Call, plans, whole
 from scripts import predict_ring
 
 SHAPE = {"heads": 32, "kv_heads": 8, "head_dim": 128}
@@ -277,17 +277,10 @@ def test_a_prediction_explains_itself():
     assert sum(parts) == pytest.approx(prediction.seconds)
 
 
-def test_a_prediction_takes_no_time_to_speak_of():
-    start = time.process_time()
-    for seq_len in range(65536, 65536 + 100 * 1024, 1024):
-        predict("ring", **SHAPE, seq_len=seq_len, world=512, window=4096)
-    # 0.1 to 0.2 ms each on a slow machine; "auto" asks for a dozen of them once a shape.
-    assert (time.process_time() - start) / 100 < 1e-3
-
 
 def test_the_model_needs_no_torch():
-    for name in ("cost", "passes", "workload", "hardware"):
-        tree = ast.parse((ROOT / "extend" / "ring" / f"{name}.py").read_text())
+    for path in (ROOT / "extend" / "ring" / "cost").glob("*.py"):
+        tree = ast.parse(path.read_text())
         modules = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
         modules |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
         assert not any(module.startswith(("torch", "numpy")) for module in modules)

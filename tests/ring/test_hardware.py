@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from extend.errors import CompatibilityError
-from extend.ring.hardware import (
+from extend.ring.cost.hardware import (
     HARDWARE,
     HOPPER,
     Hardware,

@@ -25,8 +25,8 @@ from functools import lru_cache
 
 from extend.errors import CompatibilityError
 from extend.registry import lookup
-from extend.ring.hardware import HARDWARE, Hardware
-from extend.ring.passes import (
+from extend.ring.cost.hardware import HARDWARE, Hardware
+from extend.ring.cost.passes import (
     OURS,
     STRATEGIES,
     Cost,
@@ -35,7 +35,7 @@ from extend.ring.passes import (
     exchanged,
     gather_groups,
 )
-from extend.ring.workload import Call, kernel_seconds, whole
+from extend.ring.cost.workload import Call, kernel_seconds, whole
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ rows that it must receive are counted from the positions it holds.
 from functools import lru_cache
 from typing import NamedTuple
 
-from extend.ring.hardware import Hardware, harmonic
+from extend.ring.cost.hardware import Hardware, harmonic
 
 
 class Call(NamedTuple):

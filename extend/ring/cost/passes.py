@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from extend.ring.hardware import Hardware, Link
-from extend.ring.workload import Call, Plan, Work, gathered, kernel_seconds, plans, whole
+from extend.ring.cost.hardware import Hardware, Link
+from extend.ring.cost.workload import Call, Plan, Work, gathered, kernel_seconds, plans, whole
 
 
 @dataclass(frozen=True)
