@@ -4,6 +4,7 @@
     python scripts/predict_ring.py                           # H200, Llama-3.1-8B attention
     python scripts/predict_ring.py --gpu h100 --kernel fa4 --worlds 8,64 --per-gpu 8192
     python scripts/predict_ring.py --calibration ring.json   # rates that bench_ring.py measured
+    python scripts/predict_ring.py --measured ring.json ...  # the model beside recorded runs
 
 First predictions: every strategy that fits, forward and forward + backward. Then the check:
 published tables, and runs of other implementations on two H200, against the model with that
@@ -16,6 +17,7 @@ in long ones, which one GPU needs more of, the power limit slows both alike.
 
 import argparse
 import json
+import re
 import statistics
 import sys
 from dataclasses import replace
@@ -199,14 +201,43 @@ def print_check() -> None:
         print(f"{source:34}{statistics.fmean(map(abs, points)):6.1f}{max(points, key=abs):+7.1f}")
 
 
+def print_measured(path: Path) -> None:
+    """Milliseconds of our strategies as a run of bench_ring.py recorded them, and as predicted."""
+    run = json.loads(path.read_text())
+    heads, kv_heads, head_dim = (int(x) for x in re.findall(r"\d+", run["shape"])[:3])
+    print(f"\n{path}: {run['world']} x {run['gpu']}, commit {run['commit']}")
+    ratios: dict[tuple[str, str], list[float]] = {}
+    for group in run.get("time", []):
+        for row in group["rows"]:
+            strategy, _, layout = row["name"].partition(" ")[0].partition("/")
+            if row["family"] != "ours" or row["kernel"] not in HOPPER or strategy == "auto":
+                continue
+            ms = 1e3 * predict(
+                strategy, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+                seq_len=group["seq_len"], world=run["world"], layout=layout or "zigzag",
+                backward=row["kind"] != "fwd", hardware=find_hardware(run["gpu"], row["kernel"]),
+            ).seconds
+            ratios.setdefault((row["kernel"], row["kind"]), []).append(ms / row["ms"])
+            print(f"{group['seq_len']:8} {row['name']:28} {row['kind']:8} {row['ms']:10.2f} ms, "
+                  f"predicted {ms:10.2f} ({ms / row['ms'] - 1:+.1%})")
+    for (kernel, kind), found in ratios.items():
+        worst = max(found, key=lambda ratio: abs(ratio - 1))
+        print(f"{kernel} {kind}: mean {statistics.mean(found) - 1:+.1%}, worst {worst - 1:+.1%}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpu", default="h200", choices=list(HARDWARE))
     parser.add_argument("--kernel", default="auto", choices=["auto", *(HOPPER | AMPERE)])
     parser.add_argument("--calibration", type=Path, help="ring.json of bench_ring.py, instead")
+    parser.add_argument("--measured", type=Path, nargs="+", help="ring.json files to compare with")
     parser.add_argument("--worlds", default="2,4,8,32,512")
     parser.add_argument("--per-gpu", default="8192,32768,131072", help="tokens a GPU")
     options = parser.parse_args()
+    if options.measured:
+        for path in options.measured:
+            print_measured(path)
+        return
     if options.calibration:
         calibration = json.loads(options.calibration.read_text())["calibration"]
         fields = calibration["kernels"].get(options.kernel, calibration["hardware"])

@@ -74,7 +74,8 @@ def ring_attention(
         RecipeError: no such layout, kernel or strategy.
     """
     comm = RingComm(group)
-    mask = make_mask(causal, window, cu_seqlens, q.shape[2] * comm.world if q.ndim == 4 else 0)
+    _check_shapes(q, k, v)
+    mask = make_mask(causal, window, cu_seqlens, q.shape[2] * comm.world)
     return attend(
         q, k, v, comm=comm, layout=layout, mask=mask, softmax_scale=softmax_scale,
         kernel=kernel, strategy=strategy,
@@ -96,6 +97,7 @@ def attend(
     """`ring_attention` for callers that hold a RingComm and a Mask, such as a ring of one."""
     q, k, v = _autocast(q, k, v)
     _check_shapes(q, k, v)
+    _check_kind(q, k, v)
     _check_names(layout, strategy)
     q, k, v = _last_dim_dense(q), _last_dim_dense(k), _last_dim_dense(v)
     seq_len = q.shape[2] * comm.world
@@ -158,13 +160,24 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"ring_attention: {shapes} do not fit; "
             "pass q [b, h, s, d] and k, v [b, h_kv, s, d] of the same local length"
         )
+    if not all((q.shape[0], q.shape[1], k.shape[1], q.shape[3])):
+        raise CompatibilityError(
+            f"ring_attention: {shapes} hold nothing; batch, heads and head_dim must be at least 1"
+        )
     if q.shape[1] % k.shape[1]:
         raise CompatibilityError(
             f"ring_attention: {q.shape[1]} query heads are no multiple of {k.shape[1]} "
             f"key heads ({shapes})"
         )
+
+
+def _check_kind(q: Tensor, k: Tensor, v: Tensor) -> None:
     if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
         raise CompatibilityError(
             f"ring_attention: q {q.dtype} on {q.device}, k {k.dtype} on {k.device}, "
             f"v {v.dtype} on {v.device}; cast and move them to one dtype and device"
+        )
+    if not q.is_floating_point():
+        raise CompatibilityError(
+            f"ring_attention: q, k and v of {q.dtype}; cast them to a floating-point dtype"
         )

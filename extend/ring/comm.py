@@ -17,10 +17,11 @@ of memory that the others share (`extend.ring.peer`); GPUs of one host only. "au
 it works.
 
 Nobody waits for ever: `RingComm(timeout_seconds=...)`, or the time-out of the process group. On the
-CPU what comes of it is a RankError that names the rank which did not answer. On GPUs the host does
-not wait, so it is the GPU's own end: NCCL's watchdog stops the process, and a barrier of the peer
-transport stops its kernel, which the next CUDA call reports as a launch failure; the process's log
-names ranks and channel.
+CPU what comes of it is a RankError that names the rank which did not answer. On GPUs it is not the
+host that waits, and a GPU cannot give up, so the process is ended: with "p2p" by NCCL's watchdog,
+by the time-out of the group; with "peer" by ours (`extend.ring.watchdog`), after a line on stderr
+and in the log that names the ranks and the lane. Only what a CUDA graph replays is not looked
+after.
 """
 
 from collections.abc import Callable, Sequence
@@ -114,9 +115,9 @@ class RingComm:
     ) -> "Window":
         """Offer a tensor of `shape`, of the dtype and on the device of `like`.
 
-        `write(buffer)` fills it: at once, or on a side stream after all that the current stream
-        holds now. What it reads must not change before a transfer of the window has been waited
-        for.
+        `write(buffer)` fills it, at once or, with CUDA, in the current stream; afterwards what it
+        read may be overwritten. On the peer transport the current stream first waits until every
+        rank has read what was published in the lane before.
 
         Raises:
             CompatibilityError: the peer transport was asked for and does not work here, or the
@@ -126,7 +127,7 @@ class RingComm:
         shape = torch.Size(shape)
         peers = self._peers_for(like)
         if peers is not None and shape.numel():
-            offer = peers.publish(lane, shape, like, write)
+            offer = peers.publish(lane, shape, like, write, self.timeout)
         else:
             buffer = like.new_empty(shape)
             write(buffer)
@@ -136,7 +137,7 @@ class RingComm:
     def publish_tensor(self, lane: str, tensor: Tensor) -> "Window":
         """Offer what `tensor` holds; messages take it as it is, if it is contiguous.
 
-        It must not change before a transfer of the window has been waited for.
+        So it must not change before every transfer of the window has been waited for.
         """
         if self._peers_for(tensor) is not None:
             return self.publish(lane, tensor.shape, tensor, lambda buffer: buffer.copy_(tensor))
@@ -184,6 +185,7 @@ class Window:
     def __init__(self, comm: RingComm, lane: str, offer: "Messages | PeerOffer"):
         """Make the lane's earlier windows stale."""
         self._comm, self._lane, self._offer = comm, lane, offer
+        self._closed = False
         counts = comm.link.published
         self._number = counts[lane] = counts.get(lane, 0) + 1
 
@@ -196,7 +198,7 @@ class Window:
             select: `select(buffer, receiver)`, a view of the owner's buffer, or None.
 
         Raises:
-            RuntimeError: the lane was published again.
+            RuntimeError: the lane was published again, or the window closed.
             ValueError: `into` is not what is selected.
         """
         return self.fetch_all([(step, into, select)])
@@ -208,12 +210,20 @@ class Window:
             raise RuntimeError(
                 f"lane {self._lane!r} was published again since; fetch from the newest window"
             )
+        if self._closed:
+            raise RuntimeError(
+                f"lane {self._lane!r}: fetch after close; close a window after its last fetch"
+            )
         requests = [Request(step % comm.world, into, select) for step, into, select in requests]
         arrivals = [a for request in requests if (a := self._arrival(request)) is not None]
         return self._offer.fetch(requests, arrivals)
 
     def close(self) -> None:
-        """Say that nothing more will be fetched, so that the owners may publish anew."""
+        """Say that nothing more will be fetched, so that the owners may publish anew.
+
+        Publishing in the lane again does so too. The sooner it is said, the less the owners wait.
+        """
+        self._closed = True
         self._offer.close()
 
     def _arrival(self, request: Request) -> Arrival | None:

@@ -10,7 +10,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.constants import default_pg_timeout
 
 from extend.ring.exchange import exchange
-from extend.ring.peer import Facts, PeerBuffers, find_facts, open_peers, refusal
+from extend.ring.peer import PeerBuffers
+from extend.ring.peer_open import Facts, find_facts, open_peers, refusal
 
 # By the group itself, so that what was found out goes when the group is destroyed: a Group holds no
 # reference to it.

@@ -5,6 +5,7 @@ says in positions what attention computes; a `TileMask` says it in rows of one t
 that a kernel needs to know.
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -54,19 +55,30 @@ def make_mask(
     """The mask of a sequence of `seq_len` tokens, without what makes no difference.
 
     Raises:
-        CompatibilityError: a window without causality or under one token, or boundaries that do
-            not rise from 0 to `seq_len`.
+        CompatibilityError: a window without causality or under one token, boundaries that do not
+            rise from 0 to `seq_len`, or numbers that are not whole.
     """
-    if window is not None and (window < 1 or not causal):
-        raise CompatibilityError(
-            f"ring_attention: window={window} with causal={causal}; a window is a number of "
-            "tokens, at least 1, and looks back from a query (causal=True)"
-        )
+    window = _check_window(window, causal)
     bounds = _check_boundaries(cu_seqlens, seq_len)
     longest = max(b - a for a, b in pairwise(bounds or (0, seq_len)))
     if window is not None and window >= longest:
         window = None
     return Mask(causal, window, bounds)
+
+
+def _check_window(window: int | None, causal: bool) -> int | None:
+    if window is None:
+        return None
+    try:
+        tokens = operator.index(window)
+    except TypeError:
+        tokens = 0
+    if tokens < 1 or not causal:
+        raise CompatibilityError(
+            f"ring_attention: window={window} with causal={causal}; a window is a whole number of "
+            "tokens, at least 1, and looks back from a query (causal=True)"
+        )
+    return tokens
 
 
 def _check_boundaries(
@@ -81,7 +93,13 @@ def _check_boundaries(
                 f"{cu_seqlens.dtype}; pass whole numbers in one dimension, from 0 to {seq_len}"
             )
         cu_seqlens = cu_seqlens.tolist()
-    bounds = tuple(int(value) for value in cu_seqlens)
+    try:
+        bounds = tuple(map(operator.index, cu_seqlens))
+    except TypeError as error:
+        raise CompatibilityError(
+            f"ring_attention: cu_seqlens {str(cu_seqlens)[:80]} is no row of whole numbers "
+            f"({error}); pass document boundaries from 0 to {seq_len}"
+        ) from error
     rising = all(a < b for a, b in pairwise(bounds))
     if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != seq_len or not rising:
         shown = ", ".join(map(str, bounds[:4])) + (", ..." if len(bounds) > 4 else "")

@@ -7,12 +7,17 @@ attention holds every multiprocessor.
 
     publish   current stream: wait until all have read what was offered before; write; say "written"
     fetch     side stream: wait for the owner's "written"; copy
-    close     side stream: tell every owner "read"
+    close     side stream: tell every owner "read", once it has written
 
 Publishing and fetching begin after what the current stream holds at that moment, so that tensors
 may be read and memory reused in the usual order; fetches run beside what it gets later. Neither
 waits on the host nor takes memory, unless a buffer grows, and flags go back to what they were, so
 both can be captured in a CUDA graph once every lane has had its largest size.
+
+A stream waits only for what ranks enqueue earlier in the program that they share. Of all that is
+not done, what comes first in the program can therefore be done, however the streams of a GPU share
+its queues: nothing blocks for ever, unless a rank stops. `extend.ring.watchdog` is told of every
+wait, except in a CUDA graph, and ends a process that waits for too long.
 
 Multicast is not used. torch prepares it with each buffer where the hardware has it, unless
 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 is set.
@@ -21,24 +26,20 @@ The memory of a lane is not that of torch's caching allocator: as much as the la
 published in it, on each rank, until the process group is destroyed.
 """
 
-import ctypes
 import functools
 import math
-import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from extend.errors import CompatibilityError
-from extend.ring.exchange import exchange
+from extend.ring.peer_cuda import Flags
 from extend.ring.transfer import Arrival, Request, Transfer
-
-PROBE_BYTES = 4096
+from extend.ring.watchdog import Awaited, Watchdog
 
 
 class SharedBuffer(Protocol):
@@ -60,11 +61,27 @@ class SharedBuffer(Protocol):
         ...
 
     def wait_until_written(self, owner: int) -> None:
-        """Wait until `owner` has said `say_written` since this was last waited for."""
+        """Wait until `owner` has said `say_written` since this rank's last `say_read` to it."""
         ...
 
     def say_read(self, owner: int) -> None:
-        """Tell `owner` that it may overwrite what it holds."""
+        """Tell `owner`, whose `say_written` has come, that it may overwrite what it holds."""
+        ...
+
+    def look(self) -> Flags | None:
+        """What was said to this rank and not yet used, now; None if that cannot be found out."""
+        ...
+
+
+class Mark(Protocol):
+    """The end of what a stream held at some time."""
+
+    def wait(self) -> None:
+        """Let the stream in use wait for it."""
+        ...
+
+    def has_come(self) -> bool:
+        """Whether the GPU is past it."""
         ...
 
 
@@ -83,77 +100,138 @@ class SharedDevice(Protocol):
         """Enqueue to the stream in use."""
         ...
 
-    def mark(self) -> Callable[[], None]:
-        """The end of what the stream in use holds; calling it lets the then current one wait."""
+    def mark(self) -> Mark:
+        """The end of what the stream in use holds."""
+        ...
+
+    def is_capturing(self) -> bool:
+        """Whether what is enqueued goes into a CUDA graph."""
         ...
 
 
-class _Lane:
-    """The buffer behind one name, and views of the form that was published last."""
+class _Form:
+    """A lane's buffer on every rank, as tensors of one shape."""
 
-    def __init__(self):
-        self.size_bytes = 0
-        self.buffer: SharedBuffer | None = None
-        self.offer: PeerOffer | None = None
-        self._form: tuple[torch.Size, torch.dtype] | None = None
+    def __init__(self, buffer: SharedBuffer, shape: torch.Size, dtype: torch.dtype):
+        self.buffer, self.shape, self.dtype = buffer, shape, dtype
         self._views: dict[int, Tensor] = {}
-
-    def hold(self, buffer: SharedBuffer, size_bytes: int) -> None:
-        self.buffer, self.size_bytes, self._form = buffer, size_bytes, None
-
-    def take_form(self, shape: torch.Size, dtype: torch.dtype) -> None:
-        if self._form != (shape, dtype):
-            self._form, self._views = (shape, dtype), {}
 
     def view(self, owner: int) -> Tensor:
         if owner not in self._views:
-            self._views[owner] = self.buffer.view(owner, *self._form)
+            self._views[owner] = self.buffer.view(owner, self.shape, self.dtype)
         return self._views[owner]
+
+
+class _Lane:
+    """What is behind one name."""
+
+    def __init__(self):
+        self.size_bytes = 0
+        self.form: _Form | None = None
+        self.offer: PeerOffer | None = None
+
+
+class _Reporter:
+    """Tells the watchdog what this rank waits for in one lane."""
+
+    def __init__(
+        self, watchdog: Watchdog, ranks: tuple[int, ...], rank: int, lane: str, timeout: timedelta
+    ):
+        self._watchdog, self._ranks, self._rank = watchdog, ranks, rank
+        self._lane, self._timeout = lane, timeout
+
+    def tell(self, mark: Mark, buffer: SharedBuffer, owners: Sequence[int], *, read: bool) -> None:
+        """The stream comes past `mark` when all `owners` have written, or read."""
+        what = f"read what was published before in lane {self._lane!r}"
+        if not read:
+            what = f"publish in lane {self._lane!r}"
+        # The buffer must not live longer for this: to free it, torch waits for the GPU.
+        missing = functools.partial(self._missing, weakref.ref(buffer), tuple(owners), read)
+        self._watchdog.watch(Awaited(
+            self._ranks[self._rank], what, self._timeout.total_seconds(), mark.has_come, missing,
+        ))  # fmt: skip
+
+    def _missing(
+        self, buffer: weakref.ref[SharedBuffer], owners: tuple[int, ...], read: bool
+    ) -> list[int] | None:
+        held = buffer()
+        flags = held.look() if held is not None else None
+        if flags is None:
+            return None
+        said = flags.read if read else flags.written
+        return [self._ranks[owner] for owner in owners if not said[owner]]
 
 
 class PeerBuffers:
     """The lanes of ranks whose GPUs reach each other's memory."""
 
-    def __init__(self, device: SharedDevice, rank: int, world: int):
-        """Hold nothing yet; `rank` is this process's among those of the `device`'s buffers."""
-        self._device, self._rank, self._world = device, rank, world
+    def __init__(
+        self, device: SharedDevice, rank: int, ranks: tuple[int, ...], watchdog: Watchdog
+    ):
+        """Hold nothing yet.
+
+        Args:
+            rank: this process's place among those of the `device`'s buffers.
+            ranks: their numbers in the default group, for messages.
+            watchdog: is told of everything that a stream waits for.
+        """
+        self._device, self._rank, self._ranks, self._watchdog = device, rank, ranks, watchdog
+        self._others = [owner for owner in range(len(ranks)) if owner != rank]
         self._lanes: dict[str, _Lane] = {}
 
     def publish(
-        self, name: str, shape: torch.Size, like: Tensor, write: Callable[[Tensor], object]
-    ) -> "PeerOffer":
+        self, name: str, shape: torch.Size, like: Tensor, write: Callable[[Tensor], object],
+        timeout: timedelta,
+    ) -> "PeerOffer":  # fmt: skip
         """Offer a tensor of `shape` like `like`, which `write(buffer)` fills.
 
-        All ranks publish the same shapes in the same order, so that buffers grow together.
+        All ranks publish the same shapes in the same order, so that buffers grow together. No rank
+        may keep another waiting for longer than `timeout`.
         """
         lane = self._lanes.setdefault(name, _Lane())
         if lane.offer is not None:
             lane.offer.close()
-        needed = math.prod(shape) * like.dtype.itemsize
+            lane.offer.let_go()
+        form = self._form(lane, shape, like.dtype)
+        reporter = _Reporter(self._watchdog, self._ranks, self._rank, name, timeout)
+        if self._others:
+            form.buffer.wait_until_read()
+            if not self._device.is_capturing():
+                reporter.tell(self._device.mark(), form.buffer, self._others, read=True)
+        self._device.issue(functools.partial(write, form.view(self._rank)))
+        form.buffer.say_written()
+        lane.offer = PeerOffer(self._device, form, self._others, reporter)
+        return lane.offer
+
+    def _form(self, lane: _Lane, shape: torch.Size, dtype: torch.dtype) -> _Form:
+        needed = math.prod(shape) * dtype.itemsize
         if lane.size_bytes < needed:
             # The old buffer goes after the new one has come, when nobody can still want it.
-            lane.hold(self._device.allocate(needed), needed)
-        lane.take_form(shape, like.dtype)
-        lane.buffer.wait_until_read()
-        self._device.issue(functools.partial(write, lane.view(self._rank)))
-        lane.buffer.say_written()
-        others = [owner for owner in range(self._world) if owner != self._rank]
-        lane.offer = PeerOffer(self._device, lane, others)
-        return lane.offer
+            lane.form = _Form(self._device.allocate(needed), shape, dtype)
+            lane.size_bytes = needed
+        elif (lane.form.shape, lane.form.dtype) != (shape, dtype):
+            lane.form = _Form(lane.form.buffer, shape, dtype)
+        return lane.form
 
 
 class PeerOffer:
     """What was published last in a lane, and how to copy out of it."""
 
-    def __init__(self, device: SharedDevice, lane: _Lane, others: Sequence[int]):
+    def __init__(
+        self, device: SharedDevice, form: _Form, others: Sequence[int], reporter: _Reporter
+    ):
         """`others` are the ranks that have offered something as well."""
-        self._device, self._lane, self._others = device, lane, tuple(others)
+        self._device, self._form, self._reporter = device, form, reporter
+        self._others = tuple(others)
         self._awaited: set[int] = set()
         self._closed = False
+        self._own: list[Mark] = []  # copies of what this rank itself published, under way
+        self._last: Mark | None = None  # of the fetch posted last, while under way
+        self._end: Mark | None = None  # of closing, where the current stream must come by it
 
     def view(self, owner: int) -> Tensor:
         """What `owner` has published."""
-        return self._lane.view(owner)
+        return self._form.view(owner)
 
     def fetch(self, requests: Sequence[Request], arrivals: Sequence[Arrival]) -> Transfer:
         """Copy what arrives; every rank's own fetches do, nobody sends."""
@@ -163,240 +241,58 @@ class PeerOffer:
             for owner, into, source in arrivals:
                 self._await(owner)
                 self._device.issue(functools.partial(into.copy_, source, non_blocking=True))
-            done = self._device.mark()
-        return Transfer(done, arrivals)
+            done = self._last = self._device.mark()
+        owners = {arrival.owner for arrival in arrivals}
+        if not owners.issubset(self._others):
+            self._own.append(done)
+        awaited = sorted(owners.intersection(self._others))
+        if awaited and not self._device.is_capturing():
+            self._reporter.tell(done, self._form.buffer, awaited, read=False)
+        return Transfer(functools.partial(self._finish, done), arrivals)
 
     def close(self) -> None:
         """Nothing more will be fetched: give the owners their buffers back."""
         if self._closed:
             return
         self._closed = True
+        late = [owner for owner in self._others if owner not in self._awaited]
+        capturing = self._device.is_capturing()
         with self._device.side():
-            for owner in self._others:
+            for owner in sorted(self._awaited):
+                self._form.buffer.say_read(owner)
+            for owner in late:
                 self._await(owner)
-                self._lane.buffer.say_read(owner)
+            for owner in late:  # after the waits, so that `look` tells whose word has not come
+                self._form.buffer.say_read(owner)
+            end = self._device.mark() if late or capturing else None
+        if capturing:
+            self._join(end)
+        elif late:
+            self._reporter.tell(end, self._form.buffer, late, read=False)
+
+    def let_go(self) -> None:
+        """Let the current stream wait for what this rank does not wait for by a flag: itself."""
+        for mark in (*self._own, self._end):
+            if mark is not None:
+                mark.wait()
 
     def _await(self, owner: int) -> None:
         if owner in self._others and owner not in self._awaited:
             self._awaited.add(owner)
-            self._lane.buffer.wait_until_written(owner)
+            self._form.buffer.wait_until_written(owner)
 
+    def _join(self, end: Mark) -> None:
+        """A graph must not end before the side stream: the last to wait for it waits for all."""
+        if self._last is None:
+            end.wait()
+        else:
+            self._end = end
 
-class CudaDevice:
-    """The current GPU, and its symmetric memory with the ranks of a process group."""
-
-    def __init__(self, group_name: str, seats: Sequence[int], rank: int):
-        """`seats[r]` is the number in the group of the rank that is called r here."""
-        self.index = torch.cuda.current_device()
-        self._group_name, self._seats, self._rank = group_name, tuple(seats), rank
-        self._stream = _side_stream(self.index)
-
-    def allocate(self, size_bytes: int) -> "CudaBuffer":
-        """A new buffer on every rank.
-
-        Raises:
-            CompatibilityError: a CUDA graph is being captured.
-        """
-        import torch.distributed._symmetric_memory as symm_mem
-        from torch._C._distributed_c10d import _SymmetricMemory
-
-        if torch.cuda.is_current_stream_capturing():
-            raise CompatibilityError(
-                f"the ring's shared buffer must grow to {size_bytes} bytes while a CUDA graph is "
-                "captured; run the same shapes once before the capture"
-            )
-        flags_at = -(-size_bytes // 256) * 256
-        # Not symm_mem.empty: its pool may reuse a segment on one rank and not on another.
-        memory = _SymmetricMemory.empty_strided_p2p(
-            (flags_at + 8 * len(self._seats),), (1,), torch.uint8,
-            torch.device("cuda", self.index),
-        )  # fmt: skip
-        _first_flags(memory, flags_at).copy_(torch.tensor([0, 1]).repeat_interleave(len(self._seats)))
-        # Also what torch itself zeroes on the current stream, perhaps behind a long kernel: nobody's
-        # first word must come before that. Rendezvous lets all ranks get here first.
-        torch.cuda.synchronize(self.index)
-        handle = symm_mem.rendezvous(memory, self._group_name)
-        return CudaBuffer(memory, handle, self._seats, self._rank, flags_at)
-
-    @contextmanager
-    def side(self) -> Iterator[None]:
-        """Issue to the side stream, after what the current stream holds now."""
-        self._stream.wait_stream(torch.cuda.current_stream(self.index))
-        with torch.cuda.stream(self._stream):
-            yield
-
-    def issue(self, work: Callable[[], object]) -> None:
-        """Enqueue to the stream in use."""
-        work()
-
-    def mark(self) -> Callable[[], None]:
-        """The end of what the stream in use holds."""
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.index))
-        return lambda: torch.cuda.current_stream(self.index).wait_event(event)
-
-
-def _first_flags(memory: Tensor, flags_at: int) -> Tensor:
-    """The flags behind the data, int32: "written" of every rank, then "read"."""
-    return memory[flags_at:].view(torch.int32)
-
-
-class CudaBuffer:
-    """Symmetric memory of torch, with flags that streams write and wait for."""
-
-    def __init__(
-        self, memory: Tensor, handle: Any, seats: tuple[int, ...], rank: int, flags_at: int
-    ):
-        """`memory` is this rank's own part, `handle` the way to all, `flags_at` in bytes."""
-        self._memory, self._handle, self._seats, self._rank = memory, handle, seats, rank
-        starts = [handle.buffer_ptrs[seat] + flags_at for seat in seats]
-        world = len(seats)
-        self._others = [r for r in range(world) if r != rank]
-        # Of each rank's flags: those that are about this rank. Of this rank's: those about others.
-        self._their_written = [start + 4 * rank for start in starts]
-        self._their_read = [start + 4 * (world + rank) for start in starts]
-        self._written = [starts[rank] + 4 * r for r in range(world)]
-        self._read = [starts[rank] + 4 * (world + r) for r in range(world)]
-
-    def view(self, owner: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """The beginning of what `owner` holds."""
-        return self._handle.get_buffer(self._seats[owner], tuple(shape), dtype)
-
-    def wait_until_read(self) -> None:
-        """Wait for every other rank's `say_read`."""
-        for rank in self._others:
-            _take(self._read[rank])
-
-    def say_written(self) -> None:
-        """Tell every other rank that it may read."""
-        for rank in self._others:
-            _set(self._their_written[rank], 1)
-
-    def wait_until_written(self, owner: int) -> None:
-        """Wait for `owner`'s `say_written`."""
-        _take(self._written[owner])
-
-    def say_read(self, owner: int) -> None:
-        """Tell `owner` that it may overwrite what it holds."""
-        _set(self._their_read[owner], 1)
-
-
-def _set(address: int, value: int) -> None:
-    """Let the current stream write a flag, after all that it holds, visible to every GPU."""
-    stream = torch.cuda.current_stream().cuda_stream
-    _check(_driver().cuStreamWriteValue32_v2(stream, address, value, 0), "write")
-
-
-def _take(address: int) -> None:
-    """Let the current stream wait until a flag is 1, and set it back to 0."""
-    stream = torch.cuda.current_stream().cuda_stream
-    _check(_driver().cuStreamWaitValue32_v2(stream, address, 1, _EQUAL), "wait for")
-    _set(address, 0)
-
-
-_EQUAL = 1  # CU_STREAM_WAIT_VALUE_EQ
-
-
-def _check(status: int, what: str) -> None:
-    if status:
-        raise RuntimeError(f"the CUDA driver cannot {what} a flag from a stream (error {status})")
-
-
-@functools.cache
-def _driver() -> ctypes.CDLL:
-    """The CUDA driver's memory operations of streams (CUDA driver API, section 6.18)."""
-    driver = ctypes.CDLL("libcuda.so.1")
-    for name in ("cuStreamWriteValue32_v2", "cuStreamWaitValue32_v2"):
-        arguments = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
-        getattr(driver, name).argtypes = arguments
-    return driver
-
-
-@functools.cache
-def _side_stream(index: int) -> torch.cuda.Stream:
-    """One for all groups: their barriers then come in the order in which the program has them."""
-    return torch.cuda.Stream(device=index, priority=-1)
-
-
-class Facts(NamedTuple):
-    """Where a rank runs and which GPUs it reaches; the latter are empty without GPUs."""
-
-    host: str
-    gpu: str = ""
-    visible: Sequence[str] = ()
-    reachable: Sequence[str] = ()
-    problem: str = ""
-
-
-def find_facts(on_gpus: bool) -> Facts:
-    """Those of this process."""
-    boot = Path("/proc/sys/kernel/random/boot_id")  # two containers may have one name
-    host = f"{platform.node()} {boot.read_text().strip() if boot.exists() else ''}"
-    if not on_gpus:
-        return Facts(host)
-    mine = torch.cuda.current_device()
-    indices = range(torch.cuda.device_count())
-    names = [str(torch.cuda.get_device_properties(i).uuid) for i in indices]
-    reachable = [
-        names[i] for i in indices if i == mine or torch.cuda.can_device_access_peer(mine, i)
-    ]
-    return Facts(host, names[mine], names, reachable)
-
-
-def refusal(facts: Mapping[int, Facts]) -> str | None:
-    """Why these ranks' GPUs cannot share memory, where that is known beforehand."""
-    hosts = {fact.host for fact in facts.values()}
-    if len(hosts) > 1:
-        names = ", ".join(sorted({host.split()[0] for host in hosts}))
-        return f"the ranks run on {len(hosts)} hosts ({names})"
-    for rank, fact in facts.items():
-        for other, its in facts.items():
-            if its.gpu in fact.visible and its.gpu not in fact.reachable:
-                return f"the GPU of rank {rank} does not reach the memory of that of rank {other}"
-    return None
-
-
-def open_peers(
-    group_name: Callable[[], str], ranks: tuple[int, ...], order: tuple[int, ...], rank: int,
-    timeout: timedelta,
-) -> tuple[PeerBuffers | None, str]:  # fmt: skip
-    """The transport between `ranks` and why, or (None, why not), which all of them then get.
-
-    Args:
-        group_name: gives the name of a process group of these ranks.
-        ranks, rank: of the default group, in the order of the comm; this one's number there.
-        order: the same ranks in the order of that process group.
-    """
-    device = buffer = None
-    problem = ""
-    try:
-        device = CudaDevice(group_name(), [order.index(r) for r in ranks], rank)
-        buffer = device.allocate(PROBE_BYTES)
-    except (RuntimeError, ImportError, AttributeError) as error:
-        problem = f"no symmetric memory ({str(error).splitlines()[0]})"
-    # A rank that failed would never say the word that the others would wait for.
-    for check in (lambda: problem, lambda: probe(buffer, rank, len(ranks))):
-        said = exchange(ranks, check(), what="RingComm", timeout=timeout)
-        for other, complaint in zip(ranks, said):
-            if complaint:
-                return None, f"rank {other}: {complaint}"
-    return PeerBuffers(device, rank, len(ranks)), "all GPUs are in one host and read each other's memory"
-
-
-def probe(buffer: SharedBuffer, rank: int, world: int) -> str:
-    """Read a number that each rank wrote; return what is wrong, or nothing."""
-    form = (torch.Size((1,)), torch.int32)
-    others = [r for r in range(world) if r != rank]
-    try:
-        buffer.wait_until_read()
-        buffer.view(rank, *form).fill_(rank + 1)
-        buffer.say_written()
-        for owner in others:
-            buffer.wait_until_written(owner)
-        found = [buffer.view(owner, *form).item() for owner in range(world)]
-        for owner in others:
-            buffer.say_read(owner)
-    except (RuntimeError, OSError, AttributeError) as error:
-        return str(error)
-    wanted = list(range(1, world + 1))
-    return "" if found == wanted else f"reads {found} where the ranks wrote {wanted}"
+    def _finish(self, done: Mark) -> None:
+        """Let the current stream wait for a fetch."""
+        if done in self._own:
+            self._own.remove(done)
+        end = None
+        if done is self._last:
+            end, self._last, self._end = self._end, None, None
+        (end or done).wait()

@@ -3,10 +3,10 @@
 torch makes the memory and maps it into every process; the CUDA driver is called through ctypes for
 what torch has no name for.
 
-Flags are 32-bit words behind a buffer's data. Of rank r's, word o says that o has written what r may
-read, and word world + o that o has read what r may overwrite; 1 is yes. Each is set by the one rank
-and taken back by the other, always in that order, so that none is lost and all are what they were
-when a publication has come full circle.
+Flags are 32-bit words behind a buffer's data, 1 for yes. Of those in rank r's memory, word o says
+that o has written what r may read, and word world + o that o has read what r may overwrite. Rank o
+sets them and r takes them back, always in turn, so that none is lost; once everybody has read what
+was published, all are what they were at first.
 """
 
 import ctypes
@@ -203,8 +203,8 @@ class CudaDevice:
         )
         own = memory[flags_at:].view(torch.int32)
         own.copy_(flags)
-        # Also what torch itself zeroes on the current stream, perhaps behind a long kernel: nobody's
-        # first word must come before that. Rendezvous lets all ranks get here first.
+        # Also what torch itself zeroes on the current stream, perhaps behind a long kernel: no
+        # rank's first word must come before that. Rendezvous lets all ranks get here first.
         torch.cuda.synchronize(self.index)
         handle = symm_mem.rendezvous(memory, self._group_name)
         look = functools.partial(self._copy_out, own, torch.empty_like(flags, pin_memory=True))
@@ -249,6 +249,8 @@ class CudaDevice:
 
 @functools.cache
 def _streams(index: int) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
-    """The side stream, one for all groups so that it has everything in the order of the program,
-    and one that nothing is waited for in."""
+    """The side stream, and one in which nothing is ever waited for.
+
+    One side stream for all groups: it then has everything in the order of the program.
+    """
     return torch.cuda.Stream(device=index, priority=-1), torch.cuda.Stream(device=index)

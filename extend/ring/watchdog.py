@@ -1,14 +1,14 @@
-"""A GPU that waits for another rank cannot give up: a thread looks after it, and ends the process.
+"""A GPU that waits for another rank cannot give up: a thread notices, and ends the process.
 
-One thread a process is told of everything that a stream waits for, in the order in which the program
-has it, and looks about once a second at what has not come. It looks after the oldest only: ranks wait
-for what comes earlier in the program that they share, so that whatever holds that up holds up all
-that follows. Its time runs from when it was told of or, if that is later, from when something before
-it came.
+One thread a process is told of everything that a stream waits for, in the order of the program,
+and looks about once a second at what has not come. The time of each runs from when the thread was
+told or, if that is later, from when something before it came. Of what is overdue the first is
+judged: ranks wait only for what comes earlier in the program that they share, so whatever holds
+that up holds up the rest.
 
-A rank that did not do its part in time is named in one line, in the log and on stderr, and the
-process aborts, as NCCL's watchdog has it. Where everybody did its part, this GPU is merely behind,
-and who waits for it will say so.
+Ranks that did not do their part in time are named in one line, in the log and on stderr, and the
+process aborts, as NCCL's watchdog has it. Where all did theirs, this GPU itself is behind, and
+those who wait for it will say so.
 """
 
 import atexit
@@ -38,7 +38,7 @@ class Awaited:
         what: what the others must do, after "to".
         seconds: how long they may take.
         has_come: whether the stream has come past the wait; True from then on.
-        missing: the ranks, numbered like `rank`, that have not done it; None if that cannot be told.
+        missing: the ranks, numbered like `rank`, that have not done it; None: that cannot be told.
         since: when its time began, by the watchdog's clock.
     """
 
@@ -82,7 +82,7 @@ class Watchdog:
             atexit.register(self.stop)
 
     def stop(self) -> None:
-        """Look no more: whoever holds a GPU's driver must not be gone while it is asked."""
+        """Look no more: at the end of a process the GPU must not be asked."""
         self._stopped.set()
         self._thread.join(self._interval)
 
@@ -108,10 +108,8 @@ class Watchdog:
 
     def _judge(self, overdue: Awaited, now: float) -> None:
         missing = overdue.missing()
-        if missing is not None and not missing:
-            for awaited in self._waiting:
-                awaited.since = now
-        elif not overdue.has_come():  # nor while its flags were read
+        done_by_all = missing is not None and not missing
+        if not done_by_all and not overdue.has_come():  # nor has it while its flags were read
             self._end(explain(overdue, missing, now - overdue.since))
 
     def _run(self, prepare: Callable[[], object]) -> None:
@@ -127,10 +125,10 @@ def explain(overdue: Awaited, missing: Sequence[int] | None, waited: float) -> s
     """What has happened and what to do, in one line; `waited` in seconds."""
     names = name_ranks(missing) if missing else "another rank (which one cannot be told)"
     return (
-        f"rank {overdue.rank} has waited {waited:.0f} s for {names} to {overdue.what}; it died, hangs, "
-        f"or is slower than the time-out of {overdue.seconds:g} s: look for the first error in its "
-        "log, or raise the time-out (timeout= of init_process_group). A GPU cannot stop waiting: "
-        "this process ends"
+        f"rank {overdue.rank} has waited {waited:.1f} s for {names} to {overdue.what}; it died, "
+        f"hangs, or is slower than the time-out of {overdue.seconds:g} s: look for the first error "
+        "in its log, or raise the time-out (timeout= of init_process_group). A GPU cannot stop "
+        "waiting: this process ends"
     )
 
 

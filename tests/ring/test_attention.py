@@ -5,13 +5,20 @@ whole tensors.
 """
 
 import itertools
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from extend.ring import LAYOUTS, unshard
 from tests.ring.oracle import (
-    DTYPES, HEADS, MASKS, NAMES, exact, make_inputs, run_ring, tolerance,
+    DTYPES,
+    MASKS,
+    NAMES,
+    exact,
+    make_inputs,
+    run_ring,
+    tolerance,
 )  # fmt: skip
 from tests.spawn import spawn
 
@@ -23,31 +30,50 @@ STRATEGIES = {
     4: ["ring", "all-gather", "ulysses", "usp:2", "double-ring:2"],
     8: ["ring", "all-gather", "ulysses", "usp:2", "usp:4", "double-ring:2", "double-ring:4"],
 }
+KERNELS = ("reference", "flash_cpu")  # one that takes any tile, and one that takes few
+
+
+class Case(NamedTuple):
+    strategy: str
+    layout: str
+    kernel: str
+    heads: str
+    dtype: str
+    mask: str
 
 
 def cases(world):
-    """(strategy, layout, kernel, heads, dtype, mask)."""
-    strategies = STRATEGIES[world]
-    # Geometry: every layout and mask, on a kernel that takes any tile and one that takes few.
-    found = list(itertools.product(
-        strategies, LAYOUTS, ("reference", "flash_cpu"), ("GQA",), ("fp32",), MASKS))
-    # Numbers: every ratio of heads and dtype.
-    found += itertools.product(
-        strategies, ("zigzag",), ("flash_cpu",), HEADS, ("bf16", "fp32"),
-        ("causal", "window", "packed"))
-    found += itertools.product(
-        strategies, ("zigzag",), ("reference",), ("GQA",), ("fp64",), ("causal", "packed window"))
+    """What to compute on `world` ranks."""
+    of_six = "6 " if world == 3 else ""
+    geometry = itertools.product(STRATEGIES[world], LAYOUTS, KERNELS, MASKS)
+    numbers = itertools.product(
+        STRATEGIES[world], ("MHA", "GQA", "MQA"), ("bf16", "fp32"), ("causal", "window", "packed")
+    )
+    if world == 8:
+        # Each strategy still meets each layout with each kernel, and each mask; the ways to share
+        # the sequence out are those of fewer ranks, and all of them are run there.
+        geometry = [
+            (strategy, list(LAYOUTS)[(i + j) % 3], KERNELS[(i + j // 3) % 2], mask)
+            for i, strategy in enumerate(STRATEGIES[8])
+            for j, mask in enumerate(MASKS)
+        ]
+        numbers = [case for case in numbers if case[-1] == "causal"]
+    found = [Case(s, lay, kernel, of_six + "GQA", "fp32", m) for s, lay, kernel, m in geometry]
+    found += [Case(s, "zigzag", "flash_cpu", of_six + h, dtype, m) for s, h, dtype, m in numbers]
+    found += [
+        Case(s, "zigzag", "reference", of_six + "GQA", "fp64", m)
+        for s in STRATEGIES[world] for m in ("causal", "packed window")
+    ]  # fmt: skip
     return list(dict.fromkeys(found))
 
 
 def run_cases(rank, world):
     return {
         case: run_ring(
-            rank, world, make_inputs(heads, dtype), strategy=strategy, layout=layout,
-            kernel=kernel, **MASKS[mask],
+            rank, world, make_inputs(case.heads, case.dtype), strategy=case.strategy,
+            layout=case.layout, kernel=case.kernel, **MASKS[case.mask],
         )
         for case in cases(world)
-        for strategy, layout, kernel, heads, dtype, mask in [case]
     }  # fmt: skip
 
 
@@ -64,15 +90,15 @@ def results():
 def test_equals_attention_over_the_whole_sequence(results, world, strategy, layout):
     if world not in results:
         results[world] = spawn(world, run_cases)
-    mine = [c for c in cases(world) if c[0] == strategy and c[1] == layout]
+    mine = [case for case in cases(world) if (case.strategy, case.layout) == (strategy, layout)]
     assert mine
     for case in mine:
-        _, _, _, heads, dtype, mask = case
+        expected = exact(case.heads, case.dtype, case.mask)
         for i, name in enumerate(NAMES):
             parts = [of_rank[case][i] for of_rank in results[world]]
-            assert all(part.dtype == DTYPES[dtype] for part in parts)
+            assert all(part.dtype == DTYPES[case.dtype] for part in parts)
             torch.testing.assert_close(
-                unshard(parts, 2, layout).double(), exact(heads, dtype, mask)[i], rtol=0,
-                atol=tolerance(name, heads, dtype, mask),
+                unshard(parts, 2, layout).double(), expected[i], rtol=0,
+                atol=tolerance(name, case.heads, case.dtype, case.mask),
                 msg=lambda text, name=name, case=case: f"{name} of {case}: {text}",
             )  # fmt: skip

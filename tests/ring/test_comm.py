@@ -133,18 +133,39 @@ def misuses(rank, world):
         messages.append(str(error.value))
     comm.publish_tensor("other", mine)
     window.fetch(1, torch.empty_like(mine), whole).wait()  # other lanes do not matter
-    comm.publish_tensor("lane", mine)
-    with pytest.raises(RuntimeError) as error:
-        window.fetch(1, torch.empty_like(mine), whole)
-    return [*messages, str(error.value)]
+    newest = comm.publish_tensor("lane", mine)
+    newest.close()
+    for late in (window, newest):
+        with pytest.raises(RuntimeError) as error:
+            late.fetch(1, torch.empty_like(mine), whole)
+        messages.append(str(error.value))
+    return messages
 
 
 def test_a_wrong_fetch_is_refused_before_anything_is_sent():
-    for shape, dtype, nothing, stale in spawn(2, misuses):
+    for shape, dtype, nothing, stale, closed in spawn(2, misuses):
         assert "(6, 8)" in shape and "into ((2, 2)" in shape and "'lane'" in shape
         assert "float32" in dtype and "int64" in dtype
         assert "into None" in nothing
         assert "'lane' was published again" in stale
+        assert "'lane': fetch after close" in closed
+
+
+def reuse_of_what_was_written(rank, world):
+    comm, mine = RingComm(), published(rank)
+    window = comm.publish("lane", mine.shape, mine, lambda buffer: buffer.copy_(mine))
+    mine.fill_(-1)
+    into = torch.empty_like(mine)
+    transfer = window.fetch(1, into, whole)
+    window.close()
+    window.close()  # once more does no harm
+    transfer.wait()
+    return into
+
+
+def test_what_was_written_may_be_overwritten_and_a_window_closed_at_once():
+    for rank, into in enumerate(spawn(2, reuse_of_what_was_written)):
+        torch.testing.assert_close(into, published(1 - rank))
 
 
 def contiguous_memory(rank, world):

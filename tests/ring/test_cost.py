@@ -6,7 +6,6 @@ measurements; how far off they may be is written down here, and is how far off t
 
 import ast
 import itertools
-import time
 from dataclasses import replace
 from pathlib import Path
 

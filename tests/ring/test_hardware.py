@@ -80,7 +80,7 @@ CUDNN_MS = [
 ]  # fmt: skip
 
 
-def test_the_preset_is_what_was_measured():
+def test_the_preset_is_near_what_single_calls_took():
     for q_len, kv_len, *measured in CUDNN_MS:
         pairs = q_len * kv_len / (1 + (q_len == kv_len))
         kind = "square" if q_len == kv_len else "rectangle"
@@ -88,8 +88,9 @@ def test_the_preset_is_what_was_measured():
             rate = getattr(HOPPER["cudnn"], kind + suffix)
             flops = products * 2 * 128 * 32 * pairs
             predicted = 1e3 * rate.seconds(flops, harmonic(q_len, kv_len))
-            # The GPU's clock drifts by a tenth between runs; the fit is over several.
-            assert predicted == pytest.approx(ms, rel=0.11), (q_len, kv_len, suffix)
+            # These were short runs on a cool GPU; the preset is for a hot one, and its rectangles
+            # carry what a block costs besides: slower than this by up to a quarter, hardly faster.
+            assert 0.92 * ms < predicted < 1.25 * ms, (q_len, kv_len, suffix)
 
 
 def test_hardware_is_found_by_the_name_that_the_driver_gives():

@@ -195,19 +195,19 @@ def find_hardware(gpu: str, kernel: str = "auto") -> Hardware:
     return replace(found, kernel=kernels.get(kernel, found.kernel))
 
 
-# Fitted on one H200 (torch 2.11, cuDNN 9.19, 32:8 heads, head_dim 128, bf16): squares of 4K to 64K
-# (flash 16K to 128K, FA4 16K and 64K) and rectangles of 8K x 4K to 32K x 16K; worst residual 10 %,
-# which is how far the GPU's clock drifts. Flash rectangles were not timed: cuDNN's ratio of
-# rectangle to square peaks stands in for them.
+# Fitted on H200 (torch 2.11, cuDNN 9.19, FA4 4.0.0b36, 32:8 heads, head_dim 128, bf16): half lengths
+# on squares of 4K to 64K on one GPU; peaks, as a hot GPU reaches them, on ring, all-gather and
+# Ulysses over two GPUs at 32K, 64K and 128K (docs/results/ring-2xh200.json). Worst residual there 12 %
+# forward, 6 % backward; the GPU's clock drifts by 10 %. Rectangles carry what a block costs besides.
 HOPPER: dict[str, KernelRates] = {
     "cudnn": KernelRates(
-        Rate(614e12, 694), Rate(648e12, 0), Rate(543e12, 1014), Rate(559e12, 0)
+        Rate(602e12, 694), Rate(622e12, 0), Rate(521e12, 1014), Rate(492e12, 0)
     ),
     "flash": KernelRates(
         Rate(343e12, 547), Rate(362e12, 0), Rate(325e12, 772), Rate(335e12, 0), bands=True
     ),
     "fa4": KernelRates(
-        Rate(704e12, 0), Rate(709e12, 0), Rate(604e12, 271), Rate(637e12, 0)
+        Rate(648e12, 0), Rate(638e12, 0), Rate(580e12, 271), Rate(548e12, 0)
     ),
 }  # fmt: skip
 

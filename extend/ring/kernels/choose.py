@@ -51,7 +51,7 @@ def choose_kernel(
         RecipeError: no such kernel.
     """
     if name != "auto":
-        kernel = lookup(KERNELS, name, "kernel")
+        kernel = lookup({"auto": None} | KERNELS, name, "kernel")
         reason = kernel.refuse(q, k)
         return kernel if reason is None else _give_up(name, q, {name: reason})
     names = CANDIDATES.get(q.device.type, CANDIDATES["cpu"])

@@ -32,8 +32,7 @@ def parse_strategy(name: str) -> tuple[str, int | None]:
         RecipeError: no such strategy, or a number that is none or does not belong to it.
     """
     family, colon, number = name.partition(":")
-    if family != "auto":
-        lookup(STRATEGIES, family, "strategy")
+    lookup({"auto": None} | STRATEGIES, family, "strategy")
     if not colon:
         return family, None
     if family not in ("usp", "double-ring") or not number.isdecimal() or int(number) < 1:

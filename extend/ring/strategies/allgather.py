@@ -103,11 +103,12 @@ class AllGather:
         hull = rows_needed(tiles)
         if hull is None:
             return (), ()
+        seen = _seen(tiles)
         places = [
             Place(source, *clipped)
             for source, ranges in zip(sources, pieces, strict=True)
             for rows, into in ranges
-            if (clipped := _clip(rows, into, hull)) is not None
+            if (clipped := _clip(rows, into, seen, hull.start)) is not None
         ]
         return shift_keys(tiles, hull), tuple(places)
 
@@ -223,14 +224,33 @@ def _kv_heads(k: Tensor, group: int, groups: int) -> slice:
     return slice(group * size, (group + 1) * size)
 
 
-def _clip(rows: slice, into: slice, hull: slice) -> tuple[slice, slice] | None:
-    """The part of a piece inside `hull`, its place counted from there; `into` may have a step."""
+def _seen(tiles: tuple[Tile, ...]) -> list[tuple[int, int]]:
+    """The key rows of the tiles, from and to, in ranges that do not touch each other."""
+    ranges: list[tuple[int, int]] = []
+    for start, stop in sorted((tile.kv.start, tile.kv.stop) for tile in tiles):
+        if ranges and start <= ranges[-1][1]:
+            ranges[-1] = ranges[-1][0], max(stop, ranges[-1][1])
+        else:
+            ranges.append((start, stop))
+    return ranges
+
+
+def _clip(
+    rows: slice, into: slice, seen: list[tuple[int, int]], origin: int
+) -> tuple[slice, slice] | None:
+    """A piece without the ends that are not `seen`, its place counted from `origin`.
+
+    `into` may have a step. None where nothing of it is seen.
+    """
+    inside = [r for r in seen if r[0] < into.stop and into.start < r[1]]
+    if not inside:
+        return None
     step = into.step or 1
-    first = max(0, -(-(hull.start - into.start) // step))
-    last = min(rows.stop - rows.start, -(-(hull.stop - into.start) // step))
+    first = max(0, -(-(inside[0][0] - into.start) // step))
+    last = min(rows.stop - rows.start, -(-(inside[-1][1] - into.start) // step))
     if first >= last:
         return None
-    start = into.start + first * step - hull.start
+    start = into.start + first * step - origin
     stop = start + (last - first - 1) * step + 1
     return slice(rows.start + first, rows.start + last), slice(start, stop, step)
 

@@ -162,15 +162,16 @@ class Ring:
 
         def select(block: Tensor, receiver: int) -> Tensor | None:
             source = self._rank(self.inner.rank, (receiver - turn) % hosts)
-            return block if self._host_needs(receiver, source) else None
+            wanted = self._host_needs(receiver, source)
+            return None if wanted is None else block[wanted]
 
-        source = self._source(turn, self.inner.rank)
-        wanted = self._host_needs(self.outer.rank, source)
-        into = _empty_block(k, slice(0, k.shape[2]) if wanted else None)
-        transfer = window.fetch(turn, into, select)
+        wanted = self._host_needs(self.outer.rank, self._source(turn, self.inner.rank))
+        # Of full length, so that rows are where they were; nobody looks at the others.
+        block = None if wanted is None else _empty_block(k, slice(0, k.shape[2]))
+        transfer = window.fetch(turn, None if block is None else block[wanted], select)
         if turn + 1 == hosts:
             window.close()
-        return transfer, into
+        return transfer, block
 
     def _send_home(
         self, turn: int, step: int, k: Tensor, share: Keys, sums: KeySum
@@ -197,16 +198,18 @@ class Ring:
         """Send this host's sum to the rank whose keys they are; receive one for `home`."""
         hosts = self.outer.world
 
-        def needed(receiver: int) -> bool:
+        def rows(receiver: int) -> slice | None:
             source = self._rank(self.inner.rank, receiver)
             return self._host_needs((receiver + turn) % hosts, source)
 
+        def select(block: Tensor, receiver: int) -> Tensor | None:
+            wanted = rows(receiver)
+            return None if wanted is None else block[wanted]
+
         window = publish_block(self.outer, "sums", k, *sums.result())
-        wanted = slice(0, k.shape[2]) if needed(self.outer.rank) else None
+        wanted = rows(self.outer.rank)
         into = _empty_block(k, wanted)
-        transfer = window.fetch(
-            hosts - turn, into, lambda block, receiver: block if needed(receiver) else None
-        )
+        transfer = window.fetch(hosts - turn, into, select)
         window.close()
         return Homecoming(home, wanted, into, transfer)
 
@@ -218,9 +221,12 @@ class Ring:
         """The rank whose keys are held in `place` of this host in `turn`."""
         return self._rank(place, (self.outer.rank - turn) % self.outer.world)
 
-    def _host_needs(self, host: int, source: int) -> bool:
+    def _host_needs(self, host: int, source: int) -> slice | None:
+        """The rows of `source`'s keys that some rank of `host` has a use for."""
         places = range(self.inner.world)
-        return any(self.call.needed(self._rank(place, host), source) for place in places)
+        needed = [self.call.needed(self._rank(place, host), source) for place in places]
+        held = [rows for rows in needed if rows is not None]
+        return slice(min(r.start for r in held), max(r.stop for r in held)) if held else None
 
     def _num_shares(self, turn: int) -> int:
         """How many ranks of this host have a share in the keys held in `turn`."""

@@ -94,8 +94,8 @@ class Ulysses:
 
         def write(buffer: Tensor) -> None:  # [ranks, s, b, heads of all tensors, d]
             for part, t in zip(buffer.split(heads, dim=3), tensors, strict=True):
-                for receiver in range(world):
-                    write_sum(part[receiver].permute(1, 2, 0, 3), t[:, receiver])
+                for row in range(batch):  # ranks take the place of the batch: one kernel for all
+                    write_sum(part[:, :, row].transpose(1, 2), t[row])
 
         shape = (world, rows, batch, sum(heads), head_dim)
         window = self.comm.publish(lane, shape, like, write)
@@ -158,8 +158,8 @@ class Ulysses:
         # In memory [b, s, h, d], as models have it.
         whole = parts[0].new_empty((batch, rows, world, len(parts), heads, head_dim))
         for group, part in enumerate(parts):
-            for rank in range(world):
-                write_sum(whole[:, :, rank, group].transpose(1, 2), part[rank])
+            for row in range(batch):
+                write_sum(whole[row, :, :, group].permute(1, 2, 0, 3), part[:, row])
         return whole.flatten(2, 4).transpose(1, 2)
 
     def _pieces(self) -> list[tuple[int, int]]:
