@@ -78,10 +78,13 @@ def fake_tensor(heads, local_len):
     )  # fmt: skip
 
 
+H100 = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=80 * GIB)
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """What the GPU says of itself."""
-    found = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=80 * GIB)
+    found = SimpleNamespace(**vars(H100))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
     choose._choose.cache_clear()
     yield found
@@ -92,6 +95,7 @@ FACTS = {
     "8 ranks": {"world": 8},
     "2 ranks, cudnn": {"world": 2, "kernel": "cudnn"},
     "4 hosts": {"world": 32, "hosts": 4},
+    "hosts of 4": {"world": 8, "hosts": 2},
     "a window": {"world": 8, "mask": Mask(window=4096)},
     "no mask": {"world": 4, "layout": "contiguous", "mask": Mask(causal=False)},
 }
@@ -125,14 +129,20 @@ def test_the_choice_is_the_fastest_by_the_model(gpu, facts, local_len):
     assert all(name in choice.reason for name in predictions)
 
 
-def test_all_ranks_choose_alike(gpu):
-    # Ranks are processes with nothing in common; what they know are these facts.
-    for facts in FACTS.values():
-        choices = set()
-        for _ in range(2):
-            choose._choose.cache_clear()
-            choices.add(choose_for(fake_call(**facts), 16384))
-        assert len(choices) == 1
+def choose_on_a_rank(rank, world):
+    torch.cuda.get_device_properties = lambda device: H100
+    calls = [
+        Call(RingComm(), facts.get("layout", "zigzag"), facts.get("mask", Mask()),
+             KERNELS[facts.get("kernel", "fa4")], 1.0, world * local_len)
+        for facts in FACTS.values() for local_len in (2048, 131072)
+    ]  # fmt: skip
+    return [choose_for(call, call.local_len) for call in calls]
+
+
+def test_all_ranks_choose_alike():
+    first, *others = spawn(4, choose_on_a_rank)
+    assert len({choice.name for choice in first}) > 1
+    assert all(choices == first for choices in others)
 
 
 def test_less_memory_changes_the_choice(gpu):

@@ -212,7 +212,8 @@ def test_the_right_version_is_active_before_each_call(operators, versions, monke
     q, k, v, _ = make_tensors(6, 6)
     for name in ("flash", "fa4", "fa4", "flash", "fa3", "fa4"):
         KERNELS[name].forward(q, k, v, mask=CAUSAL, softmax_scale=1.0)
-    assert [version for version, _ in operators.calls] == [None, flash.FA4, flash.FA4, None, "FA3", flash.FA4]
+    used = [version for version, _ in operators.calls]
+    assert used == [None, flash.FA4, flash.FA4, None, "FA3", flash.FA4]
     assert activated == [flash.FA4, "FA3", flash.FA4]  # not again where it is the active one
     assert torch_attention.current_flash_attention_impl() == flash.FA4
 

@@ -8,8 +8,11 @@ import torch
 import torch.distributed as dist
 
 from extend.errors import CompatibilityError
-from extend.ring import ring_attention, shard, unshard
+from extend.ring import RingComm, ring_attention, shard, unshard
+from extend.ring.call import Call
 from extend.ring.kernels import KERNELS
+from extend.ring.mask import Mask
+from extend.ring.strategies import build_strategy
 from tests.ring.oracle import assert_is_attention, by_definition, make_inputs, run_ring, visible
 from tests.spawn import spawn
 
@@ -38,14 +41,20 @@ def test_odd_numbers_of_heads_are_shared_out(world, cases):
 
 
 def run_numbers(rank, world, strategies):
-    return [run_ring(rank, world, make_inputs("MHA", "fp32"), strategy=s) for s in strategies]
+    results = [run_ring(rank, world, make_inputs("MHA", "fp32"), strategy=s) for s in strategies]
+    q = torch.empty(1, 8, 4, 8)
+    call = Call(RingComm(), "zigzag", Mask(), KERNELS["flash_cpu"], 1.0, 4 * world)
+    usp, double = (build_strategy(name, call, q, q) for name in ("usp", "double-ring"))
+    return results, (usp.comm.world, double.inner.world)
 
 
 def test_any_number_that_divides_and_none_at_all():
     strategies = ["usp", "usp:1", "usp:4", "double-ring", "double-ring:1", "double-ring:4", "auto"]
     by_rank = spawn(4, run_numbers, strategies)
     for i, _ in enumerate(strategies):
-        assert_is_attention([results[i] for results in by_rank], "MHA")
+        assert_is_attention([results[i] for results, _ in by_rank], "MHA")
+    # On one host half of the ranks share heads, so that a ring is left; the double ring is one ring.
+    assert [found for _, found in by_rank] == 4 * [(2, 4)]
 
 
 CANNOT_SPLIT = {  # (strategy, heads): of the message after the strategy's name
@@ -219,19 +228,36 @@ def test_groups_side_by_side_and_one_inside_the_other():
         assert_is_attention([found[i][1] for found in by_rank], "MQA")
 
 
+class WantsDenseRows:
+    """flash_cpu, with the contract of kernels: of all tensors the last dimension is contiguous."""
+
+    bands = packed = False
+
+    def refuse(self, q, k):
+        return None
+
+    def forward(self, *tensors, **options):
+        assert all(t.stride(-1) == 1 for t in tensors)
+        return KERNELS["flash_cpu"].forward(*tensors, **options)
+
+    def backward(self, dout, q, k, v, out, lse, **options):
+        assert all(t.stride(-1) == 1 for t in (dout, q, k, v, out))
+        return KERNELS["flash_cpu"].backward(dout, q, k, v, out, lse, **options)
+
+
 def run_strided(rank, world):
-    """Tensors as models have them: [b, s, h, d] in memory, keys and values parts of one tensor."""
+    """Queries [b, s, h, d] in memory, keys and values in one tensor, dout in columns."""
+    KERNELS["wants dense rows"] = WantsDenseRows()
     found = []
     for strategy in FAMILIES:
         q, k, v, dout = (shard(t, 2, "zigzag", rank, world) for t in make_inputs("GQA", "fp32"))
         q = q.transpose(1, 2).contiguous().requires_grad_()
-        kv = torch.stack((k, v), 3).transpose(1, 2).contiguous().requires_grad_()
-        columns = dout.mT.contiguous()  # of dout not even the last dimension is dense
-        keys, values = kv.transpose(1, 2).unbind(3)
-        out = ring_attention(q.transpose(1, 2), keys, values, strategy=strategy)
-        out.backward(columns.mT)
-        dk, dv = kv.grad.transpose(1, 2).unbind(3)
-        found.append((out.detach(), q.grad.transpose(1, 2), dk, dv))
+        kv = torch.stack((k, v), -1).requires_grad_()  # no dimension of k and v is dense
+        out = ring_attention(
+            q.transpose(1, 2), *kv.unbind(-1), strategy=strategy, kernel="wants dense rows"
+        )
+        out.backward(dout.mT.contiguous().mT)
+        found.append((out.detach(), q.grad.transpose(1, 2), *kv.grad.unbind(-1)))
     return found
 
 

@@ -197,8 +197,9 @@ def find_hardware(gpu: str, kernel: str = "auto") -> Hardware:
 
 # Fitted on H200 (torch 2.11, cuDNN 9.19, FA4 4.0.0b36, 32:8 heads, head_dim 128, bf16): half lengths
 # on squares of 4K to 64K on one GPU; peaks, as a hot GPU reaches them, on ring, all-gather and
-# Ulysses over two GPUs at 32K, 64K and 128K (docs/results/ring-2xh200.json). Worst residual there 12 %
-# forward, 6 % backward; the GPU's clock drifts by 10 %. Rectangles carry what a block costs besides.
+# Ulysses over two GPUs at 32K to 128K (docs/results/ring/2xh200.json). Worst residual there 10 %
+# forward, 4 % with backward; a GPU's clock drifts by 10 %. Rectangles carry what a block costs
+# besides. Flash rectangles were not timed: cuDNN's ratio to squares in short runs stands in.
 HOPPER: dict[str, KernelRates] = {
     "cudnn": KernelRates(
         Rate(602e12, 694), Rate(622e12, 0), Rate(521e12, 1014), Rate(492e12, 0)
@@ -221,8 +222,9 @@ AMPERE: dict[str, KernelRates] = {
 
 # Copies between two H200 (NVLink, 450 GB/s each way): pulled by copy engines 347 GB/s at 32 MiB and
 # 371 at 256, next to a kernel that they slowed by 4 %; NCCL 306 GB/s at 256 MiB, and the kernel
-# beside it took almost that much longer. A barrier took 20 us. Hosts: 400 Gb/s InfiniBand a GPU, of
-# which NCCL gets 45 GB/s (assumed). Other GPUs: scaled by NVLink and memory bandwidth (assumed).
+# beside it took almost that much longer. Waiting for another rank is put at 20 us. Hosts: 400 Gb/s
+# InfiniBand a GPU, of which NCCL gets 45 GB/s (assumed). Other GPUs: scaled by NVLink and memory
+# bandwidth (assumed).
 NVLINK_450 = Link(370e9, latency=2e-5, steal=0.05), Link(305e9, latency=3e-5, steal=0.8)
 NVLINK_300 = Link(250e9, latency=2e-5, steal=0.05), Link(205e9, latency=3e-5, steal=0.8)
 NVLINK_200 = Link(165e9, latency=2e-5, steal=0.05), Link(135e9, latency=3e-5, steal=0.8)
