@@ -2,8 +2,9 @@
 
 Shapes: b batch, h query heads, h_kv key and value heads, s local length, d head_dim. Every rank
 holds the positions that the layout gives it. A strategy decides what travels: keys and values to
-the queries, or heads in exchange for rows. A rank saves tensors of its local size only, and the
-backward pass fetches the keys once more.
+the queries, or heads in exchange for rows. A rank saves tensors of its local size only; with
+Ulysses on more ranks than key heads that of keys which are repeated. Where keys travel to queries,
+the backward pass fetches them once more.
 
 Source: Ring Attention, arXiv:2310.01889; the backward pass from the global out and lse is that of
 FlashAttention-2, arXiv:2307.08691, Alg. 2, cut into blocks.
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # torch.compiler.disable loads Dynamo: a second
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.distributed import ProcessGroup
 
@@ -21,7 +23,7 @@ from extend.errors import CompatibilityError
 from extend.registry import lookup
 from extend.ring.agreement import agree_on_call, sum_over
 from extend.ring.call import Call
-from extend.ring.choose import choose_strategy
+from extend.ring.choose import choose_strategy, gpu_kind
 from extend.ring.comm import RingComm
 from extend.ring.kernels import choose_kernel
 from extend.ring.layouts import LAYOUTS, check_length
@@ -31,6 +33,7 @@ from extend.ring.strategies import Strategy, build_strategy, parse_strategy
 CAUSAL_MASK = Mask()
 
 
+@_disable_dynamo  # torch.compile breaks its graph here: what ranks agree on cannot be traced
 def ring_attention(
     q: Tensor,
     k: Tensor,
@@ -82,6 +85,7 @@ def ring_attention(
     )  # fmt: skip
 
 
+@_disable_dynamo
 def attend(
     q: Tensor,
     k: Tensor,
@@ -105,6 +109,8 @@ def attend(
     agree_on_call(
         comm, q=tuple(q.shape), k=tuple(k.shape), dtype=str(q.dtype), layout=layout, mask=mask,
         kernel=kernel, strategy=strategy, softmax_scale=softmax_scale,
+        # "auto" depends on it, and all ranks must choose alike.
+        gpu=gpu_kind(q.device) if strategy == "auto" else None,
     )  # fmt: skip
     call = Call(
         comm=comm, layout=layout, mask=mask, seq_len=seq_len,
@@ -122,7 +128,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, strategy: Strategy) -> Tensor:
-        out, saved = strategy.forward(q, k, v)
+        with torch.autocast(q.device.type, enabled=False):  # for `reference`: products in fp32
+            out, saved = strategy.forward(q, k, v)
         ctx.save_for_backward(*saved)
         ctx.strategy = strategy
         return out
@@ -130,7 +137,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        return *ctx.strategy.backward(_last_dim_dense(dout), ctx.saved_tensors), None
+        with torch.autocast(dout.device.type, enabled=False):
+            return *ctx.strategy.backward(_last_dim_dense(dout), ctx.saved_tensors), None
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

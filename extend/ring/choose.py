@@ -39,12 +39,23 @@ def choose_strategy(call: Call, q: Tensor, k: Tensor) -> Choice:
         return Choice("ring", "one rank")
     if q.device.type != "cuda":
         return Choice("ring", "on the CPU memory counts, and the ring takes the least")
-    properties = torch.cuda.get_device_properties(q.device)
     kernel = next(name for name, member in KERNELS.items() if member is call.kernel)
     return _choose(
         tuple(q.shape), k.shape[1], q.element_size(), call.comm.world, call.comm.hosts, call.layout,
-        call.mask, kernel, properties.name, properties.total_memory,
+        call.mask, kernel, *gpu_kind(q.device),
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def gpu_kind(device: torch.device) -> tuple[str, int]:
+    """Name and memory, in bytes to the next lower 4 GiB, of a GPU; what the ranks must agree on.
+
+    Two GPUs of one kind may differ by some MiB.
+    """
+    if device.type != "cuda":
+        return device.type, 0
+    properties = torch.cuda.get_device_properties(device)
+    return properties.name, properties.total_memory >> 32 << 32
 
 
 @functools.lru_cache(maxsize=512)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.distributed import ProcessGroup
 
 from extend.errors import CompatibilityError
@@ -70,6 +71,7 @@ def register_ring_attention() -> str:
     return ATTENTION_NAME
 
 
+@_disable_dynamo
 def ring_attention_forward(
     module: nn.Module,
     query: Tensor,

@@ -82,8 +82,15 @@ class _Batch:
         self._peers.append(peer)
 
     def post(self) -> None:
-        if self._ops:
+        """Start everything; on the CPU one by one, so that a peer that is gone has a name."""
+        if self._ops and self._ops[0].tensor.is_cuda:
             self._works = dist.batch_isend_irecv(self._ops)
+            return
+        for op, peer in zip(self._ops, self._peers, strict=True):
+            try:
+                self._works += dist.batch_isend_irecv([op])
+            except RuntimeError as error:
+                raise self._explain([peer], 0.0, error) from error
 
     def wait(self) -> None:
         """Wait for everything, on a GPU in the current stream."""

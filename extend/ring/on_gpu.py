@@ -65,7 +65,7 @@ def _sum_kernel(
 
 def merge_on_gpu(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
     """Add attention over more keys to `out` [b, h, s, d] and `lse` fp32 [b, h, s], in place."""
-    batch, num_heads, num_rows, head_dim = out.shape
+    _, num_heads, num_rows, head_dim = out.shape
     with torch.cuda.device(out.device):
         _merge_kernel[_grid(out)](
             out, lse, block_out, block_lse, num_heads, num_rows, head_dim,

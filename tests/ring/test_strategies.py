@@ -53,7 +53,7 @@ def test_any_number_that_divides_and_none_at_all():
     by_rank = spawn(4, run_numbers, strategies)
     for i, _ in enumerate(strategies):
         assert_is_attention([results[i] for results, _ in by_rank], "MHA")
-    # On one host half of the ranks share heads, so that a ring is left; the double ring is one ring.
+    # On one host half of the ranks share heads, so a ring is left; the double ring is one ring.
     assert [found for _, found in by_rank] == 4 * [(2, 4)]
 
 

@@ -8,6 +8,8 @@ taken in as many groups as that needs, the next group arriving while one is comp
 Source: the context parallelism of Llama 3, arXiv:2407.21783, section 3.3.2.
 """
 
+import functools
+from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -19,7 +21,8 @@ from extend.ring.comm import Transfer, Window
 from extend.ring.partial import AttentionSum, GradientSum, sums_keys
 from extend.ring.tiles import Tile, rows_needed
 
-GATHERED_BYTES = 2 << 30  # of keys and values held for one group of heads, and of their gradients
+# Of keys and values of one group of heads; two groups are held at a time, and their gradients.
+GATHERED_BYTES = 2 << 30
 
 
 class Place(NamedTuple):
@@ -28,6 +31,9 @@ class Place(NamedTuple):
     source: int
     rows: slice  # of the source's own part
     into: slice  # of the gathered buffer
+
+
+Plan = tuple[tuple[Tile, ...], tuple[Place, ...]]  # tiles on gathered rows; where those come from
 
 
 class AllGather:
@@ -39,8 +45,9 @@ class AllGather:
         self._groups = groups
         # A kernel for bands gathers its own keys too: then no result has to be joined.
         self._whole = call.kernel.bands
-        self._gathered = {r: self._plan(r) for r in range(call.comm.world)}
+        self._gathered = _plans(call, call.comm.world)
         self._tiles, self._places = self._gathered[call.comm.rank]
+        self._most = _most_places(self._gathered)
         # Sums over several of a rank's tiles travel in fp32, so that they are rounded only once.
         self._wide = any(sums_keys(tiles) for tiles, _ in self._gathered.values())
 
@@ -78,6 +85,7 @@ class AllGather:
             transfer.wait()
             shares = total.add(self._tiles, *open_block(keys), _heads(q, group, groups))
             following = self._send_home(k, shares, group, groups)
+            del keys, shares  # their memory is wanted for the next group
             self._collect(home, passing)
             passing = following
         for half in others:
@@ -92,25 +100,6 @@ class AllGather:
         if half is not None:
             heads, kv_heads = half
             home.add_own(*total.add(own, k[:, kv_heads], v[:, kv_heads], heads), kv_heads)
-
-    def _plan(self, rank: int) -> tuple[tuple[Tile, ...], tuple[Place, ...]]:
-        """What `rank` computes on gathered rows, and where those come from; only rows it needs."""
-        call = self.call
-        sources = tuple(r for r in range(call.comm.world) if self._whole or r != rank)
-        if not sources:
-            return (), ()
-        tiles, pieces = call.gather(rank, sources)
-        hull = rows_needed(tiles)
-        if hull is None:
-            return (), ()
-        seen = _seen(tiles)
-        places = [
-            Place(source, *clipped)
-            for source, ranges in zip(sources, pieces, strict=True)
-            for rows, into in ranges
-            if (clipped := _clip(rows, into, seen, hull.start)) is not None
-        ]
-        return shift_keys(tiles, hull), tuple(places)
 
     def _num_groups(self, k: Tensor) -> int:
         """A divisor of the number of key heads."""
@@ -142,7 +131,7 @@ class AllGather:
         keys = k.new_empty(self._gathered_shape(k, groups, _num_rows(self._places)))
         fetches = []
         for step in range(comm.world):
-            for index in range(_most_places(self._gathered)):
+            for index in range(self._most):
                 into = _place(self._places, (comm.rank - step) % comm.world, index)
                 fetches.append((
                     step, None if into is None else keys[into.into],
@@ -177,7 +166,7 @@ class AllGather:
         )  # fmt: skip
         arriving, fetches, heads = [], [], _kv_heads(k, group, groups)
         for step in range(comm.world):
-            for index in range(_most_places(self._gathered)):
+            for index in range(self._most):
                 place = _place(self._gathered[(comm.rank - step) % comm.world][1], comm.rank, index)
                 into = None
                 if place is not None:
@@ -211,6 +200,31 @@ class AllGather:
 
     def _gathered_shape(self, k: Tensor, groups: int, rows: int) -> tuple[int, ...]:
         return rows, 2, k.shape[0], k.shape[1] // groups, k.shape[3]
+
+
+@functools.lru_cache(maxsize=64)
+def _plans(call: Call, world: int) -> dict[int, Plan]:
+    """The plan of every rank: each says what it gets and, of its keys, what the others do."""
+    return {rank: _plan(call, rank) for rank in range(world)}
+
+
+def _plan(call: Call, rank: int) -> Plan:
+    """What `rank` computes on gathered rows, and where those come from; only rows it needs."""
+    sources = tuple(r for r in range(call.comm.world) if call.kernel.bands or r != rank)
+    if not sources:
+        return (), ()
+    tiles, pieces = call.gather(rank, sources)
+    hull = rows_needed(tiles)
+    if hull is None:
+        return (), ()
+    seen = _seen(tiles)
+    places = [
+        Place(source, *clipped)
+        for source, ranges in zip(sources, pieces, strict=True)
+        for rows, into in ranges
+        if (clipped := _clip(rows, into, seen, hull.start)) is not None
+    ]
+    return shift_keys(tiles, hull), tuple(places)
 
 
 def _heads(q: Tensor, group: int, groups: int) -> slice | None:
@@ -265,9 +279,7 @@ def _place(places: tuple[Place, ...], source: int, index: int) -> Place | None:
     return found[index] if index < len(found) else None
 
 
-def _most_places(gathered: dict[int, tuple[tuple[Tile, ...], tuple[Place, ...]]]) -> int:
+def _most_places(gathered: dict[int, Plan]) -> int:
     """The largest number of pieces that one rank gives another."""
-    return max(
-        (sum(p.source == source for p in places) for _, places in gathered.values()
-         for source in gathered), default=0,
-    )  # fmt: skip
+    counts = (Counter(place.source for place in places) for _, places in gathered.values())
+    return max((max(count.values()) for count in counts if count), default=0)

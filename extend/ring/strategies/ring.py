@@ -61,6 +61,7 @@ class Ring:
         for turn, held in enumerate(self._turns(k, v)):
             for _, tiles, keys, values in self._steps(turn, k, held):
                 total.add(tiles, keys, values)
+                del keys, values  # or three blocks are held while the next but one is fetched
         out, lse = total.result()
         return out, (q, k, v, out, lse)
 
@@ -82,6 +83,7 @@ class Ring:
                     passing = _after(passing, self._send_home(turn, step, k, share, sums))
                 elif tiles:
                     sums.add_own(*share)
+                del keys, values, share  # their memory is wanted for the next step
             if turn:
                 passing = _after(passing, None)
                 crossing = _after(crossing, self._send_across(turn, k, sums, home))
