@@ -86,11 +86,14 @@ class _Batch:
         if self._ops and self._ops[0].tensor.is_cuda:
             self._works = dist.batch_isend_irecv(self._ops)
             return
+        gone, cause = [], None
         for op, peer in zip(self._ops, self._peers, strict=True):
             try:
                 self._works += dist.batch_isend_irecv([op])
-            except RuntimeError as error:
-                raise self._explain([peer], 0.0, error) from error
+            except RuntimeError as error:  # what the others wait for leaves all the same
+                gone, cause = [*gone, peer], cause or error
+        if cause is not None:
+            raise self._explain(sorted(set(gone)), 0.0, cause) from cause
 
     def wait(self) -> None:
         """Wait for everything, on a GPU in the current stream."""
