@@ -9,7 +9,7 @@ from extend.ring import choose
 from extend.ring.attention import CAUSAL_MASK
 from extend.ring.balance import imbalance
 from extend.ring.call import Call
-from extend.ring.choose import MEMORY_SHARE, Choice, choose_among, choose_strategy
+from extend.ring.choose import MEMORY_SHARE, Choice, choose_among, choose_strategy, gpu_kind
 from extend.ring.comm import RingComm
 from extend.ring.cost.hardware import find_hardware
 from extend.ring.cost.predict import candidates, predict
@@ -86,9 +86,14 @@ def gpu(monkeypatch):
     """What the GPU says of itself."""
     found = SimpleNamespace(**vars(H100))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
-    choose._choose.cache_clear()
+    forget()
     yield found
+    forget()
+
+
+def forget():
     choose._choose.cache_clear()
+    choose.gpu_kind.cache_clear()
 
 
 FACTS = {
@@ -148,13 +153,23 @@ def test_all_ranks_choose_alike():
 def test_less_memory_changes_the_choice(gpu):
     call, hardware = fake_call(**FACTS["a window"]), find_hardware("h100", "fa4")
     peaks = {name: p.peak_bytes for name, p in predictions_for(call, 131072, hardware).items()}
-    gpu.total_memory = 2 * max(peaks.values()) / MEMORY_SHARE
+    gpu.total_memory = 1000 * GIB
     fastest = choose_for(call, 131072).name
-    limit = peaks[fastest] - 1
-    gpu.total_memory = limit / MEMORY_SHARE
+    forget()
+    gpu.total_memory = int(peaks[fastest] / MEMORY_SHARE) - 4 * GIB
     choice = choose_for(call, 131072)
-    assert peaks[choice.name] <= limit
+    assert choice.name != fastest and peaks[choice.name] <= gpu.total_memory * MEMORY_SHARE
     assert f"{fastest} " in choice.reason and "but too much memory" in choice.reason
+
+
+def test_gpus_of_one_kind_may_differ_by_some_mib(gpu):
+    device = torch.device("cuda", 0)
+    assert gpu_kind(device) == ("NVIDIA H100 80GB HBM3", 80 * GIB)
+    for less in (1, GIB):
+        forget()
+        gpu.total_memory = 80 * GIB - less
+        assert gpu_kind(device) == ("NVIDIA H100 80GB HBM3", 76 * GIB)
+    assert gpu_kind(torch.device("cpu")) == ("cpu", 0)
 
 
 def test_documents_count_as_they_fall_on_the_ranks(gpu, monkeypatch):

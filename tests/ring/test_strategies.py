@@ -3,6 +3,9 @@
 That the numbers are right is in test_attention.py, what is held and sent in test_traffic.py.
 """
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -179,6 +182,24 @@ def test_autocast_casts_as_torch_attention_does():
         torch.testing.assert_close(whole, expected, rtol=2**-6, atol=2**-6)
 
 
+def run_reference(rank, world, under_autocast):
+    found = []
+    for strategy in FAMILIES:
+        inputs = [shard(t, 2, "zigzag", rank, world) for t in make_inputs("GQA", "bf16")]
+        q, k, v = (t.requires_grad_() for t in inputs[:3])
+        with torch.autocast("cpu", torch.bfloat16, enabled=under_autocast):
+            out = ring_attention(q, k, v, strategy=strategy, kernel="reference")
+            out.backward(inputs[3])
+        found.append((out.detach(), q.grad, k.grad, v.grad))
+    return found
+
+
+def test_autocast_stays_outside():
+    # `reference` computes in fp32 what autocast would compute in bf16.
+    inside, outside = (spawn(2, run_reference, enabled) for enabled in (True, False))
+    torch.testing.assert_close(inside, outside, rtol=0, atol=0)
+
+
 CALLS = [  # heads, length and options of one call after the other
     ("GQA", 48, {}), ("MHA", 96, {}), ("GQA", 48, {"window": 5}), ("GQA", 48, {}),
     ("GQA", 48, {"cu_seqlens": (0, 7, 48)}), ("MQA", 32, {"causal": False}),
@@ -226,6 +247,25 @@ def test_groups_side_by_side_and_one_inside_the_other():
         assert_is_attention([by_rank[rank][i][0] for rank in (0, 2)], "MHA")
         assert_is_attention([by_rank[rank][i][0] for rank in (1, 3)], "GQA")
         assert_is_attention([found[i][1] for found in by_rank], "MQA")
+
+
+def forget_a_group(rank, world):
+    """Whether what is known of a group goes when it is destroyed."""
+    gone = []
+    for strategy in (*FAMILIES, "double-ring:2"):
+        group = dist.new_group([0, 1])
+        inputs = make_inputs("GQA", "fp32", 16)
+        run_ring(rank, world, inputs, group=group, strategy=strategy)
+        link = weakref.ref(RingComm(group).link)
+        dist.destroy_process_group(group)
+        del group
+        gc.collect()
+        gone.append(link() is None)
+    return gone
+
+
+def test_no_strategy_keeps_a_group():
+    assert spawn(2, forget_a_group) == 2 * [4 * [True]]
 
 
 class WantsDenseRows:

@@ -8,7 +8,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from extend.ring import LAYOUTS, ring_attention, shard
-from extend.ring.strategies import allgather
+from extend.ring.strategies import allgather, ring
 from tests.ring.oracle import (
     BATCH,
     HEAD_DIM,
@@ -63,25 +63,42 @@ def test_memory_is_that_of_the_local_length(strategy):
         assert found == dict.fromkeys(LAYOUTS, (largest, saved))
 
 
+class Held:
+    """Counts what a method that fetches keys has handed out and is still in memory."""
+
+    def __init__(self, owner, method):
+        honest, self.refs, self.most, self.largest = getattr(owner, method), [], 0, 0
+
+        def fetch(*args):
+            transfer, keys = honest(*args)
+            if keys is not None:
+                self.refs.append(StorageWeakRef(keys.untyped_storage()))
+                self.most = max(self.most, sum(not ref.expired() for ref in self.refs))
+                self.largest = max(self.largest, keys.nbytes)
+            return transfer, keys
+
+        setattr(owner, method, fetch)
+
+
+def hold_blocks(rank, world):
+    held = Held(ring.Ring, "_fetch")
+    run_ring(rank, world, make_inputs("MHA", "fp32"), strategy="ring", kernel="flash_cpu")
+    return len(held.refs), held.most
+
+
+def test_a_ring_holds_two_blocks_of_other_ranks():
+    assert spawn(4, hold_blocks) == 4 * [(2 * 3, 2)]  # forward and backward
+
+
 def gather_in_groups(rank, world, kernel, limits):
-    """What came out under each limit, and (groups gathered, held at once, bytes of the last)."""
-    honest, results, found = allgather.AllGather._gather, [], []
-
-    def gather(*args):
-        transfer, keys = honest(*args)
-        held.append(StorageWeakRef(keys.untyped_storage()))
-        most.append(sum(not ref.expired() for ref in held))
-        sizes.append(keys.nbytes)
-        return transfer, keys
-
-    allgather.AllGather._gather = gather
+    """What came out under each limit, and (groups gathered, held at once, bytes of the largest)."""
+    results, found = [], []
     for limit in limits:
-        held, most, sizes = [], [], []
         allgather.GATHERED_BYTES = limit
-        results.append(
-            run_ring(rank, world, make_inputs("MHA", "fp32"), strategy="all-gather", kernel=kernel)
-        )
-        found.append((len(held), max(most), max(sizes)))
+        held = Held(allgather.AllGather, "_gather")
+        inputs = make_inputs("MHA", "fp32")
+        results.append(run_ring(rank, world, inputs, strategy="all-gather", kernel=kernel))
+        found.append((len(held.refs), held.most, held.largest))
     return results, found
 
 

@@ -10,6 +10,7 @@ Source: the context parallelism of Llama 3, arXiv:2407.21783, section 3.3.2.
 
 import functools
 from collections import Counter
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -45,7 +46,7 @@ class AllGather:
         self._groups = groups
         # A kernel for bands gathers its own keys too: then no result has to be joined.
         self._whole = call.kernel.bands
-        self._gathered = _plans(call, call.comm.world)
+        self._gathered = _plans(replace(call, comm=_Ranks(call.comm.world)), call.comm.world)
         self._tiles, self._places = self._gathered[call.comm.rank]
         self._most = _most_places(self._gathered)
         # Sums over several of a rank's tiles travel in fp32, so that they are rounded only once.
@@ -200,6 +201,12 @@ class AllGather:
 
     def _gathered_shape(self, k: Tensor, groups: int, rows: int) -> tuple[int, ...]:
         return rows, 2, k.shape[0], k.shape[1] // groups, k.shape[3]
+
+
+class _Ranks(NamedTuple):
+    """In place of a comm in plans that are kept, or its process group would be kept as well."""
+
+    world: int
 
 
 @functools.lru_cache(maxsize=64)
