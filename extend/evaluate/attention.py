@@ -14,6 +14,7 @@ from transformers import AttentionInterface
 from extend.errors import CompatibilityError
 from extend.ring.call import Call
 from extend.ring.comm import RingComm
+from extend.ring.hf_attention import read_layer
 from extend.ring.kernels import choose_kernel
 from extend.ring.mask import make_mask
 from extend.ring.partial import AttentionSum
@@ -78,20 +79,14 @@ def _refuse_arguments(module: nn.Module, attention_mask: Tensor | None,
 
 def _refuse_layer(module: nn.Module, window: int | None, total: int) -> None:
     """Refuse a layer whose attention is of another kind, or that keeps its window to itself."""
-    config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
-    kinds = getattr(config, "layer_types", None)
-    kind = kinds[layer] if kinds and layer is not None else None
-    if kind not in (None, "full_attention", "sliding_attention"):
+    layer = read_layer(module)
+    if not layer.is_known:
         raise CompatibilityError(
-            f"layer {layer} is of type {kind!r}, which evaluation does not compute; only models "
-            "with full or sliding-window attention are supported")
-    # Without types one window holds for all layers (Mistral); with them, for the sliding ones.
-    named = getattr(config, "sliding_window", None)
-    used = kind == "sliding_attention" or (kind is None
-                                           and getattr(config, "use_sliding_window", True))
-    if window is None and used and named and total > named:
+            f"layer {layer.index} is of type {layer.kind!r}, which evaluation does not compute; "
+            "only models with full or sliding-window attention are supported")
+    if window is None and layer.is_sliding and layer.window and total > layer.window:
         raise CompatibilityError(
-            f"layer {layer} has a sliding window of {named} tokens, which {type(module).__name__} "
-            f"does not pass on to its attention, and {total} keys; evaluate at most {named} tokens "
-            "of this model, or set its sliding_window to null (extend rescale with "
-            "sliding_window 'drop')")
+            f"layer {layer.index} has a sliding window of {layer.window} tokens, which "
+            f"{type(module).__name__} does not pass on to its attention, and {total} keys; "
+            f"evaluate at most {layer.window} tokens of this model, or set its sliding_window to "
+            "null (extend rescale with sliding_window 'drop')")

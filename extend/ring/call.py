@@ -26,10 +26,6 @@ class Call:
     softmax_scale: float
     seq_len: int
 
-    @property
-    def local_len(self) -> int:
-        return self.seq_len // self.comm.world
-
     def tiles(self, rank: int, source: int) -> tuple[Tile, ...]:
         """What `rank` computes on the keys that started on `source`."""
         world = self.comm.world

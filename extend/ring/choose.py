@@ -15,6 +15,7 @@ from extend.ring.cost.hardware import find_hardware
 from extend.ring.cost.predict import Prediction, candidates, predict
 from extend.ring.kernels import KERNELS
 from extend.ring.mask import Mask
+from extend.ring.strategies import parse_strategy
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +89,8 @@ def _with_documents(
     prediction: Prediction, name: str, layout: str, seq_len: int, world: int, mask: Mask
 ) -> Prediction:
     """The model takes documents to be of one length; real ones load some ranks more than others."""
-    family, _, degree = name.partition(":")
-    parts = world // {"ulysses": world, "usp": int(degree or 1)}.get(family, 1)
+    family, number = parse_strategy(name)
+    parts = world // {"ulysses": world, "usp": number}.get(family, 1)
     more = prediction.compute_seconds * (imbalance(layout, seq_len, parts, mask) - 1)
     return replace(
         prediction, seconds=prediction.seconds + more,

@@ -143,12 +143,6 @@ class RingComm:
             return self.publish(lane, tensor.shape, tensor, lambda buffer: buffer.copy_(tensor))
         return Window(self, lane, self._offer(lane, tensor.contiguous()))
 
-    def fetch_all(
-        self, window: "Window", requests: Sequence[tuple[int, Tensor | None, Select]]
-    ) -> Transfer:
-        """Start several fetches `(step, into, select)` as one transfer; see `Window.fetch`."""
-        return window.fetch_all(requests)
-
     def _offer(self, lane: str, buffer: Tensor) -> Messages:
         return Messages(self.group, self.places, self.ranks, self.rank, lane, buffer, self.timeout)
 
@@ -204,7 +198,7 @@ class Window:
         return self.fetch_all([(step, into, select)])
 
     def fetch_all(self, requests: Sequence[tuple[int, Tensor | None, Select]]) -> Transfer:
-        """Start several fetches as one transfer."""
+        """Start several fetches `(step, into, select)` as one transfer; see `fetch`."""
         comm = self._comm
         if comm.link.published[self._lane] != self._number:
             raise RuntimeError(

@@ -15,7 +15,7 @@ error.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -94,13 +94,12 @@ def ring_attention_forward(
     """
     settings = ring or RingSettings()
     comm = RingComm(settings.group) if ring else RingComm.alone()
-    layer = getattr(module, "layer_idx", None)
     _refuse_arguments(attention_mask, dropout, kwargs)
     _refuse_cache(query, key)
-    _refuse_layer(module, layer, sliding_window)
+    _refuse_layer(module, sliding_window)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     mask = _mask_of_call(settings, causal, sliding_window, query, comm.world)
-    if layer == 0 and position_ids is not None:
+    if getattr(module, "layer_idx", None) == 0 and position_ids is not None:
         _refuse_restarts(position_ids, mask, settings.layout, comm)
     out = attend(
         query, key, value, comm=comm, layout=settings.layout, mask=mask,
@@ -149,22 +148,48 @@ def _refuse_cache(query: Tensor, key: Tensor) -> None:
         )
 
 
-def _refuse_layer(module: nn.Module, layer: int | None, window: int | None) -> None:
-    """Refuse a layer whose attention is of another kind, or that keeps its window to itself."""
-    config = getattr(module, "config", None)
+class Layer(NamedTuple):
+    """What a model's config says of the attention of one layer.
+
+    Attributes:
+        index: the layer's number, if the module knows it.
+        is_known: whether it is full or sliding-window attention.
+        kind: its entry in the config's layer_types, if there are any.
+        is_sliding: whether it has a window.
+        window: the config's window, in tokens; None where it names none.
+    """
+
+    index: int | None
+    is_known: bool
+    kind: str | None
+    is_sliding: bool
+    window: int | None
+
+
+def read_layer(module: nn.Module) -> Layer:
+    """Of the attention `module` of a model of transformers."""
+    config, index = getattr(module, "config", None), getattr(module, "layer_idx", None)
     kinds = getattr(config, "layer_types", None)
-    kind = kinds[layer] if kinds and layer is not None else None
-    if kind not in (None, "full_attention", "sliding_attention"):
-        raise _refusal(
-            f"layer {layer} of type {kind!r}", "use a model with full or sliding-window attention"
-        )
+    kind = kinds[index] if kinds and index is not None else None
+    window = getattr(config, "sliding_window", None)
     # Without types one window holds for all layers (Mistral); with them, for the sliding ones.
-    named = getattr(config, "sliding_window", None)
-    windowed = kind is None and named and getattr(config, "use_sliding_window", True)
-    if window is None and (windowed or kind == "sliding_attention"):
+    for_all = kind is None and bool(window) and getattr(config, "use_sliding_window", True)
+    known = kind in (None, "full_attention", "sliding_attention")
+    return Layer(index, known, kind, bool(for_all) or kind == "sliding_attention", window)
+
+
+def _refuse_layer(module: nn.Module, window: int | None) -> None:
+    """Refuse a layer whose attention is of another kind, or that keeps its window to itself."""
+    layer = read_layer(module)
+    if not layer.is_known:
         raise _refusal(
-            f"the sliding window of {named} in layer {layer}, because {type(module).__name__} does "
-            "not pass it on",
+            f"layer {layer.index} of type {layer.kind!r}",
+            "use a model with full or sliding-window attention",
+        )
+    if window is None and layer.is_sliding:
+        raise _refusal(
+            f"the sliding window of {layer.window} in layer {layer.index}, because "
+            f"{type(module).__name__} does not pass it on",
             "load this model with 'sdpa', or set its sliding_window to null",
         )
 

@@ -77,7 +77,7 @@ class GradientSum:
         self._dout, self._q, self._out, self._lse, self._call = dout, q, out, lse, call
         # With at most two results a row, and few in all, they wait for each other and are written
         # once; otherwise they are summed as they come.
-        self._few = not _Rows(q.shape[2], portions).many and sum(map(len, portions)) <= _FEW
+        self._few = _most_results(portions) <= 2 and sum(map(len, portions)) <= _FEW
         self._parts: list[tuple[slice, slice, Tensor]] = []
         self._dq: Tensor | None = None
 
@@ -179,6 +179,11 @@ class _KeyShares:
         return self._sums
 
 
+def _most_results(portions: Sequence[tuple[Tile, ...]]) -> int:
+    """The largest number of tiles that one query row is in."""
+    return _depth(tuple((t.q.start, t.q.stop) for tiles in portions for t in tiles))
+
+
 def sums_keys(tiles: tuple[Tile, ...]) -> bool:
     """Whether some key row is in more than one of the tiles."""
     return _depth(tuple((t.kv.start, t.kv.stop) for t in tiles)) > 1
@@ -188,8 +193,7 @@ class _Rows:
     """Which rows already hold a result, and whether some get more than two."""
 
     def __init__(self, num_rows: int, portions: Sequence[tuple[Tile, ...]]):
-        spans = tuple((t.q.start, t.q.stop) for tiles in portions for t in tiles)
-        self.many = _depth(spans) > 2
+        self.many = _most_results(portions) > 2
         # 1 where a row has a result: of all heads, and by first head of what came for some only.
         self._all = bytearray(num_rows)
         self._some: dict[int, bytearray] = {}

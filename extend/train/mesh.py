@@ -20,7 +20,7 @@ from extend.options import Phase, TrainOptions
 from extend.registry import lookup
 from extend.ring.kernels import KERNELS
 from extend.ring.layouts import check_length
-from extend.ring.strategies import parse_strategy
+from extend.ring.strategies import divides, parse_strategy
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ def check_attention(options: TrainOptions, num_heads: int, world: int) -> None:
         parts = cp if family == "ulysses" else number
         if cp == 1 or parts is None:
             continue
-        heads = "" if family == "double-ring" else f" and the model's {num_heads} query heads"
-        if cp % parts or (heads and num_heads % parts):
+        if not divides(family, parts, num_heads, cp):
+            heads = "" if family == "double-ring" else f" and the model's {num_heads} query heads"
             raise CompatibilityError(
                 f"phase {i + 1}: strategy {options.strategy!r} divides the {cp} processes of a "
                 f"ring{heads} by {parts}, which leaves a remainder; use strategy auto")

@@ -141,7 +141,7 @@ def choose_on_a_rank(rank, world):
              KERNELS[facts.get("kernel", "fa4")], 1.0, world * local_len)
         for facts in FACTS.values() for local_len in (2048, 131072)
     ]  # fmt: skip
-    return [choose_for(call, call.local_len) for call in calls]
+    return [choose_for(call, call.seq_len // world) for call in calls]
 
 
 def test_all_ranks_choose_alike():

@@ -91,7 +91,7 @@ def everything_together(rank, world, dtype):
         (step, room(expected(select, step, rank, world, dtype), step % 2 == 1), select)
         for step in range(world) for select in SELECTS
     ]  # fmt: skip
-    comm.fetch_all(window, requests).wait()
+    window.fetch_all(requests).wait()
     return [into for _, into, _ in requests]
 
 
@@ -321,8 +321,8 @@ def play(scene, world, directory):
 def from_all_others(comm):
     mine = torch.zeros(1 << 16)
     window = comm.publish_tensor("keys", mine)
-    return comm.fetch_all(
-        window, [(step, torch.empty_like(mine), whole) for step in range(1, comm.world)]
+    return window.fetch_all(
+        [(step, torch.empty_like(mine), whole) for step in range(1, comm.world)]
     )
 
 

@@ -10,6 +10,7 @@
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from extend.ring.strategies.allgather import AllGather
 from extend.ring.strategies.ring import Ring
 from extend.ring.strategies.ulysses import Strategy, Ulysses
 
-__all__ = ["STRATEGIES", "Strategy", "build_strategy", "parse_strategy"]
+__all__ = ["STRATEGIES", "Strategy", "build_strategy", "divides", "parse_strategy"]
 
 
 def parse_strategy(name: str) -> tuple[str, int | None]:
@@ -41,6 +42,11 @@ def parse_strategy(name: str) -> tuple[str, int | None]:
             "'usp:4' (ranks that share heads) or 'double-ring:2' (hosts)"
         )
     return family, int(number)
+
+
+def divides(family: str, parts: int, num_heads: int, world: int) -> bool:
+    """Whether `parts` (ranks that share heads; hosts of a double ring) come out even."""
+    return world % parts == 0 and (family == "double-ring" or num_heads % parts == 0)
 
 
 def build_strategy(name: str, call: Call, q: Tensor, k: Tensor) -> Strategy:
@@ -72,7 +78,7 @@ def _usp(call: Call, degree: int | None, num_heads: int, num_kv_heads: int) -> S
     comm = call.comm
     if degree is None:
         degree = _default_degree(comm.world, comm.world // comm.hosts, num_heads)
-    if comm.world % degree or num_heads % degree:
+    if not divides("usp", degree, num_heads, comm.world):
         raise CompatibilityError(
             f"strategy {'ulysses' if degree == comm.world else f'usp:{degree}'}: {num_heads} query "
             f"heads and {comm.world} ranks; {degree} ranks that share heads must divide both"
@@ -83,14 +89,14 @@ def _usp(call: Call, degree: int | None, num_heads: int, num_kv_heads: int) -> S
         {ulysses_ranks(call.layout, r, comm.world, degree)[place] for r in range(comm.world)}
     )
     heads, ring = subcomm(comm, members), subcomm(comm, tuple(peers))
-    inner = Ring(Call(ring, call.layout, call.mask, call.kernel, call.softmax_scale, call.seq_len))
+    inner = Ring(replace(call, comm=ring))
     return Ulysses(heads, inner, call.layout, call.seq_len, members, comm.world, num_kv_heads)
 
 
 def _double_ring(call: Call, hosts: int | None, num_heads: int, num_kv_heads: int) -> Strategy:
     comm = call.comm
     hosts = comm.hosts if hosts is None else hosts
-    if comm.world % hosts:
+    if not divides("double-ring", hosts, num_heads, comm.world):
         raise CompatibilityError(
             f"strategy double-ring:{hosts}: {comm.world} ranks do not divide over {hosts} hosts; "
             f"choose a number that divides {comm.world}"
@@ -105,7 +111,7 @@ def _double_ring(call: Call, hosts: int | None, num_heads: int, num_kv_heads: in
 def _default_degree(world: int, per_host: int, num_heads: int) -> int:
     """The largest number of ranks of one host, short of all ranks, that share the heads evenly."""
     for degree in range(min(per_host, world - 1), 1, -1):
-        if world % degree == 0 and num_heads % degree == 0:
+        if divides("usp", degree, num_heads, world):
             return degree
     raise CompatibilityError(
         f"strategy usp: no number between 1 and {world} divides {num_heads} query heads and "

@@ -37,6 +37,21 @@ class Place(NamedTuple):
 Plan = tuple[tuple[Tile, ...], tuple[Place, ...]]  # tiles on gathered rows; where those come from
 
 
+class Plans(NamedTuple):
+    """Those of every rank: each says what it gets and, of its keys, what the others do.
+
+    Attributes:
+        by_rank: the plan of each.
+        most: the largest number of pieces that one rank gives another.
+        wide: some rank sums over several of its tiles; such sums travel in fp32, so that they are
+            rounded only once.
+    """
+
+    by_rank: dict[int, Plan]
+    most: int
+    wide: bool
+
+
 class AllGather:
     """Gather keys by groups of heads; send the shares of their gradients home in one exchange."""
 
@@ -46,11 +61,9 @@ class AllGather:
         self._groups = groups
         # A kernel for bands gathers its own keys too: then no result has to be joined.
         self._whole = call.kernel.bands
-        self._gathered = _plans(replace(call, comm=_Ranks(call.comm.world)), call.comm.world)
+        plans = _plans(replace(call, comm=_Ranks(call.comm.world)), call.comm.world)
+        self._gathered, self._most, self._wide = plans
         self._tiles, self._places = self._gathered[call.comm.rank]
-        self._most = _most_places(self._gathered)
-        # Sums over several of a rank's tiles travel in fp32, so that they are rounded only once.
-        self._wide = any(sums_keys(tiles) for tiles, _ in self._gathered.values())
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """out [b, h, s, d] of the local queries, and what `backward` needs."""
@@ -138,7 +151,7 @@ class AllGather:
                     step, None if into is None else keys[into.into],
                     self._selector(step, index, group),
                 ))  # fmt: skip
-        transfer = comm.fetch_all(window, fetches)
+        transfer = window.fetch_all(fetches)
         if group + 1 == groups:
             window.close()
         return transfer, keys
@@ -175,7 +188,7 @@ class AllGather:
                     into = k.new_empty(self._gathered_shape(k, groups, num_rows), dtype=dtype)
                     arriving.append((place.rows, into, heads))
                 fetches.append((step, into, self._returner(step, index)))
-        transfer = comm.fetch_all(window, fetches)
+        transfer = window.fetch_all(fetches)
         window.close()
         return transfer, arriving
 
@@ -210,9 +223,12 @@ class _Ranks(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def _plans(call: Call, world: int) -> dict[int, Plan]:
-    """The plan of every rank: each says what it gets and, of its keys, what the others do."""
-    return {rank: _plan(call, rank) for rank in range(world)}
+def _plans(call: Call, world: int) -> Plans:
+    """What `AllGather` needs of a call, and what follows from it."""
+    by_rank = {rank: _plan(call, rank) for rank in range(world)}
+    return Plans(
+        by_rank, _most_places(by_rank), any(sums_keys(tiles) for tiles, _ in by_rank.values())
+    )
 
 
 def _plan(call: Call, rank: int) -> Plan:

@@ -109,7 +109,7 @@ class Ulysses:
                 return None if found is None else buffer[receiver][found[0]]
 
             fetches.append((step, None if found is None else whole[found[1]], select))
-        transfer = self.comm.fetch_all(window, fetches)
+        transfer = window.fetch_all(fetches)
         window.close()
 
         def arrive() -> list[Tensor]:
@@ -140,7 +140,7 @@ class Ulysses:
 
             into = None if found is None else parts[(self.comm.rank - step) % world][found[0]]
             fetches.append((step, into, select))
-        transfer = self.comm.fetch_all(window, fetches)
+        transfer = window.fetch_all(fetches)
         window.close()
 
         def arrive() -> list[Tensor]:
