@@ -81,6 +81,17 @@ def agree_on_call(comm: RingComm, **facts: Hashable) -> None:
     Agreement(comm, "ring_attention").check(tuple(facts.items()))
 
 
+def agree_on_kernel(comm: RingComm, **facts: Hashable) -> None:
+    """Agree on what the chosen kernel takes, which a trial on each rank's own GPU may have shown.
+
+    Ranks that cut their tiles differently would wait for what nobody sends.
+
+    Raises:
+        CompatibilityError, RankError: as `agree`.
+    """
+    Agreement(comm, "ring_attention's kernel").check(tuple(facts.items()))
+
+
 def sum_over(comm: RingComm, values: Tensor) -> Tensor:
     """The sum of `values` over the ranks, added in the same order on all, so alike to the last bit.
 

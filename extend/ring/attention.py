@@ -21,7 +21,7 @@ from torch.distributed import ProcessGroup
 
 from extend.errors import CompatibilityError
 from extend.registry import lookup
-from extend.ring.agreement import agree_on_call, sum_over
+from extend.ring.agreement import agree_on_call, agree_on_kernel, sum_over
 from extend.ring.call import Call
 from extend.ring.choose import choose_strategy, gpu_kind
 from extend.ring.comm import RingComm
@@ -118,6 +118,9 @@ def attend(
                              agree=lambda times: sum_over(comm, times)),
         softmax_scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
     )  # fmt: skip
+    agree_on_kernel(
+        comm, kernel=kernel, takes_bands=call.kernel.bands, takes_documents=call.kernel.packed
+    )
     if strategy == "auto":
         strategy = choose_strategy(call, q, k).name
     return _Attention.apply(q, k, v, build_strategy(strategy, call, q, k))

@@ -27,6 +27,7 @@ LOOKING_SECONDS = 5.0  # for a copy of some flags on a GPU whose queues may all 
 _EQUAL = 1  # CU_STREAM_WAIT_VALUE_EQ
 _FENCED = 0  # CU_STREAM_WRITE_VALUE_DEFAULT: after all that the stream wrote, seen by every GPU
 _THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+_NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
 
 @functools.cache
@@ -51,9 +52,9 @@ class StreamWords:
     Source: CUDA driver API, "Stream Memory Operations".
     """
 
-    def __init__(self, driver: Any, stream: Callable[[], int]):
-        """`driver` is `load_driver()`; `stream()` gives the handle of the stream in use."""
-        self._driver, self._stream = driver, stream
+    def __init__(self, driver: Any, stream: Callable[[], int], gpu: int = 0):
+        """`driver` is `load_driver()`; `stream()` is the handle of the stream in use on `gpu`."""
+        self._driver, self._stream, self._gpu = driver, stream, gpu
 
     def write(self, addresses: Iterable[int], value: int) -> None:
         """Write `value` when the stream has done all that it holds now.
@@ -61,10 +62,7 @@ class StreamWords:
         Raises:
             RuntimeError: the driver refuses.
         """
-        stream = self._stream()
-        for address in addresses:
-            status = self._driver.cuStreamWriteValue32_v2(stream, address, value, _FENCED)
-            _check(status, "write")
+        self._call("write", self._driver.cuStreamWriteValue32_v2, addresses, value, _FENCED)
 
     def wait(self, addresses: Iterable[int]) -> None:
         """Hold up what the stream gets from now on until each word is 1.
@@ -72,15 +70,34 @@ class StreamWords:
         Raises:
             RuntimeError: the driver refuses.
         """
+        self._call("wait for", self._driver.cuStreamWaitValue32_v2, addresses, 1, _EQUAL)
+
+    def _call(
+        self, what: str, function: Callable[..., int], addresses: Iterable[int], *arguments: int
+    ) -> None:
         stream = self._stream()
         for address in addresses:
-            status = self._driver.cuStreamWaitValue32_v2(stream, address, 1, _EQUAL)
-            _check(status, "wait for")
+            status = function(stream, address, *arguments)
+            if status == _NO_CONTEXT:
+                # A thread's first call to CUDA may be this one: autograd's for GPU 0, where every
+                # thread is from the start. The runtime would have made the context current.
+                _make_context_current(self._driver, self._gpu)
+                status = function(stream, address, *arguments)
+            _check(status, f"{what} a flag from a stream")
+
+
+def _make_context_current(driver: Any, gpu: int) -> None:
+    """Make the context that torch uses on `gpu` the current one of this thread."""
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    _check(driver.cuDeviceGet(ctypes.byref(device), gpu), f"find GPU {gpu}")
+    status = driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+    _check(status, f"find the context of GPU {gpu}")
+    _check(driver.cuCtxSetCurrent(context), f"use the context of GPU {gpu}")
 
 
 def _check(status: int, what: str) -> None:
     if status:
-        raise RuntimeError(f"the CUDA driver cannot {what} a flag from a stream (error {status})")
+        raise RuntimeError(f"the CUDA driver cannot {what} (error {status})")
 
 
 class Flags(NamedTuple):
@@ -179,7 +196,7 @@ class CudaDevice:
         self._group_name, self._seats, self._rank = group_name, tuple(seats), rank
         self._side, self._aside = _streams(self.index)
         self._words = StreamWords(
-            load_driver(), lambda: torch.cuda.current_stream(self.index).cuda_stream
+            load_driver(), lambda: torch.cuda.current_stream(self.index).cuda_stream, self.index
         )
 
     def allocate(self, size_bytes: int) -> CudaBuffer:

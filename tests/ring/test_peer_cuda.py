@@ -92,6 +92,44 @@ def test_a_refusal_of_the_driver_is_an_error(fails):
     assert len(driver.calls) == fails + 1
 
 
+class ContextDriver(Driver):
+    """Does nothing for a thread until the context of its GPU is the current one."""
+
+    def __init__(self, retains=True):
+        super().__init__()
+        self.is_current, self.retains = False, retains
+
+    def note(self, *call):
+        return super().note(*call) if self.is_current else 201
+
+    def cuDeviceGet(self, device, number):
+        device._obj.value = 70 + number
+        return 0
+
+    def cuDevicePrimaryCtxRetain(self, context, device):
+        context._obj.value = 1000 + device.value
+        return 0 if self.retains else 2
+
+    def cuCtxSetCurrent(self, context):
+        assert context.value == 1073
+        self.is_current = True
+        return 0
+
+
+def test_a_thread_that_never_called_cuda_gets_the_context_of_its_gpu():
+    driver = ContextDriver()
+    words = StreamWords(driver, lambda: STREAM, gpu=3)
+    words.wait([8])
+    words.write([8, 12], 0)
+    assert driver.calls == [("wait", 8, 1), ("write", 8, 0), ("write", 12, 0)]
+
+
+def test_a_context_that_cannot_be_had_is_an_error():
+    words = StreamWords(ContextDriver(retains=False), lambda: STREAM, gpu=3)
+    with pytest.raises(RuntimeError, match=r"cannot find the context of GPU 3 \(error 2\)"):
+        words.write([8], 1)
+
+
 @pytest.fixture
 def library(monkeypatch):
     """A libcuda.so.1 of which only the names and argument types are looked at."""
