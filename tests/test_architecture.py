@@ -15,7 +15,7 @@ LAYERS = [
     {"manifest"},
     {"adapter_format"},
     {"ring", "rope"},
-    {"train", "adapter", "merge", "evaluate"},
+    {"train", "adapter", "merge", "evaluate", "plan", "search", "doctor"},
     {"recipe"},
     {"run"},
     {"cli"},

@@ -1,0 +1,13 @@
+"""The command line: arguments to options, then one call.
+
+Result paths go to stdout, progress to stderr; `--json` prints one JSON object on stdout instead.
+Exit codes: 0 done, 1 a mistake of the user's (one message), 2 wrong usage.
+"""
+
+from extend.cli import (  # noqa: F401  (each registers its subcommands with `main`)
+    evaluation,
+    stages,
+)
+from extend.cli.group import main
+
+__all__ = ["main"]

@@ -1,0 +1,143 @@
+"""The stages that change a model, and `run`, which does all that a recipe asks for."""
+
+from pathlib import Path
+
+import click
+
+from extend.cli.group import main, out_option, overwrite_option, reporting
+from extend.cli.types import LENGTH, parse_pairs
+from extend.rope.methods import METHODS
+
+_NOT_OPTIONS = ("model", "out", "target_len", "method", "sliding_window", "overwrite", "from_len")
+
+
+@main.command()
+@click.argument("model")
+@click.option("--to", required=True, type=LENGTH, help="Target length in tokens: 131072 or 128k.")
+@click.option("--method", default="critical", show_default=True,
+              help=f"RoPE method: {', '.join(METHODS)}.")
+@click.option("-o", "--option", multiple=True, metavar="KEY=VALUE", help="Option of the method.")
+@click.option("--from", "from_len", type=LENGTH, default=None, metavar="LENGTH",
+              help="For a model that is extended already: start again from plain RoPE at this "
+                   "native length.")
+@click.option("--sliding-window", type=click.Choice(["refuse", "drop", "keep"]), default="refuse",
+              show_default=True, help="What to do with a window shorter than the target.")
+@out_option
+@overwrite_option
+@reporting
+def rescale(model, to, method, option, from_len, sliding_window, out, overwrite):
+    """Write MODEL with a RoPE made for a longer context; the weights stay the same.
+
+    \b
+    extend rescale ./llama --to 128k --method ntk-by-parts --out ./llama-128k-init
+    extend rescale ./llama --to 64k --method theta -o rope_theta=8e6 --out ./llama-64k-init
+    """
+    from extend.rope import rescale as stage
+
+    start = {} if from_len is None else {"from_len": from_len}
+    path = stage(model, out, target_len=to, method=method, sliding_window=sliding_window,
+                 overwrite=overwrite, **start, **parse_pairs(option, _NOT_OPTIONS))
+    return {"output": str(path)}
+
+
+@main.command()
+@click.argument("recipe")
+@click.option("--stage", default=None, help="Name of the train stage, if the recipe has several.")
+@click.option("--nproc", type=int, default=None, help="Processes to start; one per GPU by default.")
+@out_option
+@overwrite_option
+@reporting
+def train(recipe, stage, nproc, out, overwrite):
+    """Run the train stage of RECIPE.
+
+    \b
+    extend train recipes/my.yaml --out runs/long --nproc 2
+    torchrun --nproc_per_node 2 -m extend train recipes/my.yaml --out runs/long
+    """
+    from extend.errors import RecipeError
+    from extend.options import resolve_inputs
+    from extend.recipe import load_recipe
+    from extend.train import train as run_stage
+
+    loaded = load_recipe(recipe)
+    found = [s for s in loaded.stages if s.kind == "train" and stage in (None, s.name)]
+    if len(found) != 1:
+        names = ", ".join(s.name for s in loaded.stages if s.kind == "train") or "none"
+        raise RecipeError(f"{recipe}: {len(found)} train stages fit, one is needed; it has "
+                          f"{names}; choose with --stage")
+    names = {s.name for s in loaded.stages}
+
+    def resolve(value: str) -> str:
+        if value in names:
+            raise RecipeError(f"{recipe}: {found[0].name} needs the output of stage {value!r}; "
+                              "use `extend run`, or give a path")
+        return str((loaded.path.parent / value).resolve())
+
+    options = resolve_inputs(found[0].options, resolve)
+    return {"output": str(run_stage(options, Path(out), nproc=nproc, overwrite=overwrite))}
+
+
+@main.command()
+@click.option("--base", required=True, metavar="DIR", help="The model before.")
+@click.option("--tuned", required=True, metavar="DIR", help="The model after.")
+@click.option("--rank", type=int, default=None, help="Rank of every matrix (32 by default).")
+@click.option("--energy", type=float, default=None, help="Keep this share of each squared norm.")
+@click.option("--no-embeddings", is_flag=True, help="Leave embedding deltas out of the sidecar.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
+              default="float32",
+              show_default=True, help="Dtype of the factors.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@out_option
+@overwrite_option
+@reporting
+def extract(base, tuned, rank, energy, no_embeddings, dtype, seed, out, overwrite):
+    """Write tuned - base as a PEFT LoRA adapter and a sidecar for what a LoRA cannot carry.
+
+    \b
+    extend extract --base ./llama --tuned ./llama-128k --rank 32 --out ./adapter
+    """
+    from extend.adapter import extract as stage
+
+    path = stage(base, tuned, out, rank=rank, energy=energy, embeddings=not no_embeddings,
+                 dtype=dtype, seed=seed, overwrite=overwrite)
+    return {"output": str(path)}
+
+
+@main.command()
+@click.option("--adapter", required=True, metavar="DIR", help="An adapter of `extend extract`.")
+@click.option("--target", required=True, metavar="DIR", help="A fine-tune of the same base.")
+@click.option("--weight", type=float, default=1.0, show_default=True, help="Factor of the delta.")
+@click.option("--no-sidecar", is_flag=True, help="Apply the LoRA matrices and the RoPE only.")
+@click.option("--rope-from", metavar="DIR", default=None,
+              help="Long model to take the RoPE from, for an adapter without a sidecar.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default=None,
+              help="Dtype of the output; the target's by default.")
+@out_option
+@overwrite_option
+@reporting
+def merge(adapter, target, weight, no_sidecar, rope_from, dtype, out, overwrite):
+    """Add an adapter to a fine-tune of the same base; write a long-context checkpoint.
+
+    \b
+    extend merge --adapter ./adapter --target ./my-finetune --out ./my-finetune-128k
+    """
+    from extend.merge import merge as stage
+
+    path = stage(adapter, target, out, weight=weight, sidecar=not no_sidecar, rope_from=rope_from,
+                 dtype=dtype, overwrite=overwrite)
+    return {"output": str(path)}
+
+
+@main.command()
+@click.argument("recipe")
+@out_option
+@reporting
+def run(recipe, out):
+    """Run every stage of RECIPE in order; what is done is skipped, what was interrupted resumes.
+
+    \b
+    extend run recipes/demo.yaml --out runs/demo
+    """
+    from extend.run import run as run_recipe
+
+    return {"output": str(run_recipe(recipe, out))}
