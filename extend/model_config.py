@@ -41,6 +41,11 @@ class RopeSpec:
     def rope_type(self) -> str:
         return str(self.scaling.get("rope_type", "default"))
 
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether the frequencies are chosen by the length of what is read."""
+        return depends_on_length(self.scaling)
+
     def to_json(self) -> dict[str, Any]:
         return {"rope_theta": self.rope_theta, "rotary_dim": self.rotary_dim,
                 "original_len": self.original_len, "scaling": dict(self.scaling)}
@@ -49,6 +54,13 @@ class RopeSpec:
     def from_json(cls, data: Mapping[str, Any]) -> "RopeSpec":
         return cls(rope_theta=float(data["rope_theta"]), rotary_dim=int(data["rotary_dim"]),
                    original_len=int(data["original_len"]), scaling=dict(data["scaling"]))
+
+
+def depends_on_length(scaling: Mapping[str, Any]) -> bool:
+    """Whether RoPE with these entries turns otherwise in a long row than in a short one."""
+    kind = scaling.get("rope_type")
+    return kind == "dynamic" or (
+        kind == "longrope" and scaling.get("short_factor") != scaling.get("long_factor"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

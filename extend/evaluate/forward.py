@@ -15,10 +15,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from extend.errors import CompatibilityError
 from extend.evaluate.tasks.task import Prompt
+from extend.model_config import depends_on_length
 
 HEAD_ROWS = 512  # positions whose logits exist at once: 0.3 GiB in fp32 at 150,000 tokens
 _HEAD_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier")
-_RESCALED_BY_LENGTH = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +92,11 @@ def _answer_states(model: PreTrainedModel, rows: Sequence[Prompt], chunk: int) -
 
 def _chunked_states(model: PreTrainedModel, row: Prompt, chunk: int) -> Tensor:
     """The same for one row that is too long for one forward."""
-    rope_type = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type")
-    if rope_type in _RESCALED_BY_LENGTH:
-        raise CompatibilityError(f"RoPE of type {rope_type!r} changes with the length, so a row of "
-                                 f"{len(row.ids)} tokens cannot be read in parts of {chunk}; raise "
-                                 "chunk to that length")
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if depends_on_length(rope):
+        raise CompatibilityError(f"RoPE of type {rope['rope_type']!r} changes with the length, so "
+                                 f"a row of {len(row.ids)} tokens cannot be read in parts of "
+                                 f"{chunk}; raise chunk to that length")
     total = len(row.ids)
     ids = torch.tensor([row.ids], device=model.device)
     size = -(-total // -(-total // chunk))  # equal parts

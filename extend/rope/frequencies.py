@@ -31,15 +31,17 @@ def inv_freq(spec: RopeSpec) -> "torch.Tensor":
 def attention_factor(spec: RopeSpec) -> float:
     """What cos and sin are multiplied by; attention scores scale with its square.
 
-    Source: Peng et al. 2023, arXiv:2309.00071, section 3.4; with `mscale` and `mscale_all_dim`
-    as DeepSeek uses them.
+    Source: yarn: Peng et al. 2023, arXiv:2309.00071, section 3.4; with `mscale` and
+    `mscale_all_dim` as DeepSeek uses them. longrope: Ding et al. 2024, arXiv:2402.13753.
     """
-    if spec.rope_type != "yarn":
+    if spec.rope_type not in ("yarn", "longrope"):
         return 1.0
     given = spec.scaling.get("attention_factor")
     if given is not None:
         return float(given)
     factor = _need(spec, "factor")
+    if spec.rope_type == "longrope":
+        return math.sqrt(1 + math.log(max(factor, 1)) / math.log(spec.original_len))
     mscale, mscale_all_dim = spec.scaling.get("mscale"), spec.scaling.get("mscale_all_dim")
     if mscale and mscale_all_dim:
         return _mscale(factor, mscale) / _mscale(factor, mscale_all_dim)
@@ -96,6 +98,12 @@ def _yarn(spec: RopeSpec) -> "torch.Tensor":
     return plain * (1 - scaled) + plain / _need(spec, "factor") * scaled
 
 
+def _longrope(spec: RopeSpec) -> "torch.Tensor":
+    import torch
+
+    return _default(spec) / torch.tensor(_need(spec, "long_factor"), dtype=torch.float64)
+
+
 def yarn_ramp(spec: RopeSpec) -> tuple[float, float]:
     """First and last pair index of YaRN's ramp, rounded outwards unless `truncate` is false."""
     low = _index_of_turns(spec, spec.scaling.get("beta_fast") or YARN_BETA_FAST)
@@ -128,4 +136,5 @@ ROPE_TYPES: dict[str, Callable[[RopeSpec], "torch.Tensor"]] = {
     "linear": _linear,
     "llama3": _llama3,
     "yarn": _yarn,
+    "longrope": _longrope,
 }

@@ -23,27 +23,10 @@ from typing import Any
 from extend.errors import CompatibilityError, RecipeError
 from extend.model_config import RopeSpec
 from extend.registry import check_options, lookup
+from extend.rope.factors import check_above, extension_factor, longrope
 
 YARN_BETA_FAST = 32.0  # turns; the values every reader assumes when the keys are absent
 YARN_BETA_SLOW = 1.0
-
-
-def extension_factor(spec: RopeSpec, target_len: int) -> float:
-    """Return target_len / original_len, at least 1.
-
-    Raises:
-        CompatibilityError: `spec` is scaled already.
-        RecipeError: `target_len` is below the native length.
-    """
-    if spec.scaling:
-        raise CompatibilityError(
-            f"the model's RoPE is scaled already (rope_type {spec.rope_type!r} from "
-            f"{spec.original_len} tokens) and a second scaling cannot be put on top; start from "
-            "the checkpoint before that scaling")
-    if target_len < spec.original_len:
-        raise RecipeError(f"target length {target_len} is below the model's native length "
-                          f"{spec.original_len}; give {spec.original_len} or more")
-    return target_len / spec.original_len
 
 
 def theta(spec: RopeSpec, target_len: int, *, rope_theta: float) -> RopeSpec:
@@ -55,7 +38,7 @@ def theta(spec: RopeSpec, target_len: int, *, rope_theta: float) -> RopeSpec:
         RecipeError: `rope_theta` is not a finite number above 1.
     """
     extension_factor(spec, target_len)
-    _check_above("rope_theta", rope_theta, 1)
+    check_above("rope_theta", rope_theta, 1)
     return _plain(spec, rope_theta, target_len)
 
 
@@ -142,7 +125,7 @@ def yarn(spec: RopeSpec, target_len: int, *, beta_fast: float = YARN_BETA_FAST,
     factor = extension_factor(spec, target_len)
     _check_ramp("beta_slow", beta_slow, "beta_fast", beta_fast)
     if attention_factor is not None:
-        _check_above("attention_factor", attention_factor, 0)
+        check_above("attention_factor", attention_factor, 0)
     if not isinstance(truncate, bool):
         raise RecipeError(f"truncate must be true or false, not {truncate!r}")
     if factor == 1:
@@ -178,7 +161,7 @@ def gradient_v1(spec: RopeSpec, target_len: int, *, factor: float = 4.0) -> Rope
     207112184, 1062356830, 2804339835); the formula is transformers' dynamic NTK.
     """
     ratio = extension_factor(spec, target_len)
-    _check_above("factor", factor, 0)
+    check_above("factor", factor, 0)
     if ratio == 1:
         return spec
     return _plain(spec, int(_ntk_theta(spec, factor * ratio - (factor - 1))), target_len)
@@ -229,15 +212,9 @@ def _critical_theta(spec: RopeSpec, target_len: int) -> float:
     return spec.rope_theta ** (math.log(target_len / turn) / math.log(spec.original_len / turn))
 
 
-def _check_above(name: str, value: object, bound: float) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not bound < value < math.inf:
-        raise RecipeError(f"{name} must be a finite number above {bound}, not {value!r}")
-
-
 def _check_ramp(low_name: str, low: float, high_name: str, high: float) -> None:
-    _check_above(low_name, low, 0)
-    _check_above(high_name, high, low)
+    check_above(low_name, low, 0)
+    check_above(high_name, high, low)
 
 
 METHODS: dict[str, Callable[..., RopeSpec]] = {
@@ -247,6 +224,7 @@ METHODS: dict[str, Callable[..., RopeSpec]] = {
     "critical": critical,
     "ntk-by-parts": ntk_by_parts,
     "yarn": yarn,
+    "longrope": longrope,
     "gradient-v1": gradient_v1,
     "gradient-v2": gradient_v2,
 }

@@ -15,9 +15,9 @@ from extend.errors import CheckpointError, TrainingError
 from extend.model_config import write_rope
 from extend.options import TrainOptions
 from extend.output import atomic_directory, write_json
+from extend.rope.live import set_rope
 from extend.train.launch import count_processes, launch
 from extend.train.mesh import join_processes, phase_mesh
-from extend.train.model import set_rope
 from extend.train.progress import Progress, peak_flops
 from extend.train.session import Run, plan_ropes, prepare
 from extend.train.state import RunState

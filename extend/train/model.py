@@ -1,10 +1,9 @@
-"""The model of a run: weights, ring attention, RoPE of the phase, adapters, sharding, loss."""
+"""The model of a run: weights, ring attention, adapters, sharding, loss."""
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from extend.errors import CompatibilityError, RecipeError, TrainingError
-from extend.model_config import ModelConfig, RopeSpec, write_rope
+from extend.model_config import ModelConfig, RopeSpec
 from extend.options import TrainOptions
 from extend.ring.hf_attention import RingSettings, register_ring_attention
 from extend.train.loss import chunked_loss
@@ -22,8 +21,6 @@ ADAPTER = "default"  # PEFT's name for the adapter
 
 # Config keys of models whose logits are not simply hidden @ head.T.
 _LOGIT_KEYS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
-# RoPE types that choose frequencies by the positions a process sees, which differ along a ring.
-_POSITION_DEPENDENT = ("dynamic", "longrope")
 
 
 class CausalLoss(nn.Module):
@@ -141,27 +138,9 @@ def shard_model(module: CausalLoss, processes: Processes) -> CausalLoss:
     return module.to(processes.device)
 
 
-def set_rope(model: PreTrainedModel, raw: Mapping[str, Any], rope: RopeSpec, length: int,
-             device: torch.device) -> None:
-    """Give the model the rotary embedding of a phase.
-
-    Args:
-        raw: keys of the checkpoint's config.json.
-        length: tokens of the phase's rows.
-    """
-    config = type(model.config).from_dict(write_rope(raw, rope, length))
-    found = [(parent, name, child) for parent in model.modules()
-             for name, child in parent.named_children() if name == "rotary_emb"]
-    if not found:
-        raise CompatibilityError(f"{model.config.architectures}: has no module rotary_emb whose "
-                                 "frequencies could be set")
-    for parent, name, rotary in found:
-        setattr(parent, name, type(rotary)(config=config).to(device))
-
-
 def check_rope(rope: RopeSpec, cp: int) -> None:
     """Raise CompatibilityError for a RoPE whose frequencies would differ between ranks."""
-    if rope.rope_type in _POSITION_DEPENDENT and cp > 1:
+    if rope.depends_on_length and cp > 1:
         raise CompatibilityError(f"rope_type {rope.rope_type!r} depends on the positions that a "
                                  f"process sees, which differ over a ring of {cp}; choose another "
                                  "method, or as many batch_rows as processes")

@@ -132,3 +132,20 @@ def test_rope_that_follows_the_length_is_not_read_in_parts():
     with pytest.raises(CompatibilityError, match="'dynamic' changes with the length"):
         score_answers(model, random_prompts([100]), chunk=50)
     assert len(score_answers(model, random_prompts([100]), chunk=100)) == 1
+
+
+@pytest.mark.parametrize("short", [1.0, 2.0])
+def test_per_pair_rope_is_read_in_parts_when_it_is_the_same_at_every_length(short):
+    model = make_model(rope_parameters={
+        "rope_type": "longrope", "factor": 4.0, "attention_factor": 1.0, "rope_theta": 10000.0,
+        "short_factor": [short] * 4, "long_factor": [2.0] * 4,
+        "original_max_position_embeddings": 64})
+    model.set_attn_implementation(register_prefill_attention())
+    prompts = random_prompts([100])
+    if short != 2.0:
+        with pytest.raises(CompatibilityError, match="'longrope' changes with the length"):
+            score_answers(model, prompts, chunk=50)
+        return
+    parts, whole = (score_answers(model, prompts, chunk=chunk)[0] for chunk in (50, 100))
+    assert parts.predicted == whole.predicted
+    assert parts.nll == pytest.approx(whole.nll, rel=1e-5)  # fp32 sums in another order

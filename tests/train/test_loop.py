@@ -20,6 +20,7 @@ from tests.spawn import spawn
 from tests.train.tiny import options, save_examples, save_model, save_text
 
 SCHEDULE = {"length": 128, "steps": 3, "lr": 1e-3, "rope": {"method": "ntk"}}
+PER_PAIR = {"rope": {"method": "longrope", "options": {"long_factor": [1.0, 1.2, 2.0, 2.5]}}}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def cases(files: dict[str, Path]) -> dict[str, TrainOptions]:
         "dp": options(files["untied"], mixed, answer_weight=0.3, weight_decay=0.1,
                       schedule=[phase | {"batch_rows": 4}]),
         "crossing": options(files["model"], mixed, document_mask=False,
-                            schedule=[phase | {"batch_rows": 3}]),
+                            schedule=[phase | PER_PAIR | {"batch_rows": 3}]),
         "window": options(files["window"], mixed, schedule=[phase | {"batch_rows": 3}]),
         "lora": options(files["model"], mixed, mode="lora", lora_rank=4,
                         schedule=[phase, phase | {"batch_rows": 2}]),

@@ -1,5 +1,7 @@
 """How rows and ranks are dealt out."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -73,3 +75,8 @@ def test_rope_that_looks_at_positions_is_refused_in_a_ring():
     check_rope(spec, 1)
     with pytest.raises(CompatibilityError, match="'dynamic' .* ring of 2"):
         check_rope(spec, 2)
+    two_lists = replace(spec, scaling={"rope_type": "longrope", "short_factor": [1.0] * 4,
+                                       "long_factor": [2.0] * 4})
+    with pytest.raises(CompatibilityError, match="'longrope' .* ring of 2"):
+        check_rope(two_lists, 2)
+    check_rope(replace(two_lists, scaling={**two_lists.scaling, "short_factor": [2.0] * 4}), 2)

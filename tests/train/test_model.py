@@ -18,12 +18,12 @@ from transformers import (
 from extend.errors import CompatibilityError, RecipeError
 from extend.model_config import RopeSpec, read_config, write_rope
 from extend.options import TrainOptions
+from extend.rope.live import set_rope
 from extend.train.model import (
     ModelSize,
     layer_windows,
     load_model,
     model_size,
-    set_rope,
     trained_parameters,
 )
 from tests.train.tiny import options, save_model

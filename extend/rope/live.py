@@ -1,0 +1,31 @@
+"""Another RoPE for a model that is loaded already."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from extend.errors import CompatibilityError
+from extend.model_config import RopeSpec, write_rope
+
+
+def set_rope(model: PreTrainedModel, raw: Mapping[str, Any], rope: RopeSpec, length: int,
+             device: torch.device) -> None:
+    """Give the model the rotary embedding that a checkpoint with this RoPE would load with.
+
+    Args:
+        raw: keys of the checkpoint's config.json.
+        length: tokens, the longest row that will be read.
+
+    Raises:
+        CompatibilityError: the model has no module `rotary_emb`.
+    """
+    config = type(model.config).from_dict(write_rope(raw, rope, length))
+    found = [(parent, name, child) for parent in model.modules()
+             for name, child in parent.named_children() if name == "rotary_emb"]
+    if not found:
+        raise CompatibilityError(f"{model.config.architectures}: has no module rotary_emb whose "
+                                 "frequencies could be set")
+    for parent, name, rotary in found:
+        setattr(parent, name, type(rotary)(config=config).to(device))
