@@ -78,14 +78,15 @@ class KeySum:
                 write_sum(part, part, share)
 
 
-def split_heads(k: Tensor, num_heads: int, world: int) -> list[tuple[slice, slice]]:
+def split_heads(k: Tensor, num_heads: int, fetched: int) -> list[tuple[slice, slice]]:
     """(query heads, key heads) of the portions of a rank's own part of a backward pass.
 
-    Two halves of k [b, h_kv, s, d]'s heads where that helps: half of it before the others' keys and
-    half after them hides the first fetch behind the one and the way home of the last gradients
-    behind the other.
+    Two halves of k [b, h_kv, s, d]'s heads where many rows are `fetched` from other ranks: half of
+    it before the others' keys and half after them hides the first fetch behind the one and the way
+    home of the last gradients behind the other. Otherwise that hides less than halves cost.
     """
     num_kv_heads = k.shape[1]
-    group, cut = num_heads // num_kv_heads, num_kv_heads // 2 if world > 1 else 0
+    halve = 4 * fetched >= k.shape[2]
+    group, cut = num_heads // num_kv_heads, num_kv_heads // 2 if halve else 0
     cuts = [(0, cut), (cut, num_kv_heads)] if cut else [(0, num_kv_heads)]
     return [(slice(a * group, b * group), slice(a, b)) for a, b in cuts]

@@ -54,6 +54,11 @@ class Call:
         """The rows of `source`'s keys that `rank` has a use for."""
         return rows_needed(self.tiles(rank, source))
 
+    def fetched(self, rank: int) -> int:
+        """How many rows of the others' keys `rank` has a use for."""
+        others = (self.needed(rank, other) for other in range(self.comm.world) if other != rank)
+        return sum(rows.stop - rows.start for rows in others if rows is not None)
+
 
 def shift_keys(tiles: tuple[Tile, ...], rows: slice) -> tuple[Tile, ...]:
     """The same tiles for a tensor that holds only `rows` of the keys."""

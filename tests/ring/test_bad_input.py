@@ -11,6 +11,8 @@ import torch.distributed as dist
 from extend.errors import CompatibilityError, ExtendError, LayoutError, RankError, RecipeError
 from extend.ring import RingComm, ring_attention
 from extend.ring.attention import attend
+from extend.ring.kernels import KERNELS
+from extend.ring.kernels.cpu import Reference
 from extend.ring.mask import Mask
 from tests.ring.test_comm import play
 from tests.spawn import spawn
@@ -197,6 +199,27 @@ def disagree(rank, world):
         messages[name] = str(error.value)
     call()  # and afterwards all is well again
     return messages
+
+
+class TakesBandsSomewhere(Reference):
+    """A kernel whose trial fails on the first rank alone."""
+
+    @property
+    def bands(self):
+        return dist.get_rank() > 0
+
+
+def kernels_differ(rank, world):
+    KERNELS["some"] = TakesBandsSomewhere()
+    with pytest.raises(CompatibilityError) as error:
+        call(kernel="some")
+    return str(error.value)
+
+
+def test_ranks_whose_kernels_take_different_tiles_are_told():
+    first, second = spawn(2, kernels_differ)
+    assert first == second
+    assert "disagree about takes_bands: False (rank 0), True (rank 1)" in first
 
 
 def test_ranks_that_disagree_are_all_told_about_what():

@@ -217,14 +217,15 @@ def test_a_block_of_some_heads():
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "world", "expected"),
+    ("heads", "kv_heads", "fetched", "expected"),
     [
-        (8, 4, 2, [(slice(0, 4), slice(0, 2)), (slice(4, 8), slice(2, 4))]),
-        (9, 3, 2, [(slice(0, 3), slice(0, 1)), (slice(3, 9), slice(1, 3))]),
-        (4, 4, 8, [(slice(0, 2), slice(0, 2)), (slice(2, 4), slice(2, 4))]),
-        (8, 1, 2, [(slice(0, 8), slice(0, 1))]),  # one key head: nothing to split
-        (8, 4, 1, [(slice(0, 8), slice(0, 4))]),  # one rank: nothing to hide
+        (8, 4, 64, [(slice(0, 4), slice(0, 2)), (slice(4, 8), slice(2, 4))]),
+        (9, 3, 64, [(slice(0, 3), slice(0, 1)), (slice(3, 9), slice(1, 3))]),
+        (4, 4, 16, [(slice(0, 2), slice(0, 2)), (slice(2, 4), slice(2, 4))]),
+        (8, 1, 64, [(slice(0, 8), slice(0, 1))]),  # one key head: nothing to split
+        (8, 4, 15, [(slice(0, 8), slice(0, 4))]),  # under a quarter travels: little to hide
+        (8, 4, 0, [(slice(0, 8), slice(0, 4))]),  # one rank: nothing to hide
     ],
 )
-def test_heads_are_split_in_halves(heads, kv_heads, world, expected):
-    assert split_heads(torch.empty(1, kv_heads, 2, 8), heads, world) == expected
+def test_heads_are_split_in_halves(heads, kv_heads, fetched, expected):
+    assert split_heads(torch.empty(1, kv_heads, 64, 8), heads, fetched) == expected

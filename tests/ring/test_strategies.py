@@ -15,7 +15,7 @@ from extend.ring import RingComm, ring_attention, shard, unshard
 from extend.ring.call import Call
 from extend.ring.kernels import KERNELS
 from extend.ring.mask import Mask
-from extend.ring.strategies import build_strategy
+from extend.ring.strategies import build_strategy, ulysses
 from tests.ring.oracle import assert_is_attention, by_definition, make_inputs, run_ring, visible
 from tests.spawn import spawn
 
@@ -41,6 +41,38 @@ def test_odd_numbers_of_heads_are_shared_out(world, cases):
     by_rank = spawn(world, run_heads, cases)
     for case in cases:
         assert_is_attention([results[case] for results in by_rank], case[1])
+
+
+def run_long(rank, world, strategy):
+    """As for a sequence long enough for many groups; how many lanes of outputs that takes."""
+    ulysses.GROUP_ROWS = 1
+    lanes, publish = set(), RingComm.publish
+
+    def note(comm, lane, *args):
+        lanes.add(lane)
+        return publish(comm, lane, *args)
+
+    RingComm.publish = note
+    results = run_ring(rank, world, make_inputs("MHA", "fp32"), strategy=strategy)
+    return results, sum(lane.startswith("out") for lane in lanes)
+
+
+@pytest.mark.parametrize(
+    ("world", "strategy", "groups"), [(2, "ulysses", 4), (4, "ulysses", 2), (4, "usp:2", 4)]
+)
+def test_heads_of_a_long_sequence_travel_in_more_groups(world, strategy, groups):
+    by_rank = spawn(world, run_long, strategy)
+    assert_is_attention([results for results, _ in by_rank], "MHA")
+    assert [found for _, found in by_rank] == world * [groups]
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "rows", "groups"),
+    [(4, 1 << 21, 4), (4, 1 << 20, 2), (4, 1 << 10, 2), (3, 1 << 21, 3), (1, 1 << 21, 1),
+     (6, 1 << 21, 3), (8, 1 << 25, 4), (5, 1 << 21, 1)],
+)  # fmt: skip
+def test_how_many_groups_of_heads(kv_heads, rows, groups):
+    assert ulysses._num_groups(kv_heads, rows) == groups
 
 
 def run_numbers(rank, world, strategies):

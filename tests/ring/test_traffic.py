@@ -90,6 +90,39 @@ def test_a_ring_holds_two_blocks_of_other_ranks():
     assert spawn(4, hold_blocks) == 4 * [(2 * 3, 2)]  # forward and backward
 
 
+def offer_rows(rank, world, strategy):
+    """By layout, the rows of every block of keys that the ring publishes."""
+    found, publish = {}, ring.publish_block
+    for layout in LAYOUTS:
+        rows = found[layout] = []
+
+        def note(comm, lane, like, k, v, rows=rows):
+            if lane == "keys":
+                rows.append(like.shape[2])
+            return publish(comm, lane, like, k, v)
+
+        ring.publish_block = note
+        q, k, v = (torch.randn(1, 4, 32, 8, requires_grad=True) for _ in range(3))
+        ring_attention(q, k, v, layout=layout, window=5, strategy=strategy).sum().backward()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("strategy", "turns", "zigzag"),
+    [
+        ("ring", 1, 20),  # a rank has two pieces, each wanted by another rank: 4 rows, 16, 4 rows
+        ("double-ring:2", 2, 4),  # inside a host only one of them is
+    ],
+)
+def test_a_ring_offers_only_what_is_in_reach_of_a_window(strategy, turns, zigzag):
+    """4 of 32 rows before a boundary; striped rows are all near one."""
+    for found in spawn(4, offer_rows, strategy):
+        assert len(found["contiguous"]) == 2 * turns  # forward and backward
+        assert max(found["contiguous"]) == 4
+        assert max(found["zigzag"]) == zigzag
+        assert max(found["striped"]) == 32
+
+
 def gather_in_groups(rank, world, kernel, limits):
     """What came out under each limit, and (groups gathered, held at once, bytes of the largest)."""
     results, found = [], []

@@ -90,7 +90,9 @@ def _usp(call: Call, degree: int | None, num_heads: int, num_kv_heads: int) -> S
     )
     heads, ring = subcomm(comm, members), subcomm(comm, tuple(peers))
     inner = Ring(replace(call, comm=ring))
-    return Ulysses(heads, inner, call.layout, call.seq_len, members, comm.world, num_kv_heads)
+    return Ulysses(
+        heads, inner, call.layout, call.seq_len, members, comm.world, num_heads, num_kv_heads
+    )
 
 
 def _double_ring(call: Call, hosts: int | None, num_heads: int, num_kv_heads: int) -> Strategy:

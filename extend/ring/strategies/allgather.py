@@ -90,7 +90,7 @@ class AllGather:
         home = KeySum(k, call.comm.world)
         window = self._publish(k, v, groups)
         ahead = self._gather(window, k, 0, groups)
-        first, *others = split_heads(k, q.shape[1], call.comm.world) if own else [None]
+        first, *others = split_heads(k, q.shape[1], call.fetched(call.comm.rank)) if own else [None]
         self._add_own(total, home, own, k, v, first)
         passing = None
         for group in range(groups):

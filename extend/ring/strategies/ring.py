@@ -11,7 +11,7 @@ there and cross once as well.
 Source: Ring Attention, arXiv:2310.01889; the double ring of LoongTrain, arXiv:2406.18485, sec. 4.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -70,7 +70,7 @@ class Ring:
         q, k, v, out, lse = saved
         total = GradientSum(dout, q, out, lse, self.call, self._portions())
         home = KeySum(k, self._num_shares(0) + self.outer.world - 1)
-        first, *others = split_heads(k, q.shape[1], self.call.comm.world)
+        first, *others = split_heads(k, q.shape[1], self.call.fetched(self.call.comm.rank))
         passing = crossing = None
         for turn, held in enumerate(self._turns(k, v)):
             sums = KeySum(k, self._num_shares(turn)) if turn else home
@@ -121,7 +121,7 @@ class Ring:
         yielded is valid for its own step only.
         """
         world, rank = self.inner.world, self.call.comm.rank
-        window = publish_block(self.inner, "keys", k, *held) if world > 1 else None
+        window = self._publish_keys(turn, k, held) if world > 1 else None
         ahead = self._fetch(window, turn, 1, k) if world > 1 else None
         own = self.call.tiles(rank, self._source(turn, self.inner.rank))
         yield 0, own, *held
@@ -136,6 +136,24 @@ class Ring:
             tiles = shift_keys(self.call.tiles(rank, source), self.call.needed(rank, source))
             yield step, tiles, *open_block(block)
 
+    def _publish_keys(self, turn: int, k: Tensor, held: Keys) -> Window:
+        """Offer, of the keys `held` in this turn, the rows that others of this host want."""
+        offered = [self._offered(turn, place) for place in range(self.inner.world)]
+        most = max((rows.stop - rows.start for rows in offered if rows is not None), default=0)
+        mine = offered[self.inner.rank]
+        if mine is None or held[0] is None:
+            wanted = None, None
+        else:
+            wanted = held[0][:, :, mine], held[1][:, :, mine]
+        return publish_block(self.inner, "keys", k[:, :, :most], *wanted)
+
+    def _offered(self, turn: int, place: int) -> slice | None:
+        """The rows that other ranks of this host want of the keys held in `place` in this turn."""
+        if self.call.mask.window is None:  # then all of them, or nearly
+            return slice(0, self.call.seq_len // self.call.comm.world)
+        source, others = self._source(turn, place), range(self.inner.world)
+        return _span([self.call.needed(self._rank(o), source) for o in others if o != place])
+
     def _fetch(
         self, window: Window, turn: int, step: int, k: Tensor
     ) -> tuple[Transfer, Tensor | None]:
@@ -148,7 +166,10 @@ class Ring:
 
         def select(block: Tensor, receiver: int) -> Tensor | None:
             wanted = rows(receiver)
-            return None if wanted is None else block[wanted]
+            if wanted is None:
+                return None
+            first = self._offered(turn, (receiver - step) % world).start
+            return block[wanted.start - first : wanted.stop - first]
 
         into = _empty_block(k, rows(self.inner.rank))
         transfer = window.fetch(step, into, select)
@@ -226,9 +247,7 @@ class Ring:
     def _host_needs(self, host: int, source: int) -> slice | None:
         """The rows of `source`'s keys that some rank of `host` has a use for."""
         places = range(self.inner.world)
-        needed = [self.call.needed(self._rank(place, host), source) for place in places]
-        held = [rows for rows in needed if rows is not None]
-        return slice(min(r.start for r in held), max(r.stop for r in held)) if held else None
+        return _span([self.call.needed(self._rank(place, host), source) for place in places])
 
     def _num_shares(self, turn: int) -> int:
         """How many ranks of this host have a share in the keys held in `turn`."""
@@ -246,6 +265,12 @@ def _after(previous: Homecoming | None, following: Homecoming | None) -> Homecom
     if previous is not None:
         previous.collect()
     return following
+
+
+def _span(parts: Sequence[slice | None]) -> slice | None:
+    """The smallest slice that holds all `parts`; None if there are none."""
+    held = [rows for rows in parts if rows is not None]
+    return slice(min(r.start for r in held), max(r.stop for r in held)) if held else None
 
 
 def _empty_block(k: Tensor, rows: slice | None) -> Tensor | None:

@@ -21,6 +21,10 @@ from extend.ring.lse import write_sum
 
 Arrive = Callable[[], list[Tensor]]  # waits for tensors under way
 
+# Rows times query heads of one group that keep a GPU of today busy, with little lost at the end.
+GROUP_ROWS = 1 << 19
+MOST_GROUPS = 4
+
 
 class Strategy(Protocol):
     """A way to compute attention over ranks."""
@@ -37,13 +41,14 @@ class Strategy(Protocol):
 class Ulysses:
     """Heads split over the ranks of `comm`, which hold `members` of the layout's `world` parts.
 
-    Where a rank's share has an even number of key heads, it goes and comes in two groups, one on
-    its way while the other is computed.
+    A rank's share goes and comes in two groups of heads, if it can be halved, one on its way while
+    another is computed; in more where the sequence is long, so that less of the first group's way
+    and of the last one's is left to wait for.
     """
 
     def __init__(
         self, comm: RingComm, inner: Strategy, layout: str, seq_len: int,
-        members: tuple[int, ...], world: int, num_kv_heads: int,
+        members: tuple[int, ...], world: int, num_heads: int, num_kv_heads: int,
     ):  # fmt: skip
         """`inner` computes attention of what the group holds together, for a share of the heads."""
         self.comm, self.inner, self._num_kv_heads = comm, inner, num_kv_heads
@@ -51,7 +56,8 @@ class Ulysses:
         self._local_len = seq_len // world
         repeated = math.lcm(num_kv_heads, comm.world)
         self._times = repeated // num_kv_heads
-        self._groups = 2 if repeated // comm.world % 2 == 0 else 1
+        # A rank computes the rows of all for its share of the heads.
+        self._groups = _num_groups(repeated // comm.world, self._local_len * num_heads)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """out [b, h, s, d] of the local queries, and what `backward` needs."""
@@ -166,6 +172,12 @@ class Ulysses:
         """(step, index) of every piece that may travel; the same on all ranks."""
         most = max(map(len, self._places))
         return [(step, index) for step in range(self.comm.world) for index in range(most)]
+
+
+def _num_groups(kv_heads: int, rows: int) -> int:
+    """Into how many groups `kv_heads` are split, whose queries have `rows` rows in all heads."""
+    wanted = min(max(rows // GROUP_ROWS, 2), MOST_GROUPS)
+    return next(n for n in range(wanted, 0, -1) if kv_heads % n == 0)
 
 
 def _nth(places: tuple[tuple[slice, slice], ...], index: int) -> tuple[slice, slice] | None:
