@@ -38,7 +38,7 @@ from extend.ring.cost.predict import candidates, predict
 RING_FLASH_ATTN = Implementation("nccl", merge_bytes=38, share_bytes=4, is_frugal=False)
 BURST = Implementation("nccl", merge_bytes=38, share_bytes=2, is_frugal=False)
 TORCH = Implementation("nccl", merge_bytes=46, share_bytes=4, is_frugal=False)
-PLAIN_ULYSSES = Implementation("nccl", exchange_bytes=8, is_frugal=False)
+PLAIN_ULYSSES = Implementation("nccl", exchange_bytes=8, is_frugal=False, hides_exchange=False)
 
 
 class Published(NamedTuple):

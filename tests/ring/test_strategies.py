@@ -72,7 +72,7 @@ def test_heads_of_a_long_sequence_travel_in_more_groups(world, strategy, groups)
      (6, 1 << 21, 3), (8, 1 << 25, 4), (5, 1 << 21, 1)],
 )  # fmt: skip
 def test_how_many_groups_of_heads(kv_heads, rows, groups):
-    assert ulysses._num_groups(kv_heads, rows) == groups
+    assert ulysses.num_groups(kv_heads, rows) == groups
 
 
 def run_numbers(rank, world, strategies):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from extend.ring.cost.hardware import Hardware, Link
 from extend.ring.cost.workload import Call, Plan, Work, gathered, kernel_seconds, plans, whole
+from extend.ring.strategies.ulysses import num_groups
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Implementation:
         is_frugal: two partial results, no more, are joined without fp32 copies, and half of a
             rank's own block is left for the end of the backward pass.
         gathered_bytes: keys that all-gather holds for one group of heads.
+        hides_exchange: Ulysses exchanges one group of heads while it computes another.
     """
 
     transport: str = "peer"
@@ -34,6 +36,7 @@ class Implementation:
     exchange_bytes: float = 4  # into the buffer that others pull from
     is_frugal: bool = True
     gathered_bytes: float = 2 << 30
+    hides_exchange: bool = True
 
 
 OURS = Implementation()
@@ -227,7 +230,7 @@ def ulysses(call: Call, run: Pass, degree: int) -> Cost:
 def usp(call: Call, run: Pass, degree: int) -> Cost:
     """Groups of `degree` neighbours exchange heads; a ring runs over the groups.
 
-    Nothing hides the exchange, before or after.
+    The first group of heads on its way there and the last one on its way back are waited for.
     """
     inner = exchanged(call, degree)
     if inner.world == 1:
@@ -240,11 +243,18 @@ def usp(call: Call, run: Pass, degree: int) -> Cost:
     if run.backward:  # dout in, dq, dk and dv out: q, k and v were kept
         into, out = q * call.value_bytes, q * call.value_bytes + kv * run.how.share_bytes
     near = (min(call.near, degree) - 1) / max(1, degree - 1)
-    exposed = sum(run.scatter(size * near, size * (1 - near)) for size in (into, out))
+    groups = 1
+    if run.how.hides_exchange:
+        groups = num_groups(int(inner.kv_heads), int(inner.rows * inner.heads))
+    exposed, stolen = 0.0, 0.0
+    for size in (into, out):
+        one = run.scatter(size * near / groups, size * (1 - near) / groups)
+        waits, slower = _hide(run.link, (groups - 1) * one, (1 - 1 / groups) * cost.compute / 2)
+        exposed, stolen = exposed + one + waits, stolen + slower
     values = (into + out) / call.value_bytes * degree / max(1, degree - 1)
     packing = values * run.how.exchange_bytes / run.hardware.memory_bandwidth
     moved = into + out
-    return cost + Cost(0.0, packing, exposed, moved * near, moved * (1 - near))
+    return cost + Cost(stolen, packing, exposed, moved * near, moved * (1 - near))
 
 
 def exchanged(call: Call, degree: int) -> Call:

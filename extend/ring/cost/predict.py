@@ -12,8 +12,9 @@ computes on its own. Merging runs at memory bandwidth and hides behind nothing. 
 most to do decides: of zigzag's ranks the first, which fetches whole blocks, or the last, which
 merges whole ones. In the backward pass half of the rank's own block is left for the end, to hide
 the last gradients' way home. All-gather takes its heads in as many groups as 2 GiB of keys ask for;
-the next group's transfer hides behind kernels. Nothing hides Ulysses' exchanges. Documents are of
-equal length. Not modelled: throttling by power beyond what the fitted rates contain, waiting for
+the next group's transfer hides behind kernels. Ulysses waits for the first of its groups of heads
+to come and for the last to go back; the others' way hides behind kernels. Documents are of equal
+length. Not modelled: throttling by power beyond what the fitted rates contain, waiting for
 the process that launches the kernels (calls under 1 ms), other traffic.
 
 Source: rates and links in hardware.py; `scripts/predict_ring.py` prints how far predictions are

@@ -57,7 +57,7 @@ class Ulysses:
         repeated = math.lcm(num_kv_heads, comm.world)
         self._times = repeated // num_kv_heads
         # A rank computes the rows of all for its share of the heads.
-        self._groups = _num_groups(repeated // comm.world, self._local_len * num_heads)
+        self._groups = num_groups(repeated // comm.world, self._local_len * num_heads)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """out [b, h, s, d] of the local queries, and what `backward` needs."""
@@ -174,7 +174,7 @@ class Ulysses:
         return [(step, index) for step in range(self.comm.world) for index in range(most)]
 
 
-def _num_groups(kv_heads: int, rows: int) -> int:
+def num_groups(kv_heads: int, rows: int) -> int:
     """Into how many groups `kv_heads` are split, whose queries have `rows` rows in all heads."""
     wanted = min(max(rows // GROUP_ROWS, 2), MOST_GROUPS)
     return next(n for n in range(wanted, 0, -1) if kv_heads % n == 0)
