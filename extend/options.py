@@ -78,6 +78,20 @@ class RopeOptions(Options):
     """Keyword-only parameters of the method."""
 
 
+def _parse_rope(value: Any) -> Any:
+    """`auto` as the default method; whatever else is left to the model's own checks."""
+    if isinstance(value, str):
+        if value != "auto":
+            raise ValueError(f"{value!r} is no RoPE; write auto, or a mapping with method and "
+                             "options")
+        return {}
+    return value
+
+
+RopeChoice = Annotated[RopeOptions, BeforeValidator(_parse_rope)]
+"""A mapping with `method` and `options`, or `auto`: the method that composes over stages."""
+
+
 class RescaleOptions(RopeOptions):
     """rescale: new RoPE keys for a checkpoint."""
 
@@ -139,11 +153,11 @@ class Phase(Options):
     warmup_frac: Annotated[Number, Field(ge=0, le=1)] = 0.05
     min_lr_frac: Annotated[Number, Field(ge=0, le=1)] = 0.1
     """Learning rate at the end of the cosine, as a fraction of `lr`."""
-    rope: RopeOptions | None = None
-    """RoPE of this phase, made from the model's own; none keeps that of the phase before, in the
-    first phase the model's own."""
+    rope: RopeChoice | None = None
+    """RoPE of this phase, made from the model's own; none takes the schedule's `rope`, and without
+    one keeps that of the phase before, in the first phase the model's own."""
     rope_to: Length | None = None
-    """Length `rope` is made for; `length` unless given."""
+    """Length the RoPE is made for; `length` unless given."""
 
     @model_validator(mode="after")
     def _one_duration(self) -> "Phase":
@@ -164,6 +178,9 @@ class TrainOptions(Options):
     model: InputPath
     schedule: Annotated[list[Phase], Field(min_length=1)]
     """Phases of growing length."""
+    rope: RopeChoice | None = None
+    """RoPE of each phase that has none of its own, made from the model's own for the longest length
+    so far (`rope_to` or `length`). A phase within the native length keeps the model's own."""
     data: Annotated[list[DataSource], Field(min_length=1)]
     mode: Literal["full", "lora"] = "full"
     lora_rank: Annotated[int, Field(ge=1)] = 32

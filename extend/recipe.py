@@ -272,6 +272,8 @@ def check_family(options: Options) -> Iterator[tuple[Location, str]]:
     elif isinstance(options, TrainOptions):
         ropes = [(("schedule", i, "rope"), phase.rope)
                  for i, phase in enumerate(options.schedule) if phase.rope is not None]
+        if options.rope is not None:
+            ropes.append((("rope",), options.rope))
     for location, rope in ropes:
         yield from _problem(location, lambda rope=rope: _check_rope(rope))
     if isinstance(options, EvalOptions):

@@ -81,3 +81,11 @@ def test_documents_are_masked_unless_told():
 def test_rank_and_energy_exclude_each_other():
     with pytest.raises(ValidationError, match=r"rank \(8\) and energy \(0.9\)"):
         ExtractOptions(base="a", tuned="b", rank=8, energy=0.9)
+
+
+def test_auto_is_the_method_that_composes():
+    run = train_options(rope="auto")
+    assert (run.rope.method, run.rope.options) == ("critical", {})
+    assert TrainOptions.model_validate(run.model_dump()) == run
+    with pytest.raises(ValidationError, match="'atuo' is no RoPE; write auto, or a mapping"):
+        train_options(rope="atuo")

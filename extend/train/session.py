@@ -12,7 +12,7 @@ from extend.documents import list_files
 from extend.manifest import Manifest
 from extend.model_config import ModelConfig, RopeSpec, read_config
 from extend.options import TrainOptions
-from extend.rope.methods import apply_method
+from extend.rope.schedule import Stage, composition_warnings, schedule_ropes
 from extend.train.data import Rows, load_rows
 from extend.train.export import Exporter
 from extend.train.mesh import Processes, check_attention, check_schedule, split_world
@@ -61,8 +61,6 @@ class Run:
 def plan_ropes(options: TrainOptions, world: int) -> list[RopeSpec]:
     """Check all that needs no weights, and return the RoPE of every phase.
 
-    A phase without a RoPE of its own keeps that of the phase before.
-
     Raises:
         LayoutError, DataError, CheckpointError, CompatibilityError, RecipeError: as `train`.
     """
@@ -73,14 +71,25 @@ def plan_ropes(options: TrainOptions, world: int) -> list[RopeSpec]:
     Checkpoint(options.model)
     config = read_config(options.model)
     check_attention(options, config.num_heads, world)
-    ropes, current = [], config.rope
-    for phase in options.schedule:
-        if phase.rope is not None:
-            current = apply_method(phase.rope.method, config.rope, phase.rope_to or phase.length,
-                                   phase.rope.options)
-        check_rope(current, split_world(phase.batch_rows, world)[1])
-        ropes.append(current)
+    ropes = schedule_ropes(config.rope, rope_stages(options, config.rope))
+    for phase, rope in zip(options.schedule, ropes):
+        check_rope(rope, split_world(phase.batch_rows, world)[1])
     return ropes
+
+
+def rope_stages(options: TrainOptions, native: RopeSpec) -> list[Stage | None]:
+    """The RoPE that each phase asks for: its own, the schedule's, or None to keep the last one."""
+    stages, longest = [], 0
+    for phase in options.schedule:
+        target = phase.rope_to or phase.length
+        longest = max(longest, target)
+        if phase.rope is not None:
+            stages.append(Stage(target, phase.rope.method, phase.rope.options))
+        elif options.rope is not None and longest > native.original_len:
+            stages.append(Stage(longest, options.rope.method, options.rope.options))
+        else:
+            stages.append(None)
+    return stages
 
 
 def prepare(options: TrainOptions, state: RunState) -> Run:
@@ -95,6 +104,8 @@ def prepare(options: TrainOptions, state: RunState) -> Run:
     size = model_size(model, config)
     if processes.is_main:
         _tell_windows(options, size)
+        for warning in composition_warnings(config.rope, rope_stages(options, config.rope)):
+            logger.warning("%s: %s", options.model, warning)
     exporter = Exporter(Checkpoint(options.model), model, options.export_dtype)
     module = shard_model(CausalLoss(model, options.loss_chunk), processes)
     optimizer = build_optimizer(trained_parameters(module).values(), options)
