@@ -53,8 +53,7 @@ class AttentionSum:
                 self._rows.touch(heads, rows)
                 return
             self._out = torch.zeros_like(self._q)
-            nothing = block_lse.new_tensor(float("-inf"))
-            self._lse = nothing.expand(self._q.shape[:3]).contiguous()
+            self._lse = block_lse.new_full(self._q.shape[:3], float("-inf"))
         new = self._rows.touch(heads, rows)
         if not new and self._rows.many and self._out.dtype == self._q.dtype:
             self._out = self._out.to(torch.promote_types(self._out.dtype, torch.float32))
