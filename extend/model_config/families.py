@@ -1,0 +1,88 @@
+"""What transformers assumes of a model's RoPE where its config.json is silent.
+
+Taken from the config classes of transformers 5.23; a test compares them with those installed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from extend.errors import CompatibilityError
+
+FULL = "full_attention"
+SLIDING = "sliding_attention"
+
+_THETA = 10000.0
+_FAMILY_THETA = {
+    "apertus": 12e6, "bailing_hybrid": 6e6, "bitnet": 5e5, "blt": 5e5, "cohere": 5e5, "cwm": 1e6,
+    "ernie4_5": 5e5, "ernie4_5_moe": 5e5, "flex_olmo": 5e5, "gpt_oss": 150e3, "helium": 1e5,
+    "hy_v3": 11158840.0, "lfm2": 1e6, "lfm2_moe": 1e6, "llama4_text": 5e5, "longcat_flash": 1e7,
+    "minimax": 1e6, "minimax_m2": 5e6, "minimax_m3_vl_text": 5e6, "ministral3": 1e6,
+    "mixtral": 1e6, "phimoe": 1e6, "smollm3": 2e6, "solar_open": 1e6}
+_FAMILY_PARTIAL = {
+    "bamba": 0.5, "glm": 0.5, "glm4": 0.5, "glm4_moe": 0.5, "gpt_neox": 0.25, "mistral4": 0.5,
+    "nemotron": 0.5, "persimmon": 0.5, "phi": 0.5, "qwen3_5_moe_text": 0.25, "qwen3_5_text": 0.25,
+    "qwen3_next": 0.25, "recurrent_gemma": 0.5, "stablelm": 0.25}
+# Scaled unless the config says otherwise: with no RoPE keys at all there is nothing to go by.
+_SCALED = frozenset({"apertus", "cwm", "gpt_oss", "ministral3", "mistral4"})
+# One RoPE for each type of layer, in no spelling but a nested rope_parameters.
+_NESTED_ONLY = frozenset({"laguna", "lfm3", "mellum", "mimo_v2_flash", "modernbert",
+                          "modernbert-decoder", "neomme", "step3p5"})
+
+
+@dataclass(frozen=True, slots=True)
+class FlatSpelling:
+    """How transformers 4 spells RoPE per layer type without nesting.
+
+    `rope_theta` and `rope_scaling` are those of full attention.
+
+    Attributes:
+        local_key: top-level key of the sliding layers' theta.
+        theta, local_theta: what is assumed without the keys.
+    """
+
+    local_key: str
+    theta: float
+    local_theta: float
+
+
+_GEMMA = FlatSpelling("rope_local_base_freq", 1e6, 1e4)
+FLAT_SPELLINGS: Mapping[str, FlatSpelling] = {
+    "gemma3_text": _GEMMA, "gemma3n_text": _GEMMA,
+    "olmo3": FlatSpelling("rope_theta", 5e5, 5e5)}
+
+
+def default_theta(model_type: str) -> float:
+    return _FAMILY_THETA.get(model_type, _THETA)
+
+
+def default_partial(model_type: str) -> float:
+    """Rotated share of each head where no key names it."""
+    return _FAMILY_PARTIAL.get(model_type, 1.0)
+
+
+def check_family(raw: Mapping[str, object], nested: Mapping[str, object] | None,
+                 path: object) -> None:
+    """Refuse by name a model whose RoPE is not what its keys say.
+
+    Args:
+        raw: the whole config.json.
+        nested: `rope_parameters` where they are nested by layer type, else None.
+
+    Raises:
+        CompatibilityError: with the family and the reason.
+    """
+    family = raw.get("model_type")
+    reason = None
+    if nested is not None and raw.get("per_layer_config"):
+        reason = "heads or windows differ from layer to layer (per_layer_config)"
+    elif nested is not None and not isinstance(nested.get(FULL), Mapping):
+        reason = f"RoPE differs by {', '.join(nested)}, and none is that of {FULL} layers"
+    elif nested is not None and not raw.get("layer_types") and family not in FLAT_SPELLINGS:
+        reason = "rope_parameters is nested by layer type, but there are no layer_types"
+    elif nested is None and family in _NESTED_ONLY:
+        reason = "RoPE differs by layer type, but rope_parameters is not nested by it"
+    elif family in _SCALED and not (raw.get("rope_parameters") or raw.get("rope_scaling")):
+        reason = "RoPE of the family is scaled, but there is no rope_parameters"
+    if reason is not None:
+        raise CompatibilityError(f"{path}: model_type {family!r} is not supported like this: "
+                                 f"{reason}; take another model, or complete the keys")
