@@ -1,10 +1,14 @@
 """Exit codes, streams and messages of the command line."""
 
 import json
+import subprocess
+import sys
+import time
 
 import pytest
 from click.testing import CliRunner
 
+import extend.rope
 from extend.cli import main
 
 
@@ -16,7 +20,8 @@ def invoke():
     return invoke
 
 
-COMMANDS = ["rescale", "train", "extract", "merge", "eval", "report", "run"]
+COMMANDS = ["plan", "rescale", "train", "extract", "merge", "eval", "report", "run"]
+NUMBERS = ("--head-dim", "128", "--theta", "500000", "--from", "8k")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -55,3 +60,90 @@ def test_json_error_is_one_object(invoke, tmp_path):
 def test_debug_shows_the_traceback(invoke, tmp_path):
     result = invoke("run", str(tmp_path / "none.yaml"), "--out", str(tmp_path), "--debug")
     assert result.exception.__class__.__name__ == "RecipeError"
+
+
+def test_help_answers_at_once_and_as_a_module():
+    """The best of three: the machine may be doing something else."""
+    seconds = []
+    for _ in range(3):
+        start = time.monotonic()
+        done = subprocess.run([sys.executable, "-m", "extend", "--help"], capture_output=True,
+                              text=True, check=True)
+        seconds.append(time.monotonic() - start)
+    assert "Usage: extend [OPTIONS] COMMAND" in done.stdout
+    assert min(seconds) < 0.5
+
+
+def test_help_names_every_method(invoke):
+    text = invoke("rescale", "--help").output
+    for method in extend.rope.METHODS:
+        assert method in text
+
+
+def test_rescale_passes_the_native_length_to_start_from(invoke, monkeypatch, tmp_path):
+    given = {}
+
+    def rescale(model, out, **arguments):
+        given.update(arguments)
+        return out
+
+    monkeypatch.setattr(extend.rope, "rescale", rescale)
+    result = invoke("rescale", "m", "--to", "64k", "--from", "8k", "--out", str(tmp_path / "o"),
+                    "-o", "rope_theta=8e6", "--method", "theta")
+    assert result.exit_code == 0, result.output
+    assert (given["from_len"], given["target_len"]) == (8192, 65536)
+    assert (given["method"], given["rope_theta"]) == ("theta", 8e6)
+    given.clear()
+    invoke("rescale", "m", "--to", "64k", "--out", str(tmp_path / "o"))
+    assert given.get("from_len") is None
+
+
+@pytest.mark.parametrize("name", ["model", "out", "from_len", "target_len", "method", "overwrite"])
+def test_what_rescale_takes_itself_is_no_option_of_a_method(invoke, name):
+    result = invoke("rescale", "m", "--to", "64k", "--out", "o", "-o", f"{name}=1")
+    assert result.exit_code == 1
+    assert f"{name} is no option of a RoPE method" in result.stderr
+
+
+def test_plan_as_json(invoke):
+    result = invoke("plan", *NUMBERS, "--to", "128k", "--json")
+    assert result.exit_code == 0, result.output
+    rope = json.loads(result.stdout)["rope"]
+    assert rope["critical_index"] == pytest.approx(34.98411900147241, rel=1e-12)
+    critical = rope["methods"]["critical"]
+    assert critical["theta"] == pytest.approx(79760692.221776, rel=1e-12)
+    assert len(critical["inv_freq"]) == 64
+    assert critical["attention_factor"] == 1
+
+
+def test_plan_as_tables_and_files(invoke, tmp_path):
+    out = tmp_path / "plan"
+    result = invoke("plan", *NUMBERS, "--schedule", "64k,1m", "--method", "ntk", "--out", str(out))
+    assert result.exit_code == 0, result.output
+    for text in ("RoPE from 8,192 to 1,048,576 tokens (factor 128)", "pairs of ntk",
+                 "stages with ntk", "69,123,823"):
+        assert text in result.stdout
+    assert result.stdout.splitlines()[-1] == str(out)
+    assert (out / "plan.json").is_file()
+
+
+def test_plan_says_which_length_is_too_short(invoke, tmp_path):
+    result = invoke("plan", *NUMBERS, "--to", "4k", "--out", str(tmp_path / "plan"))
+    assert result.exit_code == 1
+    assert result.stderr == ("extend: target length 4096 is below the model's native length 8192; "
+                             "give 8192 or more\n")
+    assert not (tmp_path / "plan").exists()
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--to", "64k"], "give MODEL, or --head-dim, --theta and --from together"),
+    (["--to", "64k", "--head-dim", "64", "--from", "8k"], "give MODEL, or --head-dim"),
+    (["m", "--to", "64k", "--theta", "1e4"], "take the place of MODEL"),
+    (["m"], "give --to LENGTH, or --schedule"),
+    (["m", "--to", "64k", "-o", "factor=2"], "--option belongs to a --method"),
+    (["m", "--to", "64k", "--method", "nkt"], "'nkt' is not one of"),
+    (["m", "--schedule", "64k,64kb"], "'64kb' is not a length in tokens")])
+def test_wrong_usage_of_plan(invoke, arguments, message):
+    result = invoke("plan", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr

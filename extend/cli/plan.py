@@ -1,0 +1,71 @@
+"""`extend plan`: what a longer context would take, before anything runs."""
+
+import click
+
+from extend.cli.group import main, overwrite_option, reporting
+from extend.cli.types import LENGTH, ListType, parse_pairs
+from extend.rope.methods import METHODS
+
+
+@main.command()
+@click.argument("model", required=False)
+@click.option("--to", type=LENGTH, default=None,
+              help="Target length in tokens; the last of --schedule unless given.")
+@click.option("--head-dim", type=int, default=None, metavar="D",
+              help="In place of a model, with --theta and --from: rotated channels per head.")
+@click.option("--theta", type=float, default=None, metavar="T", help="Its rope_theta.")
+@click.option("--from", "from_len", type=LENGTH, default=None,
+              help="Its native length. With a model that is extended already: start again from "
+                   "plain RoPE at this length.")
+@click.option("--method", type=click.Choice(list(METHODS)), default=None,
+              help="Show this method pair by pair, and use it for --schedule (there critical "
+                   "unless given).")
+@click.option("-o", "--option", multiple=True, metavar="KEY=VALUE", help="Option of --method.")
+@click.option("--schedule", type=ListType(LENGTH), default="", metavar="LENGTHS",
+              help="Lengths of training stages, 32k,128k,1m: show theta for each.")
+@click.option("--out", default=None, metavar="DIR",
+              help="Write plan.json and frequencies.png there.")
+@overwrite_option
+@reporting
+def plan(model, to, head_dim, theta, from_len, method, option, schedule, out, overwrite):
+    """Compare the RoPE methods that could take MODEL to a length; no weights are read.
+
+    MODEL is a checkpoint directory or a config.json.
+
+    \b
+    extend plan ./llama --to 128k
+    extend plan ./llama --to 128k --method yarn -o beta_fast=16
+    extend plan ./llama --schedule 32k,128k,1m --out ./plan
+    extend plan --head-dim 128 --theta 500000 --from 8k --to 1m --json
+    """
+    from extend.plan import plan as stage
+    from extend.plan import write_plan
+    from extend.plan.report import methods_table, pairs_table, schedule_table
+    from extend.plan.rope import DEFAULT_METHOD
+
+    _check_usage(model, to, (head_dim, theta, from_len), method, option, schedule)
+    found = stage(model, target_len=to or schedule[-1], head_dim=head_dim, rope_theta=theta,
+                  from_len=from_len, method=method or DEFAULT_METHOD, options=parse_pairs(option),
+                  schedule=schedule)
+    results = found.to_json()
+    tables = [methods_table(found.rope)]
+    if method:
+        tables.append(pairs_table(found.rope))
+    if schedule:
+        tables.append(schedule_table(found.rope))
+    tables += found.notes
+    if out:
+        results["output"] = str(write_plan(found, out, overwrite=overwrite))
+        tables.append(results["output"])
+    return results, "\n\n".join(tables)
+
+
+def _check_usage(model, to, numbers, method, option, schedule):
+    if model is None and None in numbers:
+        raise click.UsageError("give MODEL, or --head-dim, --theta and --from together")
+    if model is not None and numbers[:2] != (None, None):
+        raise click.UsageError("--head-dim and --theta take the place of MODEL; leave one out")
+    if to is None and not schedule:
+        raise click.UsageError("give --to LENGTH, or --schedule")
+    if option and method is None:
+        raise click.UsageError("--option belongs to a --method; give that too")
