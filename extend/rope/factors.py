@@ -1,11 +1,13 @@
-"""The factor of an extension, and one factor for each pair."""
+"""The factor of an extension, and methods that give each pair a factor of its own."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from extend.errors import CompatibilityError, RecipeError
 from extend.model_config import RopeSpec
+from extend.rope import frequencies
 
 
 def extension_factor(spec: RopeSpec, target_len: int) -> float:
@@ -15,15 +17,29 @@ def extension_factor(spec: RopeSpec, target_len: int) -> float:
         CompatibilityError: `spec` is scaled already.
         RecipeError: `target_len` is below the native length.
     """
-    if spec.scaling:
-        raise CompatibilityError(
-            f"the model's RoPE is scaled already (rope_type {spec.rope_type!r} from "
-            f"{spec.original_len} tokens) and a second scaling cannot be put on top; start from "
-            "the checkpoint before that scaling")
+    check_plain(spec)
     if target_len < spec.original_len:
         raise RecipeError(f"target length {target_len} is below the model's native length "
-                          f"{spec.original_len}; give {spec.original_len} or more")
+                          f"{spec.original_len}, a factor below 1; give {spec.original_len} or "
+                          "more")
     return target_len / spec.original_len
+
+
+def check_plain(spec: RopeSpec) -> None:
+    """Raise CompatibilityError for a RoPE that is scaled already."""
+    if spec.scaling:
+        raise CompatibilityError(
+            f"the model's RoPE is extended already: {describe_extension(spec)}, and a second "
+            "scaling cannot be put on top; start from the checkpoint before it, or rescale with "
+            "from_len (--from), the length to start again from with plain RoPE")
+
+
+def describe_extension(spec: RopeSpec) -> str:
+    """From what to what a scaled RoPE was extended, such as `yarn from 8192 to 131072 tokens`."""
+    factor = spec.scaling.get("factor", 1)
+    reach = f" to {round(spec.original_len * factor)}" if factor != 1 else ""
+    start = f"from {spec.original_len}{reach}" if reach else f"for {spec.original_len}"
+    return f"rope_type {spec.rope_type!r} {start} tokens"
 
 
 def check_above(name: str, value: object, bound: float) -> None:
@@ -38,8 +54,13 @@ def longrope(spec: RopeSpec, target_len: int, *, long_factor: Sequence[float],
              attention_factor: float = 1.0) -> RopeSpec:
     """Every pair's frequency divided by a number of its own.
 
-    With equal lists the frequencies do not depend on the length, so that every reader computes the
-    same ones and cached keys stay right.
+    With one list for all lengths (no `short_factor`) the frequencies do not depend on the length:
+    every reader computes the same, and cached keys stay right. The native length is then written as
+    the target, because vLLM and SGLang would otherwise compute an attention factor from the ratio
+    of the two, and vLLM take the native length for the longest it may read.
+
+    With two lists a reader changes over where a text outgrows the native length, each in its own
+    way (transformers by the row in hand, vLLM by the longest it was started for).
 
     Args:
         long_factor: rotary_dim / 2 divisors of the plain frequencies, fastest pair first.
@@ -49,26 +70,69 @@ def longrope(spec: RopeSpec, target_len: int, *, long_factor: Sequence[float],
     Raises:
         RecipeError: a list of another length, or a number that is not above 0.
 
-    Source: Ding et al. 2024, arXiv:2402.13753, in the keys of transformers' `longrope`.
+    Source: Ding et al. 2024, arXiv:2402.13753, in the keys of transformers' `longrope`; vLLM,
+    phi3_long_rope_scaled_rope.py.
     """
     factor = extension_factor(spec, target_len)
     check_above("attention_factor", attention_factor, 0)
     long = _pair_factors("long_factor", long_factor, spec)
     short = long if short_factor is None else _pair_factors("short_factor", short_factor, spec)
-    if factor == 1 and all(value == 1 for value in (*long, *short)) and attention_factor == 1:
+    if factor == 1 and attention_factor == 1 and all(value == 1 for value in (*long, *short)):
         return spec
+    if short == long:
+        return per_pair(spec, target_len, long, attention_factor)
     return replace(spec, scaling={
         "rope_type": "longrope", "factor": factor, "short_factor": short, "long_factor": long,
-        "attention_factor": float(attention_factor),
-        "original_max_position_embeddings": spec.original_len})
+        "original_max_position_embeddings": spec.original_len,
+        **_attention_keys(attention_factor)})
+
+
+def per_pair(spec: RopeSpec, target_len: int, factors: list[float],
+             attention_factor: float) -> RopeSpec:
+    """A model of `target_len` tokens whose plain frequencies are divided by `factors`."""
+    return replace(spec, original_len=target_len, scaling={
+        "rope_type": "longrope", "factor": 1.0, "short_factor": factors,
+        "long_factor": list(factors), "original_max_position_embeddings": target_len,
+        **_attention_keys(attention_factor)})
+
+
+def _attention_keys(attention_factor: float) -> dict[str, Any]:
+    """The factor where transformers reads it and, unless it is 1, where vLLM and SGLang do."""
+    value = float(attention_factor)
+    keys = {"attention_factor": value}
+    return keys if value == 1 else keys | {"short_mscale": value, "long_mscale": value}
+
+
+def resonant(spec: RopeSpec, target_len: int) -> RopeSpec:
+    """`spec` with every wavelength rounded to a whole number of tokens.
+
+    A pair then meets the same angles again turn after turn, so that no new ones appear beyond the
+    length it was trained on. Written as `longrope` with one list.
+
+    Raises:
+        RecipeError: a pair that does not turn, or frequencies that depend on the length.
+
+    Source: Wang et al. 2024, arXiv:2403.00071.
+    """
+    if spec.depends_on_length:
+        raise RecipeError("resonance needs frequencies that are the same at every length; leave "
+                          "short_factor out")
+    waves = frequencies.wavelengths(spec)
+    if not bool(waves.isfinite().all()):
+        raise RecipeError("resonance rounds wavelengths, but some pairs of this RoPE do not turn; "
+                          "choose another method, or leave resonance out")
+    plain = frequencies.wavelengths(replace(spec, scaling={}))
+    factors = (waves.round() / plain).tolist()
+    return per_pair(spec, target_len, factors, frequencies.attention_factor(spec))
 
 
 def _pair_factors(name: str, values: Sequence[float], spec: RopeSpec) -> list[float]:
     pairs = spec.rotary_dim // 2
     if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != pairs:
-        count = len(values) if isinstance(values, Sequence) else "none"
+        found = repr(values) if isinstance(values, str) or not isinstance(values, Sequence) \
+            else f"a list of {len(values)}"
         raise RecipeError(f"{name} must be a list of {pairs} numbers, one for each pair of the "
-                          f"{spec.rotary_dim} rotated channels; it has {count}")
+                          f"{spec.rotary_dim} rotated channels, not {found}")
     for i, value in enumerate(values):
         check_above(f"{name}[{i}]", value, 0)
     return [float(value) for value in values]

@@ -1,16 +1,18 @@
 """How RoPE changes when a model is given a longer context.
 
-Each method is a pure function `(spec, target_len, *, options) -> RopeSpec`. Three families:
+Each method is a pure function `(spec, target_len, *, options) -> RopeSpec`. Four families:
 
-- theta, ntk, critical, gradient-v1, gradient-v2 give plain RoPE another theta. The result is an
-  ordinary model of length `target_len`, so its `original_len` is `target_len` and the method can be
-  applied again, stage by stage.
+- theta, ntk, critical, gradient-v1, gradient-v2 and the presets (prolong, easycontext, lwm,
+  qwen2.5-1m) give plain RoPE another theta. The result is an ordinary model of length `target_len`,
+  so its `original_len` is `target_len` and the method can be applied again, stage by stage.
 - linear divides every frequency by the factor.
-- ntk-by-parts and yarn leave the fast pairs alone and divide the slow ones by the factor. Fast
-  pairs carry the short-range skills, so these keep a sibling fine-tune's skills intact.
+- ntk-by-parts (llama3 is another name for it) and yarn leave the fast pairs alone and divide the
+  slow ones by the factor. Fast pairs carry the short-range skills, so these keep a sibling
+  fine-tune's skills intact.
+- longrope and proportional say for each pair what becomes of it.
 
-The last two families write an HF scaling entry that counts from the native length. Such a spec
-cannot be rescaled again: start from the plain one and give the final length.
+All but the first family write an HF scaling entry. Such a spec cannot be rescaled again: start from
+the plain one and give the final length. `resonance: true` goes with every method.
 
 No torch here: `extend plan` and the recipe check read this table.
 """
@@ -18,15 +20,17 @@ No torch here: `extend plan` and the recipe check read this table.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 from extend.errors import CompatibilityError, RecipeError
 from extend.model_config import RopeSpec
 from extend.registry import check_options, lookup
-from extend.rope.factors import check_above, extension_factor, longrope
+from extend.rope.factors import check_above, extension_factor, longrope, resonant
+from extend.rope.frequencies import YARN_BETA_FAST, YARN_BETA_SLOW
+from extend.rope.presets import easycontext, lwm, prolong, qwen2_5_1m
 
-YARN_BETA_FAST = 32.0  # turns; the values every reader assumes when the keys are absent
-YARN_BETA_SLOW = 1.0
+RESONANCE = "resonance"
+"""Option of every method: round wavelengths to whole tokens."""
 
 
 def theta(spec: RopeSpec, target_len: int, *, rope_theta: float) -> RopeSpec:
@@ -105,6 +109,7 @@ def ntk_by_parts(spec: RopeSpec, target_len: int, *, low_freq_factor: float = 1.
 
 def yarn(spec: RopeSpec, target_len: int, *, beta_fast: float = YARN_BETA_FAST,
          beta_slow: float = YARN_BETA_SLOW, attention_factor: float | None = None,
+         mscale: float | None = None, mscale_all_dim: float | None = None,
          truncate: bool = True) -> RopeSpec:
     """By parts with a ramp over the pair index, and queries and keys scaled up a little.
 
@@ -115,17 +120,19 @@ def yarn(spec: RopeSpec, target_len: int, *, beta_fast: float = YARN_BETA_FAST,
         beta_fast: turns in the native length above which a pair stays as it is.
         beta_slow: turns below which a pair is divided by the factor.
         attention_factor: multiplies cos and sin; None means 0.1 ln(factor) + 1.
+        mscale, mscale_all_dim: DeepSeek's way to the same number, given together:
+            (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1).
         truncate: round the ends of the ramp outwards to whole pairs.
 
     Raises:
-        RecipeError: unless 0 < beta_slow < beta_fast and 0 < attention_factor.
+        RecipeError: unless 0 < beta_slow < beta_fast and the others are above 0; one mscale
+            without the other, or both with an attention factor.
 
     Source: Peng et al. 2023, arXiv:2309.00071, section 3.4.
     """
     factor = extension_factor(spec, target_len)
     _check_ramp("beta_slow", beta_slow, "beta_fast", beta_fast)
-    if attention_factor is not None:
-        check_above("attention_factor", attention_factor, 0)
+    attention = _yarn_attention(attention_factor, mscale, mscale_all_dim)
     if not isinstance(truncate, bool):
         raise RecipeError(f"truncate must be true or false, not {truncate!r}")
     if factor == 1:
@@ -136,11 +143,72 @@ def yarn(spec: RopeSpec, target_len: int, *, beta_fast: float = YARN_BETA_FAST,
         scaling["beta_fast"] = float(beta_fast)
     if beta_slow != YARN_BETA_SLOW:
         scaling["beta_slow"] = float(beta_slow)
-    if attention_factor is not None:
-        scaling["attention_factor"] = float(attention_factor)
+    scaling |= attention
     if not truncate:
         scaling["truncate"] = False
     return replace(spec, scaling=scaling)
+
+
+def _yarn_attention(attention_factor: float | None, mscale: float | None,
+                    mscale_all_dim: float | None) -> dict[str, float]:
+    given = {name: value for name, value in (
+        ("attention_factor", attention_factor), ("mscale", mscale),
+        ("mscale_all_dim", mscale_all_dim)) if value is not None}
+    for name, value in given.items():
+        check_above(name, value, 0)
+    if set(given) not in (set(), {"attention_factor"}, {"mscale", "mscale_all_dim"}):
+        told = ", ".join(f"{name} {value}" for name, value in given.items())
+        raise RecipeError("give attention_factor alone, or mscale and mscale_all_dim together, "
+                          f"not {told}")
+    return {name: float(value) for name, value in given.items()}
+
+
+def proportional(spec: RopeSpec, target_len: int, *, partial_rotary_factor: float,
+                 factor: float = 1.0) -> RopeSpec:
+    """p-RoPE: the fastest pairs turn as they did, the others stand still.
+
+    Without the slow pairs, whose angles a model has seen in part only, no angle of the longer
+    context is new. transformers 5 computes it, transformers 4, vLLM and llama.cpp mostly do not.
+
+    Args:
+        partial_rotary_factor: share of all pairs that still turn, above 0 and at most 1.
+        factor: what their frequencies are divided by.
+
+    Raises:
+        RecipeError: an option out of range.
+        CompatibilityError: too small a share to keep a pair.
+
+    Source: Barbero et al. 2024, arXiv:2410.06205, in the keys of transformers' `proportional`.
+    """
+    ratio = extension_factor(spec, target_len)
+    check_above("partial_rotary_factor", partial_rotary_factor, 0)
+    check_above("factor", factor, 0)
+    if partial_rotary_factor > 1 or factor < 1:
+        raise RecipeError(f"partial_rotary_factor must be at most 1 and factor at least 1, not "
+                          f"{partial_rotary_factor} and {factor}")
+    if int(partial_rotary_factor * spec.rotary_dim // 2) == 0:
+        raise CompatibilityError(f"partial_rotary_factor {partial_rotary_factor} leaves none of "
+                                 f"{spec.rotary_dim // 2} pairs turning; give a larger one")
+    if ratio == 1 and factor == 1 and partial_rotary_factor == 1:
+        return spec
+    # factor 1 is left out: some readers warn of the key, others stretch the length by it.
+    divided = {} if factor == 1 else {"factor": float(factor)}
+    return replace(spec, scaling={"rope_type": "proportional", **divided,
+                                  "partial_rotary_factor": float(partial_rotary_factor)})
+
+
+def dynamic(spec: RopeSpec, target_len: int) -> NoReturn:
+    """Dynamic NTK, which models may have and which this toolkit does not write.
+
+    Raises:
+        RecipeError: always, with the reason.
+
+    Source: transformers, modeling_rope_utils.py; vLLM, dynamic_ntk_scaling_rope.py.
+    """
+    raise RecipeError(
+        "dynamic is read but not written: it has other frequencies at every length, so keys that "
+        "were cached at one contradict queries at the next, and vLLM and SGLang take those of the "
+        f"longest length for all; choose ntk, which has one theta for {target_len} tokens")
 
 
 def gradient_v1(spec: RopeSpec, target_len: int, *, factor: float = 4.0) -> RopeSpec:
@@ -180,17 +248,31 @@ def gradient_v2(spec: RopeSpec, target_len: int) -> RopeSpec:
     return _plain(spec, int(_critical_theta(spec, target_len)), target_len)
 
 
+def check_method(method: str, options: Mapping[str, Any]) -> None:
+    """Check that there is such a method and that it takes these options.
+
+    Raises:
+        RecipeError: unknown method or option, or a required option that is missing.
+    """
+    fn = lookup(METHODS, method, "method")
+    own = {name: value for name, value in options.items() if name != RESONANCE}
+    check_options(fn, own, f"method {method}")
+    if not isinstance(options.get(RESONANCE, False), bool):
+        raise RecipeError(f"{RESONANCE} must be true or false, not {options[RESONANCE]!r}")
+
+
 def apply_method(method: str, spec: RopeSpec, target_len: int,
                  options: Mapping[str, Any]) -> RopeSpec:
     """Look `method` up, check its options and return the new RoPE.
 
     Raises:
         RecipeError: unknown method or option, or a value that is not accepted.
-        CompatibilityError: the model's RoPE is scaled already.
+        CompatibilityError: the model's RoPE is scaled already, or is none that the method is for.
     """
-    fn = lookup(METHODS, method, "method")
-    check_options(fn, options, f"method {method}")
-    return fn(spec, target_len, **options)
+    check_method(method, options)
+    own = {name: value for name, value in options.items() if name != RESONANCE}
+    new = METHODS[method](spec, target_len, **own)
+    return resonant(new, target_len) if options.get(RESONANCE) else new
 
 
 def _plain(spec: RopeSpec, rope_theta: float, target_len: int) -> RopeSpec:
@@ -223,8 +305,15 @@ METHODS: dict[str, Callable[..., RopeSpec]] = {
     "ntk": ntk,
     "critical": critical,
     "ntk-by-parts": ntk_by_parts,
+    "llama3": ntk_by_parts,
     "yarn": yarn,
     "longrope": longrope,
+    "proportional": proportional,
+    "dynamic": dynamic,
     "gradient-v1": gradient_v1,
     "gradient-v2": gradient_v2,
+    "prolong": prolong,
+    "easycontext": easycontext,
+    "lwm": lwm,
+    "qwen2.5-1m": qwen2_5_1m,
 }

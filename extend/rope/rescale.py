@@ -8,19 +8,27 @@ new files without them.
 import logging
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from extend.checkpoint import INDEX_NAME, Checkpoint, copy_side_files, write_checkpoint
 from extend.errors import CompatibilityError, RecipeError
 from extend.manifest import Manifest
-from extend.model_config import ModelConfig, read_config, write_rope
+from extend.model_config import NATIVE_KEY_TYPES, ModelConfig, RopeSpec, read_config, write_rope
 from extend.output import atomic_directory, copy_or_link, write_json
 from extend.registry import lookup
+from extend.rope.factors import describe_extension
 from extend.rope.methods import apply_method
 
 logger = logging.getLogger(__name__)
 
+# Entries that only ever extend a context; others are part of a model.
+SCALING_KEYS = frozenset({
+    "rope_type", "factor", "original_max_position_embeddings", "attention_factor", "attn_factor",
+    "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "low_freq_factor",
+    "high_freq_factor", "short_factor", "long_factor", "short_mscale", "long_mscale", "finetuned",
+    "extrapolation_factor"})
 _FREQUENCY_TENSOR = "rotary_emb.inv_freq"
 # Families whose layers all see everything once `sliding_window` is null. The others read per-layer
 # keys as well, and build masks from the number even where no layer uses it.
@@ -28,7 +36,8 @@ _NULL_MEANS_FULL = {"mistral", "mixtral", "phi3", "phimoe", "starcoder2"}
 
 
 def rescale(model: Path | str, out: Path | str, *, target_len: int, method: str = "critical",
-            overwrite: bool = False, sliding_window: str = "refuse", **options: Any) -> Path:
+            overwrite: bool = False, sliding_window: str = "refuse", from_len: int | None = None,
+            **options: Any) -> Path:
     """Write the checkpoint `model` to `out` with the RoPE and length of a longer context.
 
     Args:
@@ -39,7 +48,9 @@ def rescale(model: Path | str, out: Path | str, *, target_len: int, method: str 
         overwrite: replace `out` if it exists.
         sliding_window: what to do with an active attention window shorter than `target_len`, one
             of `SLIDING_WINDOW`.
-        options: of the method.
+        from_len: tokens; for a model that is extended already, or whose config does not tell its
+            native length: start again from plain RoPE at this length.
+        options: of the method, and `resonance`.
 
     Returns:
         `out`.
@@ -52,7 +63,7 @@ def rescale(model: Path | str, out: Path | str, *, target_len: int, method: str 
     model, out = Path(model), Path(out)
     widen = lookup(SLIDING_WINDOW, sliding_window, "sliding_window")
     config = read_config(model)
-    rope = apply_method(method, config.rope, target_len, options)
+    rope = apply_method(method, starting_rope(config, from_len), target_len, options)
     raw = write_rope(_widened(config, target_len, widen), rope, target_len)
     checkpoint = Checkpoint(model)
     check_shapes(checkpoint, config)
@@ -60,13 +71,50 @@ def rescale(model: Path | str, out: Path | str, *, target_len: int, method: str 
     with atomic_directory(out, overwrite=overwrite) as partial:
         manifest = Manifest("rescale", {"model": model}, {
             "target_len": target_len, "method": method, "sliding_window": sliding_window,
-            **options})
+            "from_len": from_len, **options})
         _write_weights(checkpoint, partial)
         copy_side_files(model, partial, max_len=target_len)
         write_json(partial / "config.json", raw)
         manifest.write(partial, rope_before=config.rope.to_json(), rope_after=rope.to_json(),
                        max_position_embeddings=target_len)
     return out
+
+
+def starting_rope(config: ModelConfig, from_len: int | None = None) -> RopeSpec:
+    """The plain RoPE that a rescaling of the model starts from.
+
+    Args:
+        from_len: tokens, takes an earlier extension back to plain RoPE at this length; None keeps
+            what the config has.
+
+    Raises:
+        CompatibilityError: the model is extended already and `from_len` is None or contradicts
+            the config, or its RoPE was never plain.
+        RecipeError: `from_len` is not a length.
+    """
+    rope = config.rope
+    if from_len is None:
+        if rope.scaling:
+            raise CompatibilityError(
+                f"{config.path}: the model is extended already, {describe_extension(rope)} "
+                f"(max_position_embeddings {config.max_position_embeddings}); start from the "
+                "checkpoint before that, or give from_len (--from), its native length, to start "
+                "again from plain RoPE")
+        return rope
+    if isinstance(from_len, bool) or not isinstance(from_len, int) or from_len < 1:
+        raise RecipeError(f"from_len must be a number of tokens, not {from_len!r}")
+    native, longest = rope.original_len, config.max_position_embeddings
+    recorded = rope.rope_type in NATIVE_KEY_TYPES and native < longest
+    unknown = sorted(set(rope.scaling) - SCALING_KEYS)
+    if recorded and from_len != native:
+        raise CompatibilityError(f"{config.path}: from_len is {from_len}, but the RoPE there was "
+                                 f"extended from {native} tokens; give {native}")
+    if rope.rope_type == "proportional" or unknown:
+        raise CompatibilityError(
+            f"{config.path}: {', '.join(unknown) or 'rope_type proportional'} in rope_parameters "
+            "is no extension but part of the model, and from_len would take it away; such models "
+            "are not supported")
+    return replace(rope, original_len=from_len, scaling={})
 
 
 def check_shapes(checkpoint: Checkpoint, config: ModelConfig) -> None:
@@ -117,6 +165,17 @@ def _refuse_window(config: ModelConfig, target_len: int) -> dict[str, Any]:
 
 
 def _drop_window(config: ModelConfig, target_len: int) -> dict[str, Any]:
+    if config.rope_by_layer_type:
+        # The type of a layer also chooses its RoPE, so it stays, and the window grows instead.
+        changes: dict[str, Any] = {"sliding_window": target_len}
+    else:
+        changes = _full_attention(config)
+    logger.warning("sliding window of %d tokens dropped: every layer attends to all %d tokens",
+                   config.sliding_window, target_len)
+    return {**config.raw, **changes}
+
+
+def _full_attention(config: ModelConfig) -> dict[str, Any]:
     """Full attention in the keys that the config has: a key added to it can change its family.
 
     (transformers takes a `mistral` config with `layer_types` for another architecture.)
@@ -135,9 +194,7 @@ def _drop_window(config: ModelConfig, target_len: int) -> dict[str, Any]:
             f"{config.path}: which layers of model_type {raw.get('model_type')!r} use the sliding "
             "window is not in the config; add layer_types, one 'full_attention' or "
             "'sliding_attention' for each layer, then drop it")
-    logger.warning("sliding window of %d tokens dropped: every layer attends to all %d tokens",
-                   config.sliding_window, target_len)
-    return {**raw, **changes}
+    return changes
 
 
 def _keep_window(config: ModelConfig, target_len: int) -> dict[str, Any]:
