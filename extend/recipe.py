@@ -35,7 +35,7 @@ from extend.options import (
     TrainOptions,
     input_paths,
 )
-from extend.registry import check_options, lookup, suggest
+from extend.registry import suggest
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _TOP_KEYS = ("name", "seed", "stages")
@@ -288,9 +288,9 @@ def _problem(location: Location, check: Callable[[], None]) -> Iterator[tuple[Lo
 
 
 def _check_rope(rope: RopeOptions) -> None:
-    from extend.rope import METHODS
+    from extend.rope.methods import check_method
 
-    check_options(lookup(METHODS, rope.method, "method"), rope.options, f"method {rope.method}")
+    check_method(rope.method, rope.options)
 
 
 def _check_tasks(options: EvalOptions) -> None:

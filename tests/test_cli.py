@@ -95,7 +95,7 @@ def test_rescale_passes_the_native_length_to_start_from(invoke, monkeypatch, tmp
     assert (given["method"], given["rope_theta"]) == ("theta", 8e6)
     given.clear()
     invoke("rescale", "m", "--to", "64k", "--out", str(tmp_path / "o"))
-    assert given.get("from_len") is None
+    assert given["from_len"] is None
 
 
 @pytest.mark.parametrize("name", ["model", "out", "from_len", "target_len", "method", "overwrite"])
@@ -130,8 +130,9 @@ def test_plan_as_tables_and_files(invoke, tmp_path):
 def test_plan_says_which_length_is_too_short(invoke, tmp_path):
     result = invoke("plan", *NUMBERS, "--to", "4k", "--out", str(tmp_path / "plan"))
     assert result.exit_code == 1
-    assert result.stderr == ("extend: target length 4096 is below the model's native length 8192; "
-                             "give 8192 or more\n")
+    assert result.stderr.startswith("extend: target length 4096 is below the model's native length "
+                                    "8192")
+    assert result.stderr.count("\n") == 1
     assert not (tmp_path / "plan").exists()
 
 

@@ -54,6 +54,11 @@ def test_a_good_recipe_loads(write):
     assert [v for _, v in input_paths(recipe.stages[2].options)] == ["long", "skill.jsonl"]
 
 
+def test_resonance_goes_with_every_method(write):
+    text = GOOD.replace("method: ntk", "method: ntk\n    options: {resonance: true}")
+    assert load_recipe(write(text)).stages[0].options.options == {"resonance": True}
+
+
 def test_inputs_resolve_everywhere(write):
     options = load_recipe(write(GOOD)).stages[2].options
     resolved = resolve_inputs(options, lambda value: f"/x/{value}")

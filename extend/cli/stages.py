@@ -16,7 +16,8 @@ _NOT_OPTIONS = ("model", "out", "target_len", "method", "sliding_window", "overw
 @click.option("--to", required=True, type=LENGTH, help="Target length in tokens: 131072 or 128k.")
 @click.option("--method", default="critical", show_default=True,
               help=f"RoPE method: {', '.join(METHODS)}.")
-@click.option("-o", "--option", multiple=True, metavar="KEY=VALUE", help="Option of the method.")
+@click.option("-o", "--option", multiple=True, metavar="KEY=VALUE",
+              help="Option of the method; resonance=true goes with any.")
 @click.option("--from", "from_len", type=LENGTH, default=None, metavar="LENGTH",
               help="For a model that is extended already: start again from plain RoPE at this "
                    "native length.")
@@ -34,9 +35,8 @@ def rescale(model, to, method, option, from_len, sliding_window, out, overwrite)
     """
     from extend.rope import rescale as stage
 
-    start = {} if from_len is None else {"from_len": from_len}
     path = stage(model, out, target_len=to, method=method, sliding_window=sliding_window,
-                 overwrite=overwrite, **start, **parse_pairs(option, _NOT_OPTIONS))
+                 overwrite=overwrite, from_len=from_len, **parse_pairs(option, _NOT_OPTIONS))
     return {"output": str(path)}
 
 

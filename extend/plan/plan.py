@@ -1,7 +1,7 @@
 """`extend plan`: what an extension would do to a model, from its config alone."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from extend.model_config import ModelConfig, RopeSpec, parse_config, read_json
 from extend.output import atomic_directory, write_json
 from extend.plan.report import to_json
 from extend.plan.rope import DEFAULT_METHOD, RopePlan, plan_rope
+from extend.rope.rescale import starting_rope
 
 PLAN_NAME = "plan.json"
 PLOT_NAME = "frequencies.png"
@@ -60,9 +61,7 @@ def plan(model: Path | str | None = None, *, target_len: int, head_dim: int | No
                           f"place of a model, but {model} is given too; leave one of them out")
     else:
         config = _read_model(Path(model))
-        native = config.rope
-        if from_len is not None:
-            native = replace(native, scaling={}, original_len=from_len)
+        native = starting_rope(config, from_len)
     rope = plan_rope(native, target_len, method=method, options=options, schedule=schedule)
     return Plan(rope, config, [] if config is None else _notes(config, target_len))
 
@@ -115,6 +114,6 @@ def _notes(config: ModelConfig, target_len: int) -> list[str]:
     if window is not None and window < target_len:
         notes.append(f"some layers see a sliding window of {window} tokens, not all {target_len}; "
                      "rescale asks whether to drop or keep it")
-    for layer_type, rope in getattr(config, "rope_by_layer_type", {}).items():
+    for layer_type, rope in config.rope_by_layer_type.items():
         notes.append(f"{layer_type} layers keep their own RoPE (theta {rope.rope_theta:.10g})")
     return notes

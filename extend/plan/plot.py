@@ -14,7 +14,8 @@ _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7
            "#999900", "#607080")
 # Kinds that divide frequencies agree on the slow pairs: their dashes let each other show through.
 _DASHES = {"default": "-", "linear": (0, (1, 2.4)), "llama3": (0, (5, 3)),
-           "yarn": (0, (5, 2, 1.2, 2)), "longrope": (0, (2.5, 1.5))}
+           "yarn": (0, (5, 2, 1.2, 2)), "longrope": (0, (2.5, 1.5)),
+           "proportional": (0, (5, 2, 1.2, 2, 1.2, 2))}
 _SAME = 1e-3  # relative difference of frequencies that no eye sees
 
 

@@ -1,6 +1,7 @@
 """A plan as JSON and as text for a terminal."""
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from extend.rope.analysis import RopeAnalysis
 
 UNCHANGED = "(unchanged)"
+_WIDTH = 100  # columns
 
 _LEGEND = """\
 theta      base of the frequencies; the scaled kinds divide them on top of it
@@ -77,7 +79,8 @@ def methods_table(plan: RopePlan) -> str:
     rows += [_row(name, found) for name, found in plan.methods.items()]
     parts = [title, _align(header, rows), _LEGEND]
     if plan.refused:
-        lines = [f"  {name}: {reason}" for name, reason in plan.refused.items()]
+        lines = [textwrap.fill(f"{name}: {reason}", _WIDTH, initial_indent="  ",
+                               subsequent_indent="      ") for name, reason in plan.refused.items()]
         parts.insert(2, "\n".join(["not applied", *lines]))
     return "\n\n".join(parts)
 

@@ -93,6 +93,7 @@ def analyse(rope: RopeSpec, native: RopeSpec, target_len: int) -> RopeAnalysis:
     """
     before, after = frequencies.inv_freq(native), frequencies.inv_freq(rope)
     turn, native_len = 2 * math.pi, native.original_len
+    at_native = frequencies.inv_freq(rope, native_len)  # longrope may have a list for short rows
     slowdown = (before / after).where(after != before, 1.0)  # two pairs that stand still: 0 / 0
     limit = max(2 * target_len, 2 ** 21)
     return RopeAnalysis(
@@ -100,8 +101,8 @@ def analyse(rope: RopeSpec, native: RopeSpec, target_len: int) -> RopeAnalysis:
         attention_factor=frequencies.attention_factor(rope), wavelength=turn / after,
         slowdown=slowdown, native_turns=native_len * before / turn,
         turns=target_len * after / turn, reach=target_len / native_len / slowdown,
-        phase_shift=native_len * (before - after) / turn,
-        movement=pair_movement(before, after, native_len),
+        phase_shift=native_len * (before - at_native) / turn,
+        movement=pair_movement(before, at_native, native_len),
         angle_error=angle_error(rope, target_len),
         horizon=base_horizon(after, limit), horizon_limit=limit)
 

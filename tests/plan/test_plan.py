@@ -1,6 +1,7 @@
 """A plan from a model, from a config, from three numbers; what it writes."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -48,10 +49,21 @@ def test_a_window_is_told(model):
     assert plan(directory, target_len=2048).to_json()["notes"]
 
 
+def test_layers_with_a_rope_of_their_own_are_told(model):
+    ropes = {"full_attention": {"rope_type": "default", "rope_theta": 1e6},
+             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    directory = model(model_type="gemma3_text", architectures=["Gemma3ForCausalLM"], head_dim=16,
+                      layer_types=["sliding_attention", "full_attention"], sliding_window=64,
+                      rope_theta=None, rope_parameters=ropes)
+    found = plan(directory, target_len=2048)
+    assert found.rope.native.rope_theta == 1e6
+    assert "sliding_attention layers keep their own RoPE (theta 10000)" in found.notes
+
+
 def test_an_extended_model_needs_from(model):
     directory = model(rope_scaling=SCALED, rope_parameters=SCALED, max_position_embeddings=512,
                       original_max_position_embeddings=256)
-    with pytest.raises(CompatibilityError, match="linear"):
+    with pytest.raises(CompatibilityError, match=r"linear' from 256 to 512 tokens.*--from"):
         plan(directory, target_len=2048)
     found = plan(directory, target_len=2048, from_len=256)
     assert found.rope.native.scaling == {}
@@ -98,8 +110,8 @@ def test_what_is_written(model, tmp_path):
     write_plan(found, out, overwrite=True)
 
 
-def test_a_plot_of_methods_that_stop_pairs_can_be_drawn(tmp_path):
-    still = {"long_factor": [1.0, 1.0, 2.0, 1e30]}
-    found = plan(head_dim=8, rope_theta=1e4, from_len=64, target_len=256, method="longrope",
-                 options=still)
+def test_a_plot_of_pairs_that_stand_still(tmp_path):
+    found = plan(head_dim=8, rope_theta=1e4, from_len=64, target_len=256, method="proportional",
+                 options={"partial_rotary_factor": 0.5})
+    assert found.rope.methods["proportional"].wavelength.tolist()[2:] == [math.inf, math.inf]
     assert (write_plan(found, tmp_path / "out") / "frequencies.png").stat().st_size > 10_000

@@ -119,12 +119,13 @@ def test_json_holds_only_json():
     def refuse(name: str):
         raise AssertionError(f"{name} is not JSON")
 
-    still = {"long_factor": [1.0, 1.0, 2.0, 1e308]}  # the last pair never turns
-    found = plan_rope(TINY, 256, method="longrope", options=still, schedule=[256])
+    still = {"partial_rotary_factor": 0.5}
+    found = plan_rope(TINY, 256, method="proportional", options=still, schedule=[256])
     text = json.dumps(to_json(found))
     read = json.loads(text, parse_constant=refuse)
-    assert read["methods"]["longrope"]["pairs"]["wavelength"][-1] is None
-    assert read["methods"]["critical"]["horizon"] is None or read["methods"]["critical"]["horizon"]
+    pairs = read["methods"]["proportional"]["pairs"]
+    assert pairs["wavelength"][2:] == pairs["slowdown"][2:] == [None, None]
+    assert read["methods"]["proportional"]["horizon"] is None  # two pairs always agree
 
 
 def test_pairs_table_has_a_line_for_each_pair():

@@ -98,15 +98,16 @@ def test_states_reach_and_counts():
 
 
 def test_a_pair_that_stands_still():
-    """Proportional RoPE: no turn, no wavelength, nothing lost when it stood still before."""
-    still = RopeSpec(rope_theta=1e4, rotary_dim=4, original_len=64, scaling={
-        "rope_type": "longrope", "factor": 1.0, "short_factor": [1.0, math.inf],
-        "long_factor": [1.0, math.inf], "attention_factor": 1.0})
-    found = analyse(still, still, 64)
-    assert_close(found.slowdown, torch.ones(2, dtype=torch.float64), rtol=0, atol=0)
-    assert found.wavelength.tolist() == [2 * PI, math.inf]
-    assert found.states == [NATIVE, NEVER]
-    assert found.movement.tolist() == [0, 0]
+    """Proportional RoPE: no turn, no wavelength; nothing lost where it stood still before."""
+    plain = RopeSpec(rope_theta=1e4, rotary_dim=4, original_len=64)
+    still = replace(plain, scaling={"rope_type": "proportional", "partial_rotary_factor": 0.5})
+    same, stopped = analyse(still, still, 64), analyse(still, plain, 64)
+    assert same.wavelength.tolist() == stopped.wavelength.tolist() == [2 * PI, math.inf]
+    assert same.slowdown.tolist() == [1, 1]
+    assert stopped.slowdown.tolist() == [1, math.inf]
+    assert same.movement.tolist() == [0, 0]
+    assert float(stopped.movement[1]) > 0
+    assert same.states == [NATIVE, NEVER]
 
 
 @pytest.mark.parametrize("native", [LLAMA3, SMOLLM2, TINY], ids=["llama3", "smollm2", "tiny"])
@@ -133,6 +134,17 @@ def test_movement_orders_rescalings_as_a_siblings_skill_fell():
     for trials in (smollm2, tiny):
         moved = [trial.mean_movement for trial in trials]
         assert moved == sorted(moved)
+
+
+def test_a_list_of_its_own_for_short_rows_moves_nothing():
+    """longrope with two lists: rows of the native length are read as before."""
+    ones, twos = [1.0] * 16, [2.0] * 16
+    found = after("longrope", TINY, 1024, long_factor=twos, short_factor=ones)
+    assert_close(found.slowdown, torch.full((16,), 2.0, dtype=torch.float64), rtol=0, atol=0)
+    assert_close(found.movement, torch.zeros(16, dtype=torch.float64), rtol=0, atol=0)
+    assert_close(found.phase_shift, torch.zeros(16, dtype=torch.float64), rtol=0, atol=0)
+    one_list = after("longrope", TINY, 1024, long_factor=twos)
+    assert float(one_list.movement.min()) > 1e-6
 
 
 def test_a_slow_pair_may_be_slowed_but_not_a_fast_one():
