@@ -1,0 +1,139 @@
+"""A search with its models and its text in memory."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from extend.errors import RecipeError
+from extend.model_config import ModelConfig, read_config
+from extend.search.candidates import analytic_candidates
+from extend.search.data import HELD_OUT, SEARCH, Sizes, SplitData, build_splits
+from extend.search.front import Bootstrap
+from extend.search.goals import Judge
+from extend.search.lab import Lab
+from extend.search.measure import Meter
+from extend.search.models import (
+    check_sibling,
+    choose_device,
+    load_model,
+    load_tokenizer,
+    make_siblings,
+)
+from extend.search.report import Outcome
+from extend.search.settings import Settings
+from extend.search.statistics import Statistics, needle_bootstrap
+from extend.search.store import EVALUATIONS_NAME, EvaluationStore
+from extend.search.strategy import Strategy, least_budget, make_plan
+
+logger = logging.getLogger(__name__)
+
+_ANSWERS = 1.5  # nats a token; digits that are guessed cost 2.3
+_MANY, _ONE = 16, 1  # facts in a row, as a large and as a tiny model can answer them
+_ROWS = {_ONE: 24}
+_FEW_ROWS = 4
+_MADE_SIBLINGS = 2
+
+
+class Session:
+    """Loads what a search needs, checks that text suffices, and finds out how to ask the model.
+
+    Attributes:
+        plan: how the budget will be spent.
+        native_needle: facts in a row -> needle loss of the unchanged model at its native length.
+
+    Raises:
+        ExtendError: what `extend.search.search` lists.
+    """
+
+    def __init__(self, settings: Settings, config: ModelConfig):
+        self.settings, self.config = settings, config
+        siblings = settings.named_siblings()
+        for path in siblings.values():
+            check_sibling(config, read_config(path))
+        self.analytic, self.refused = analytic_candidates(config.rope, settings.target_len)
+        tokenizer = load_tokenizer(settings.model)
+        splits = self._build_splits(tokenizer, list(siblings) or _made_names())
+        device = choose_device()
+        base = load_model(settings.model, device)
+        if siblings:
+            models = {name: load_model(path, device) for name, path in siblings.items()}
+        else:
+            models = make_siblings(base, _made_names(), settings.drift, settings.seed)
+        self.meter = Meter(base, models, splits, settings.target_len)
+        self.native_needle: dict[int, float] = {}
+        self.sizes = self._choose_sizes()
+        self._use(self.sizes)
+        for split in self.meter.splits.values():  # what cannot work is said before hours of work
+            split.rows(settings.target_len)
+        self.plan = make_plan(config.rope.original_len, settings.target_len,
+                              budget=settings.budget, num_analytic=len(self.analytic),
+                              spent=len(self.native_needle))
+        least = least_budget(len(self.analytic), len(self.native_needle))
+        if settings.budget < least:
+            raise RecipeError(f"budget is {settings.budget} but {least} evaluations are the least: "
+                              f"{len(self.analytic)} analytic methods, the model as it is, and a "
+                              "few to search and to check with; give more")
+
+    def fingerprint(self) -> dict[str, object]:
+        """What decides an evaluation's values."""
+        model = self.meter.base.model
+        return {**self.settings.fingerprint(), "rows": self.sizes.rows,
+                "needles": self.sizes.needles, "device": model.device.type,
+                "dtype": str(model.dtype).removeprefix("torch.")}
+
+    def run(self, out: Path) -> Outcome:
+        """Search, writing every evaluation to `out`."""
+        settings = self.settings
+        store = EvaluationStore(out / EVALUATIONS_NAME, self.fingerprint())
+        if len(store):
+            logger.info("%d evaluations are there already", len(store))
+        lab = Lab(self.meter, store, budget=settings.budget, spent=len(self.native_needle))
+        splits = self.meter.splits
+        judge = Judge(settings.target_len, settings.reach,
+                      needle_bootstrap(splits[SEARCH], settings.target_len),
+                      Bootstrap.of_items(len(splits[SEARCH].short), seed=1))
+        chosen = Strategy(lab, self.config.rope, settings.target_len, self.analytic, self.plan,
+                          judge, merge_safe=settings.merge_safe, seed=settings.seed).run()
+        measured = [split for split in (SEARCH, HELD_OUT) if lab.results(settings.target_len,
+                                                                         split)]
+        return Outcome(lab, settings.target_len, chosen, {
+            split: Statistics(splits[split], settings.target_len,
+                              lab.results(settings.target_len, split)[0]) for split in measured})
+
+    def _build_splits(self, tokenizer: object, names: list[str]) -> dict[str, SplitData]:
+        settings = self.settings
+        sizes = Sizes(rows=settings.rows or _FEW_ROWS, needles=settings.needles or _MANY,
+                      short_tokens=settings.short_tokens, sibling_tokens=settings.sibling_tokens)
+        return build_splits(tokenizer, settings.text, settings.sibling_texts(names),
+                            native_len=self.config.rope.original_len,
+                            target_len=settings.target_len, sizes=sizes, seed=settings.seed)
+
+    def _choose_sizes(self) -> Sizes:
+        """Ask the model at its native length: 16 facts a row, or one when it cannot answer 16."""
+        sizes = self.meter.splits[SEARCH].sizes
+        offered = [self.settings.needles] if self.settings.needles else [_MANY, _ONE]
+        for needles in offered:
+            rows = self.settings.rows or _ROWS.get(needles, _FEW_ROWS)
+            self._use(replace(sizes, needles=needles, rows=rows))
+            losses = self.meter.needle(self.config.rope, self.config.rope.original_len, SEARCH)
+            self.native_needle[needles] = sum(losses) / len(losses)
+            logger.info("native length %d, %d facts a row: needle loss %.3f",
+                        self.config.rope.original_len, needles, self.native_needle[needles])
+            if self.native_needle[needles] <= _ANSWERS:
+                break
+        best = min(self.native_needle, key=lambda needles: self.native_needle[needles])
+        if self.native_needle[best] > _ANSWERS:
+            logger.warning("the model answers hidden facts with a loss of %.2f nats a token at its "
+                           "own length (guessing costs 2.3): needle losses at the target will say "
+                           "little", self.native_needle[best])
+        return replace(sizes, needles=best,
+                       rows=self.settings.rows or _ROWS.get(best, _FEW_ROWS))
+
+    def _use(self, sizes: Sizes) -> None:
+        self.meter.splits = {name: replace(split, sizes=sizes, rows_by_length={})
+                             for name, split in self.meter.splits.items()}
+
+
+def _made_names() -> list[str]:
+    return [f"delta {number + 1}" for number in range(_MADE_SIBLINGS)]
+
