@@ -23,9 +23,10 @@ SIDECAR_WEIGHTS = "extend_sidecar.safetensors"
 SCHEMA = 1
 HEAD_NAME = "lm_head.weight"
 EMBEDDING_SUFFIX = "embed_tokens.weight"
-WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
-_CONTEXT_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings",
-                 "original_max_position_embeddings", *WINDOW_KEYS)
+WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
+               "sliding_window_pattern")
+_CONTEXT_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq",
+                 "max_position_embeddings", "original_max_position_embeddings", *WINDOW_KEYS)
 _DERIVED_SUFFIX = "rotary_emb.inv_freq"  # a buffer that old checkpoints stored; config decides it
 _MAX_LISTED = 8
 
@@ -117,6 +118,8 @@ class RopeChange(_Frozen):
 
     `before` and `after` are `RopeSpec.to_json`; `config_keys` are the RoPE, length and
     sliding-window keys of the long model, in every spelling that `write_rope` writes.
+    `by_layer_type` is the RoPE of layers other than those with full attention, which is the same
+    before and after.
     """
 
     before: dict[str, Any]
@@ -124,6 +127,7 @@ class RopeChange(_Frozen):
     max_position_embeddings_before: int
     max_position_embeddings_after: int
     config_keys: dict[str, Any]
+    by_layer_type: dict[str, dict[str, Any]] = {}
 
     @classmethod
     def between(cls, before: ModelConfig, after: ModelConfig) -> "RopeChange":
@@ -131,7 +135,9 @@ class RopeChange(_Frozen):
         return cls(before=before.rope.to_json(), after=after.rope.to_json(),
                    max_position_embeddings_before=before.max_position_embeddings,
                    max_position_embeddings_after=after.max_position_embeddings,
-                   config_keys={k: written[k] for k in _CONTEXT_KEYS if k in written})
+                   config_keys={k: written[k] for k in _CONTEXT_KEYS if k in written},
+                   by_layer_type={kind: rope.to_json()
+                                  for kind, rope in after.rope_by_layer_type.items()})
 
     def apply(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """Return a copy of the config `raw` with the long model's context.
@@ -214,7 +220,8 @@ def read_sidecar(directory: Path) -> Sidecar | None:
                               "extract the adapter again")
     try:
         sidecar = Sidecar.model_validate(data)
-        RopeSpec.from_json(sidecar.rope.before), RopeSpec.from_json(sidecar.rope.after)
+        for rope in (sidecar.rope.before, sidecar.rope.after, *sidecar.rope.by_layer_type.values()):
+            RopeSpec.from_json(rope)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -9,6 +9,8 @@ from extend.checkpoint import FLOAT_DTYPES, TensorInfo
 from extend.errors import CompatibilityError, RecipeError
 from extend.model_config import ModelConfig, RopeSpec, read_config
 
+_MAX_SHOWN = 4  # entries of a list
+
 
 def context_change(adapter: Adapter, target: ModelConfig,
                    rope_from: Path | str | None) -> RopeChange:
@@ -53,6 +55,7 @@ def check_fit(adapter: Adapter, config: ModelConfig, infos: Mapping[str, TensorI
         target = ModelIdentity.of(config, infos)
         problems += adapter.sidecar.base.differences(target, "the adapter's base", "the target")
         problems += rope_problems(RopeSpec.from_json(adapter.sidecar.rope.before), config.rope)
+        problems += layer_type_problems(adapter.sidecar.rope, config)
     if not problems:
         problems += module_problems(adapter, config, infos)
     if problems:
@@ -68,9 +71,29 @@ def rope_problems(base: RopeSpec, target: RopeSpec) -> list[str]:
     scaled.
     """
     before, now = _rope_keys(base), _rope_keys(target)
-    return [f"RoPE {key} is {before.get(key, 'not set')} in the adapter's base but "
-            f"{now.get(key, 'not set')} in the target"
+    return [f"RoPE {key} is {_shown(before.get(key))} in the adapter's base but "
+            f"{_shown(now.get(key))} in the target"
             for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+
+
+def _shown(value: object) -> str:
+    """A value for a message; of a long list, its first entries."""
+    if isinstance(value, list) and len(value) > _MAX_SHOWN:
+        first = ", ".join(f"{entry:g}" for entry in value[:_MAX_SHOWN])
+        return f"[{first}, ... {len(value)} in all]"
+    return "not set" if value is None else str(value)
+
+
+def layer_type_problems(change: RopeChange, target: ModelConfig) -> list[str]:
+    """The same for the layers without full attention that have a RoPE of their own."""
+    base = {kind: RopeSpec.from_json(rope) for kind, rope in change.by_layer_type.items()}
+    here = target.rope_by_layer_type
+    lines = [f"{kind}: {line}" for kind in base if kind in here
+             for line in rope_problems(base[kind], here[kind])]
+    if set(base) != set(here):
+        lines.append(f"layer types with a RoPE of their own are {', '.join(base) or 'none'} in the "
+                     f"adapter's base but {', '.join(here) or 'none'} in the target")
+    return lines
 
 
 def _rope_keys(rope: RopeSpec) -> dict[str, object]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from extend.errors import CheckpointError, CompatibilityError
 from extend.model_config.families import SLIDING
-from extend.model_config.rope_read import read_rope
+from extend.model_config.rope_read import head_dim_of, read_rope
 from extend.model_config.rope_spec import RopeSpec
 
 
@@ -98,8 +98,8 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
         return raw[key]
 
     heads = int(need("num_attention_heads"))
-    head_dim = int(raw.get("head_dim") or int(need("hidden_size")) // heads)
-    need("max_position_embeddings")
+    need("hidden_size"), need("max_position_embeddings")
+    head_dim = head_dim_of(raw)
     rope, others = read_rope(raw, head_dim, path)
     return ModelConfig(
         path=path, raw=dict(raw), architecture=(raw.get("architectures") or ["unknown"])[0],

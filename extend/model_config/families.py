@@ -24,6 +24,10 @@ _FAMILY_PARTIAL = {
     "qwen3_next": 0.25, "recurrent_gemma": 0.5, "stablelm": 0.25}
 # Scaled unless the config says otherwise: with no RoPE keys at all there is nothing to go by.
 _SCALED = frozenset({"apertus", "cwm", "gpt_oss", "ministral3", "mistral4"})
+# Families whose config class loads no scaled RoPE but this.
+_ONLY_LONGROPE = frozenset({"phi3", "phi4_multimodal", "phimoe"})
+WANTS_MSCALES = frozenset({"phimoe"})
+"""Families that do not load without `short_mscale` and `long_mscale`."""
 # One RoPE for each type of layer, in no spelling but a nested rope_parameters.
 _NESTED_ONLY = frozenset({"laguna", "lfm3", "mellum", "mimo_v2_flash", "modernbert",
                           "modernbert-decoder", "neomme", "step3p5"})
@@ -58,6 +62,14 @@ def default_theta(model_type: str) -> float:
 def default_partial(model_type: str) -> float:
     """Rotated share of each head where no key names it."""
     return _FAMILY_PARTIAL.get(model_type, 1.0)
+
+
+def check_type(family: str, rope_type: str) -> None:
+    """Raise CompatibilityError where transformers does not load the family with such RoPE."""
+    if family in _ONLY_LONGROPE and rope_type not in ("default", "longrope"):
+        raise CompatibilityError(f"transformers loads model_type {family!r} with plain RoPE or "
+                                 f"longrope only, not with {rope_type}; choose a method that "
+                                 "changes theta, longrope, or resonance: true with this one")
 
 
 def check_family(raw: Mapping[str, object], nested: Mapping[str, object] | None,

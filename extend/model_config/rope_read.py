@@ -52,6 +52,19 @@ def read_rope(raw: Mapping[str, Any], head_dim: int,
     return specs.pop(FULL), specs
 
 
+def head_dim_of(raw: Mapping[str, Any]) -> int:
+    """Channels of a head."""
+    given = next((raw[key] for key in ("head_dim", "attention_head_dim", "kv_channels")
+                  if raw.get(key)), None)
+    return int(given or int(raw["hidden_size"]) // int(raw["num_attention_heads"]))
+
+
+def is_nested(raw: Mapping[str, Any]) -> bool:
+    """Whether RoPE entries are nested by layer type."""
+    return any(isinstance(value, Mapping) for place in _PLACES
+               for value in (raw.get(place) or {}).values())
+
+
 def entries_by_layer_type(raw: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any]]:
     """RoPE entries for each type of layer; one item, `FULL`, where all layers are alike.
 
@@ -145,15 +158,16 @@ def _read_spec(raw: Mapping[str, Any], layer_type: str, entry: Mapping[str, Any]
         raise CompatibilityError(f"{path}: rope_type {kind!r} is not supported; known are default, "
                                  f"{', '.join(SCALED_TYPES)}")
     theta = _theta(raw, layer_type, entry.pop("rope_theta", None), path)
-    partial = _partial(raw, entry.pop("partial_rotary_factor", None), head_dim, path)
+    partial = read_partial(raw, entry.pop("partial_rotary_factor", None), path)
     rotary_dim = int(raw.get("qk_rope_head_dim") or int(head_dim * partial))
     native = int(raw["max_position_embeddings"])
     if kind == "default":
         _check_idle(entry, path)
         return RopeSpec(rope_theta=theta, rotary_dim=rotary_dim, original_len=native)
     if kind == "proportional":  # a share of the pairs turns, the others stand still
-        entry["partial_rotary_factor"], rotary_dim = partial, head_dim
-    elif kind != "dynamic":  # that counts from max_position_embeddings whatever else there is
+        entry["partial_rotary_factor"] = partial
+        rotary_dim = int(raw.get("qk_rope_head_dim") or head_dim)
+    if kind != "dynamic":  # that counts from max_position_embeddings whatever else there is
         native = int(agreed(NATIVE_KEY, {"at the top": raw.get(NATIVE_KEY),
                                          "in its RoPE entries": entry.get(NATIVE_KEY)},
                             path) or native)
@@ -185,17 +199,15 @@ def _theta(raw: Mapping[str, Any], layer_type: str, inner: Any, path: Path) -> f
     return theta
 
 
-def _partial(raw: Mapping[str, Any], inner: Any, head_dim: int, path: Path) -> float:
-    """Rotated share of each head."""
+def read_partial(raw: Mapping[str, Any], inner: Any, path: Path) -> float:
+    """The rotated share of each head; `inner` is what the RoPE entries say, or None."""
     places = {_at_top(key, "partial_rotary_factor"): None if raw.get(key) is None
               else float(raw[key]) for key in PARTIAL_KEYS}
     if raw.get("rotary_dim") is not None:
-        places["at the top (rotary_dim / head_dim)"] = raw["rotary_dim"] / head_dim
+        places["at the top (rotary_dim / head_dim)"] = raw["rotary_dim"] / head_dim_of(raw)
     if inner is not None:
         # In nested entries a layer type may have another share than the rest of the model.
-        nested = any(isinstance(value, Mapping) for value in
-                     (raw.get("rope_parameters") or {}).values())
-        places = {} if nested else places
+        places = {} if is_nested(raw) else places
         places["in rope_parameters"] = float(inner)
     found = agreed("partial_rotary_factor", places, path)
     partial = default_partial(str(raw.get("model_type"))) if found is None else found
