@@ -1,0 +1,1 @@
+"""Parts of scripts/merge_safety.py: what RoPE changes do to the skills of fine-tunes."""
