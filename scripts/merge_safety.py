@@ -88,6 +88,7 @@ def run_share(args: argparse.Namespace, shard: int, shards: int) -> None:
     import torch
     from safety_trials import longs, trials
     from safety_trials.settings import STRENGTHS
+    from transformers.utils.logging import disable_progress_bar
 
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
