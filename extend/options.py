@@ -98,6 +98,8 @@ class RescaleOptions(RopeOptions):
     model: InputPath
     to: Length
     """Tokens, the context length the RoPE is made for."""
+    from_len: Length | None = None
+    """Native length of a model that is extended already: start again from plain RoPE there."""
     sliding_window: Literal["refuse", "drop", "keep"] = "refuse"
 
 

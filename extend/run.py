@@ -22,7 +22,8 @@ def _rescale(options: Any, out: Path) -> Path:
     from extend.rope import rescale
 
     return rescale(options.model, out, target_len=options.to, method=options.method,
-                   sliding_window=options.sliding_window, overwrite=True, **options.options)
+                   from_len=options.from_len, sliding_window=options.sliding_window,
+                   overwrite=True, **options.options)
 
 
 def _train(options: Any, out: Path) -> Path:

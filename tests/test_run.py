@@ -14,6 +14,7 @@ from extend.adapter import extract
 from extend.errors import CheckpointError, RecipeError
 from extend.manifest import MANIFEST_NAME, hash_content, hash_files
 from extend.merge import merge
+from extend.model_config import read_config
 from extend.rope import rescale
 from extend.run import RUN_RECORD, run
 from tests.adapter_format.tiny_models import make_models
@@ -118,6 +119,16 @@ def test_a_run_gives_what_its_stages_give_by_hand(project, tmp_path):
     rescale(by_hand / "wide", by_hand / "wider", target_len=4096, method="ntk")
     for name in ("merged", "wide", "wider"):
         assert hash_files(project.out / name) == hash_files(by_hand / name)
+
+
+def test_a_recipe_may_start_again_from_a_native_length(fresh):
+    native = read_config(fresh.root / "models" / "base").max_position_embeddings
+    recipe = RECIPE.replace("to: 1k, method: ntk", "to: 1k, method: yarn").replace(
+        "to: 4k, method: ntk", f"to: 4k, method: yarn, from_len: {native}")
+    fresh.recipe.write_text(recipe)
+    fresh.run()
+    rope = read_config(fresh.out / "wider").rope
+    assert (rope.original_len, rope.scaling["factor"]) == (native, 4096 / native)
 
 
 def test_a_second_run_skips_everything_and_says_so(fresh):
