@@ -31,7 +31,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from extend.evaluate.tasks.passkey import NEEDLE, QUESTION, Passkey
 from extend.haystack import FILLER, INTRO, Haystack, split_answer
-from extend.output import atomic_directory
+from extend.model_config import read_config, write_rope
+from extend.output import atomic_directory, write_json
 from extend.train.retrieval import RetrievalRows
 
 NATIVE_LEN = 256
@@ -340,6 +341,8 @@ def write_model(model: LlamaForCausalLM, rows: RowMaker, out: Path) -> None:
     with atomic_directory(out, overwrite=True) as partial:
         model.save_pretrained(partial)
         rows.tokenizer.save_pretrained(partial)
+        config = read_config(partial)  # in every reader's spelling, where transformers has its own
+        write_json(partial / "config.json", write_rope(config.raw, config.rope, NATIVE_LEN))
 
 
 def write_lines(path: Path, lines: list[dict[str, str]]) -> None:
