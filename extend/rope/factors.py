@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from extend.errors import CompatibilityError, RecipeError
-from extend.model_config import RopeSpec
+from extend.model_config import NATIVE_KEY_TYPES, RopeSpec
 from extend.rope import frequencies
 
 
@@ -34,12 +34,19 @@ def check_plain(spec: RopeSpec) -> None:
             "from_len (--from), the length to start again from with plain RoPE")
 
 
-def describe_extension(spec: RopeSpec) -> str:
-    """From what to what a scaled RoPE was extended, such as `yarn from 8192 to 131072 tokens`."""
-    factor = spec.scaling.get("factor", 1)
-    reach = f" to {round(spec.original_len * factor)}" if factor != 1 else ""
-    start = f"from {spec.original_len}{reach}" if reach else f"for {spec.original_len}"
-    return f"rope_type {spec.rope_type!r} {start} tokens"
+def describe_extension(spec: RopeSpec, max_len: int | None = None) -> str:
+    """From what to what a scaled RoPE was extended, such as `rope_type 'yarn' from 8192 to 131072`.
+
+    Args:
+        max_len: tokens, the model's `max_position_embeddings` where it is known. A linear or
+            dynamic RoPE does not say which of the two lengths that is.
+    """
+    factor, native = float(spec.scaling.get("factor", 1)), spec.original_len
+    if max_len == native and factor > 1 and spec.rope_type not in NATIVE_KEY_TYPES:
+        return f"rope_type {spec.rope_type!r} by a factor of {factor:g} with {native} tokens"
+    reach = max(max_len or 0, round(native * factor))
+    lengths = f"from {native} to {reach}" if reach > native else f"for {native}"
+    return f"rope_type {spec.rope_type!r} {lengths} tokens"
 
 
 def check_above(name: str, value: object, bound: float) -> None:

@@ -236,16 +236,15 @@ def gradient_v1(spec: RopeSpec, target_len: int, *, factor: float = 4.0) -> Rope
 
 
 def gradient_v2(spec: RopeSpec, target_len: int) -> RopeSpec:
-    """`critical` cut to a whole number, as in Gradient's second series.
+    """`critical` rounded to a whole number, as in Gradient's second series.
 
-    Gives their published 283461213 (262K) and 3580165449 (1048K). Their 4194K model carries
-    45218125210, which is the value rounded instead of cut; this method gives 45218125209.
+    Gives all three of their thetas: 283461213 (262K), 3580165449 (1048K), 45218125210 (4194K).
 
     Source: solved from the `rope_theta` of the published gradientai/Llama-3 configs.
     """
     if extension_factor(spec, target_len) == 1:
         return spec
-    return _plain(spec, int(_critical_theta(spec, target_len)), target_len)
+    return _plain(spec, round(_critical_theta(spec, target_len)), target_len)
 
 
 def check_method(method: str, options: Mapping[str, Any]) -> None:

@@ -96,8 +96,8 @@ def starting_rope(config: ModelConfig, from_len: int | None = None) -> RopeSpec:
     if from_len is None:
         if rope.scaling:
             raise CompatibilityError(
-                f"{config.path}: the model is extended already, {describe_extension(rope)} "
-                f"(max_position_embeddings {config.max_position_embeddings}); start from the "
+                f"{config.path}: the model is extended already: "
+                f"{describe_extension(rope, config.max_position_embeddings)}. Start from the "
                 "checkpoint before that, or give from_len (--from), its native length, to start "
                 "again from plain RoPE")
         return rope

@@ -106,7 +106,7 @@ def broken_tokenizer(path: Path) -> None:
     (corrupt_header, CheckpointError, "damaged safetensors header"),
     (quantized, CompatibilityError, "quantized (gptq)"),
     (two_thetas, CompatibilityError, "rope_theta is 500000.0 at the top but 10000.0"),
-    (scaled, CompatibilityError, "scaled already (rope_type 'linear' from 256 tokens)"),
+    (scaled, CompatibilityError, "extended already: rope_type 'linear' by a factor of 2 with "),
     (other_vocabulary, CompatibilityError, "has shape (96, 64) but config.json asks for (97, 64)"),
     (other_heads, CompatibilityError, "k_proj.weight has shape (32, 64)"),
     (more_layers, CompatibilityError, "the weights hold 2 layers but config.json asks for 3"),

@@ -13,24 +13,23 @@ import pytest
 import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from extend.model_config import RopeSpec, read_config, write_rope
-from extend.rope import METHODS, rescale
+from extend.rope import rescale
 from extend.rope.frequencies import attention_factor, inv_freq
 from tests.rope.conftest import NATIVE
-from tests.rope.test_methods import LLAMA2, LLAMA3, REQUIRED, SMALL, call
+from tests.rope.specs import ANY_BASE, LLAMA3, TINY, call, options_for
 
 TARGET = 16 * NATIVE
 # Readers multiply max_position_embeddings by the factor of rope_type linear, and of no other type.
-NOT_LINEAR = [m for m in METHODS if m != "linear"]
+NOT_LINEAR = [m for m in ANY_BASE if m != "linear"]
 
 
-@pytest.fixture(params=METHODS)
+@pytest.fixture(params=[*ANY_BASE, "yarn with resonance"])
 def written(request, llama, tmp_path) -> tuple[str, Path, RopeSpec]:
-    method = request.param
+    method, _, resonance = request.param.partition(" with ")
     out = rescale(llama, tmp_path / "out", target_len=TARGET, method=method,
-                  **REQUIRED.get(method, {}))
+                  **options_for(method, TINY), **({"resonance": True} if resonance else {}))
     return method, out, read_config(out).rope
 
 
@@ -41,7 +40,7 @@ def config_of(directory: Path) -> dict:
 # --- frequencies ---
 
 def closed_form(theta: float, dim: int, scaling: dict, original: int) -> np.ndarray:
-    """inv_freq [dim / 2], pair by pair, from the definitions of the four rope types."""
+    """inv_freq [dim / 2], pair by pair, from the definitions of the rope types."""
     found = []
     for i in range(dim // 2):
         plain = theta ** (-2 * i / dim)
@@ -51,6 +50,10 @@ def closed_form(theta: float, dim: int, scaling: dict, original: int) -> np.ndar
             kept = 1.0
         elif kind == "linear":
             kept = 0.0
+        elif kind == "longrope":
+            kept, factor = 0.0, scaling["long_factor"][i]
+        elif kind == "proportional":
+            kept = 1.0 if i < dim * scaling["partial_rotary_factor"] // 2 else math.inf
         elif kind == "llama3":
             low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
             kept = (original * plain / (2 * math.pi) - low) / (high - low)
@@ -59,6 +62,9 @@ def closed_form(theta: float, dim: int, scaling: dict, original: int) -> np.ndar
                            for count in (32, 1))
             first, last = max(math.floor(first), 0), min(math.ceil(last), dim - 1)
             kept = 1 - (i - first) / (last - first)
+        if kept == math.inf:
+            found.append(0.0)
+            continue
         kept = min(max(kept, 0.0), 1.0)
         found.append(kept * plain + (1 - kept) * plain / factor)
     return np.array(found)
@@ -105,28 +111,40 @@ def test_every_reader_finds_the_same_frequencies(reader, written):
                                rtol=1e-13)  # fp64, two orders of the same operations
 
 
-@pytest.mark.parametrize("base", [LLAMA3, LLAMA2, SMALL], ids=lambda s: str(s.rope_theta))
-@pytest.mark.parametrize("method", METHODS)
-def test_transformers_computes_the_same(method, base):
-    target = 16 * base.original_len
-    spec = call(method, base, target)
-    raw = {"model_type": "llama", "hidden_size": base.rotary_dim * 4, "num_attention_heads": 4,
-           "head_dim": base.rotary_dim, "rope_theta": base.rope_theta,
-           "max_position_embeddings": base.original_len}
-    config = LlamaConfig.from_dict(write_rope(raw, spec, target))
-    if spec.rope_type == "default":
-        module = LlamaRotaryEmbedding(config)
-        found, scaling = module.inv_freq, module.attention_scaling
-    else:
-        found, scaling = ROPE_INIT_FUNCTIONS[spec.rope_type](config, "cpu")
-    # fp32 powers: exponent and logarithm each round once, times ln(theta) of about 20.
-    torch.testing.assert_close(found.double(), inv_freq(spec), rtol=5e-6, atol=0)
-    assert scaling == pytest.approx(attention_factor(spec), rel=1e-14)
+# --- attention factor ---
+
+def attention_by_transformers(config: dict) -> float:
+    """Versions 4 and 5; they do not know the keys of vLLM."""
+    scaling = config["rope_scaling"] or {}
+    factor = scaling.get("factor", 1.0)
+    if scaling.get("rope_type") == "longrope":
+        return scaling.get("attention_factor") or math.sqrt(
+            1 + math.log(factor) / math.log(scaling["original_max_position_embeddings"]))
+    if scaling.get("rope_type") == "yarn":
+        return scaling.get("attention_factor") or 0.1 * math.log(factor) + 1
+    return 1.0
+
+
+def attention_by_vllm(config: dict) -> float:
+    """SGLang as well; they do not know attention_factor, and take the ratio of the lengths."""
+    scaling = config["rope_parameters"]
+    if scaling["rope_type"] == "longrope":
+        native = scaling["original_max_position_embeddings"]
+        ratio = config["max_position_embeddings"] / native
+        computed = math.sqrt(1 + math.log(ratio) / math.log(native)) if ratio > 1 else 1.0
+        return scaling.get("long_mscale", computed)
+    return 0.1 * math.log(scaling["factor"]) + 1 if scaling["rope_type"] == "yarn" else 1.0
+
+
+@pytest.mark.parametrize("reader", [attention_by_transformers, attention_by_vllm])
+def test_every_reader_finds_the_same_attention_factor(reader, written):
+    _, out, spec = written
+    assert reader(config_of(out)) == pytest.approx(attention_factor(spec), rel=1e-14)
 
 
 @pytest.mark.parametrize("options", [
     {"beta_fast": 4.0}, {"beta_slow": 0.5, "beta_fast": 8.0}, {"attention_factor": 1.5},
-    {"truncate": False}])
+    {"truncate": False}, {"mscale": 0.707, "mscale_all_dim": 1.0}])
 def test_transformers_computes_the_same_with_yarn_options(options):
     spec = call("yarn", LLAMA3, 131072, **options)
     raw = {"model_type": "llama", "hidden_size": 512, "num_attention_heads": 4,
@@ -153,9 +171,11 @@ def vllm_length(directory: Path) -> int:
     rope = config["rope_parameters"]
     if rope["rope_type"] == "yarn":  # as versions did before they took the length as it is
         return int(rope["original_max_position_embeddings"] * rope["factor"])
-    if rope["rope_type"] in ("default", "su", "longrope", "llama3"):
+    if rope["rope_type"] == "longrope":  # unless told how long a text may be
+        return config["original_max_position_embeddings"]
+    if rope["rope_type"] in ("default", "su", "llama3"):
         return found
-    return int(found * rope["factor"])
+    return int(found * rope.get("factor", 1))
 
 
 def sglang_length(directory: Path) -> int:
@@ -182,7 +202,7 @@ def test_every_reader_finds_the_same_length(reader, method, damaged, tmp_path):
                            "max_sequence_length", "max_seq_length", "seq_len"), NATIVE)
     path.write_text(json.dumps({**json.loads(path.read_text()), **stale}))
     out = rescale(damaged, tmp_path / "out", target_len=TARGET, method=method,
-                  **REQUIRED.get(method, {}))
+                  **options_for(method, TINY))
     assert reader(out) == TARGET
 
 

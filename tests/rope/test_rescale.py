@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from extend.checkpoint import Checkpoint
 from extend.manifest import MANIFEST_NAME, hash_content, hash_file, outputs_intact
 from extend.model_config import read_config
-from extend.rope import METHODS, rescale
+from extend.rope import rescale
 from extend.rope.frequencies import attention_factor, inv_freq
 from tests.rope.conftest import NATIVE
-from tests.rope.test_methods import REQUIRED
+from tests.rope.specs import ANY_BASE, TINY, options_for
 
 TARGET = 4 * NATIVE
 
@@ -28,11 +28,11 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ANY_BASE)
 def test_every_method_loads_and_generates(method, llama, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     out = rescale(llama, tmp_path / "out", target_len=TARGET, method=method,
-                  **REQUIRED.get(method, {}))
+                  **options_for(method, TINY))
     model = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager")
     spec = read_config(out).rope
     # transformers computes in fp32, where a power of theta is off by about 1e-6.
@@ -82,7 +82,7 @@ def test_manifest(llama, tmp_path):
     assert record["stage"] == "rescale"
     assert record["inputs"] == {"model": {"path": str(llama), "sha256": hash_content(llama)}}
     assert record["options"] == {"target_len": TARGET, "method": "yarn", "beta_fast": 16,
-                                 "sliding_window": "refuse"}
+                                 "sliding_window": "refuse", "from_len": None}
     assert record["results"]["rope_before"] == read_config(llama).rope.to_json()
     assert record["results"]["rope_after"] == read_config(out).rope.to_json()
     assert record["outputs"]["model.safetensors"]["sha256"] == hash_file(
@@ -90,13 +90,13 @@ def test_manifest(llama, tmp_path):
     assert outputs_intact(out) is None
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ANY_BASE)
 def test_reading_back_gives_the_same_rope(method, llama, tmp_path):
     out = rescale(llama, tmp_path / "out", target_len=TARGET, method=method,
-                  **REQUIRED.get(method, {}))
+                  **options_for(method, TINY))
     assert read_config(out).rope.to_json() == read(out / MANIFEST_NAME)["results"]["rope_after"]
     again = rescale(llama, tmp_path / "again", target_len=TARGET, method=method,
-                    **REQUIRED.get(method, {}))
+                    **options_for(method, TINY))
     assert hash_content(again) == hash_content(out)
 
 
