@@ -9,7 +9,7 @@ from extend.doctor.families import GEMMA3, head_dim_of, partial_default, theta_d
 from extend.doctor.length import length_question
 from extend.doctor.readers.found import conflicting_types, longrope_attention, yarn_attention
 from extend.doctor.reading import FULL, ModelFiles, yarn_mscale
-from extend.model_config import RopeSpec
+from extend.model_config import RopeSpec, depends_on_length
 
 _ORIGINAL = "original_max_position_embeddings"
 _COUNTS_FROM_NATIVE = ("llama3", "yarn", "longrope")
@@ -68,6 +68,7 @@ def decide(files: ModelFiles, choices: Choices, name_hint: str = "") -> Decision
                if k not in _NOT_SCALING and v is not None and not isinstance(v, Mapping)}
     scaling = {} if kind == "default" else _portable({"rope_type": kind, **scaling}, original,
                                                      length)
+    original = scaling.get(_ORIGINAL, original)
     if kind == "proportional":
         scaling, rotated = {**scaling, "partial_rotary_factor": share}, 1.0
     else:
@@ -193,10 +194,20 @@ def _portable(scaling: dict[str, Any], original: int, length: int) -> dict[str, 
     if kind == "yarn":
         return _portable_yarn(scaling, original, length)
     if kind == "longrope":
-        factor = scaling.setdefault("factor", length / original)
-        attention = longrope_attention(scaling, factor, original)
-        scaling.update(attention_factor=attention, short_mscale=attention, long_mscale=attention)
+        return _portable_longrope(scaling, original, length)
     return scaling
+
+
+def _portable_longrope(scaling: dict[str, Any], original: int, length: int) -> dict[str, Any]:
+    """One list needs no native length, and without one vLLM and SGLang add no factor of theirs."""
+    factor = scaling.get("factor") or length / original
+    attention = longrope_attention(scaling, factor, original)
+    both = {"attention_factor": attention}
+    if attention != 1 or depends_on_length(scaling):
+        both |= {"short_mscale": attention, "long_mscale": attention}
+    if depends_on_length(scaling):
+        return {**scaling, "factor": factor, **both}
+    return {**scaling, "factor": 1.0, _ORIGINAL: length, **both}
 
 
 def _portable_yarn(scaling: dict[str, Any], original: int, length: int) -> dict[str, Any]:

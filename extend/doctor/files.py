@@ -8,13 +8,14 @@ from typing import Any
 
 from extend.adapter_format.sidecar import SIDECAR_JSON, read_sidecar
 from extend.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
-from extend.doctor.reading import ModelFiles
+from extend.doctor.reading import FULL, ModelFiles
 from extend.errors import CheckpointError, CompatibilityError
 from extend.model_config import STALE_LENGTH_KEYS, read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 FILE_NAMES = ("config.json", "tokenizer_config.json", "generation_config.json")
 _LARGEST = 2**62  # tokens; a number above it is no length
+_LARGEST_THETA, _LARGEST_FACTOR = 1e30, 1e9  # beyond any use, and still far from an overflow
 _LENGTHS = ("max_position_embeddings", "original_max_position_embeddings", "sliding_window",
             "max_window_layers", "n_ctx", "max_target_positions", *STALE_LENGTH_KEYS)
 _COUNTS = ("hidden_size", "num_attention_heads", "num_hidden_layers", "head_dim")
@@ -122,15 +123,27 @@ def check_values(files: ModelFiles, directory: Path, name: str = FILE_NAMES[0]) 
     _check_numbers(config, where)
     for entries, place in _rope_entries(config):
         _check_numbers(entries, where, place)
-    layer_types = config.get("layer_types")
-    if layer_types is not None and not _are(layer_types, str):
-        _wrong(where, "layer_types", layer_types, "a list of names")
+    _check_names(config, where)
     cap = files.tokenizer_config.get("model_max_length")
     if cap is not None and not _is_number(cap, 0, math.inf):
         _wrong(str(directory / FILE_NAMES[1]), "model_max_length", cap, "a number above 0")
     longest = files.generation_config.get("max_length")
     if longest is not None and not _is_number(longest, 0, _LARGEST):
         _wrong(str(directory / FILE_NAMES[2]), "max_length", longest, "a number above 0")
+
+
+def _check_names(config: Mapping[str, Any], where: str) -> None:
+    types, kind = config.get("layer_types"), config.get("model_type")
+    if types is not None and not (isinstance(types, list)
+                                  and all(isinstance(name, str) for name in types)):
+        _wrong(where, "layer_types", types, "a list of names")
+    if kind is not None and not isinstance(kind, str):
+        _wrong(where, "model_type", kind, "a name")
+    for key in ("rope_scaling", "rope_parameters"):
+        for name, entries in (config.get(key) or {}).items():
+            if name in {FULL, "sliding_attention", *(types or ())} and not (
+                    entries is None or isinstance(entries, Mapping)):
+                _wrong(where, f"{key}.{name}", entries, "an object or null")
 
 
 def _refuse_other_rope(config: Mapping[str, Any], where: str) -> None:
@@ -172,15 +185,16 @@ def _problem(key: str, value: Any) -> str | None:
         whole = isinstance(value, int) and _is_number(value, least - 1, _LARGEST)
         return None if whole else f"a whole number from {least} to 2^62"
     if key in _THETAS:
-        return None if _is_number(value, 1, math.inf) else "a finite number above 1"
+        return None if _is_number(value, 1, _LARGEST_THETA) else "a number above 1, below 1e30"
     if key in _SHARES:
         return None if _is_number(value, 0, 1) or value == 1 else "a number above 0, at most 1"
     if key in _POSITIVE:
         least = -1.0 if key.startswith("mscale") else 0.0
-        return None if _is_number(value, least, math.inf) else "a finite number above 0"
+        right = _is_number(value, least, _LARGEST_FACTOR)
+        return None if right else "a number above 0, below 1e9"
     if key in _LISTS:
-        right = _are(value, int | float) and all(_is_number(v, 0, math.inf) for v in value)
-        return None if right else "a list of finite numbers above 0"
+        right = isinstance(value, list) and all(_is_number(v, 0, _LARGEST_FACTOR) for v in value)
+        return None if right else "a list of numbers above 0, below 1e9"
     if key in ("rope_type", "type"):
         return None if isinstance(value, str) else "a name"
     return None
@@ -189,10 +203,6 @@ def _problem(key: str, value: Any) -> str | None:
 def _is_number(value: Any, above: float, below: float) -> bool:
     return (isinstance(value, int | float) and not isinstance(value, bool)
             and above < value < below)
-
-
-def _are(value: Any, kind: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(v, kind) for v in value)
 
 
 def _wrong(where: str, key: str, value: Any, wanted: str) -> None:

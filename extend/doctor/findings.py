@@ -48,14 +48,26 @@ def compare(readings: Sequence[Reading], reference: Reading, portable: Sequence[
             is there as well cannot be avoided by any key.
         changes: what a fix would change, `file: key` to `before -> after`.
     """
-    stays = {r.reader: differences(r, reference) for r in portable}
+    after = {reading.reader: reading for reading in portable}
     groups: dict[tuple[str, str, bool], list[str]] = {}
     for reading in readings:
         for what, message in differences(reading, reference).items():
-            avoidable = stays.get(reading.reader, {}).get(what) != message
+            avoidable = reading.reader not in after or _changes(what, reading,
+                                                                after[reading.reader])
             groups.setdefault((what, message, avoidable), []).append(reading.reader)
     return [_finding(what, message, avoidable, readers, reference, changes)
             for (what, message, avoidable), readers in groups.items()]
+
+
+def _changes(what: str, before: Reading, after: Reading) -> bool:
+    """Whether a reader has another value of the quantity `what` in the portable form."""
+    quantity, _, layer = what.partition(" of ")
+    if not (before.layers and after.layers) or quantity == "loading":
+        return bool(before.refusal) != bool(after.refusal)
+    if quantity == "maximum length":
+        return before.max_len != after.max_len
+    mine, new = (r.layers.get(layer or FULL) or r.main for r in (before, after))
+    return not (mine.same_frequencies(new) and mine.same_attention(new))
 
 
 def differences(reading: Reading, reference: Reading) -> dict[str, str]:

@@ -58,7 +58,9 @@ def _without_contradictions(config: Mapping[str, Any], decision: Decision) -> di
         raw["rope_parameters"] = {**nested, FULL: {"rope_type": "default"}}
         raw.pop("rope_theta", None)
     share = decision.partial_rotary_factor
-    if share != partial_default(config) or "partial_rotary_factor" in config:
+    if decision.spec.rope_type == "proportional":  # a share of the pairs, in the scaling entry
+        raw.pop("partial_rotary_factor", None)
+    elif share != partial_default(config) or "partial_rotary_factor" in config:
         raw["partial_rotary_factor"] = share
     return raw
 

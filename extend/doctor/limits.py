@@ -13,6 +13,9 @@ def limit_remedy(what: str, readers: Sequence[str], reference: Reading) -> str:
         readers: the engines that differ.
         reference: the reading they should have.
     """
+    if what == "loading" or not reference.layers:
+        return ("give the entry that is missing or wrong, or leave out with --readers the engines "
+                "that do not know this RoPE")
     kind, length = reference.main.parameters["rope_type"], reference.max_len
     if what == "maximum length":
         flags = {"vllm": f"--max-model-len {length}", "vllm-old": f"--max-model-len {length}",
@@ -36,6 +39,8 @@ _LLAMA_CPP = {
               "use a method that changes theta alone (ntk, critical), or yarn",
     "longrope": "llama.cpp's converter keeps the factors of longrope for Phi-3 only; use a method "
                 "that changes theta alone (ntk, critical), or yarn",
+    "proportional": "llama.cpp's converter drops rope_type proportional; use a method that changes "
+                    "theta alone (ntk, critical), or yarn",
     "yarn": "llama.cpp always rounds the ends of YaRN's ramp to whole pairs; leave truncate true",
     "attention factor": "llama.cpp always takes 0.1 ln(factor) + 1; leave attention_factor at its "
                         "default",

@@ -117,5 +117,6 @@ def dynamic_at_once(found: Found, config: Mapping[str, Any]) -> LayerRope:
     growth = (factor * factor - (factor - 1)) ** (dim / (dim - 2)) if dim > 2 else 1.0
     theta = found.parameters["rope_theta"] * growth
     fixed = rope_of({**found.parameters, "rope_type": "default", "rope_theta": theta}, config, 1)
-    return LayerRope(parameters={**found.parameters, "rotary_dim": dim}, short=fixed.short,
-                     long=fixed.long, attention_factor=1.0)
+    used = {k: found.parameters[k] for k in ("rope_type", "rope_theta", "factor")}
+    return LayerRope(parameters={**used, "rotary_dim": dim}, short=fixed.short, long=fixed.long,
+                     attention_factor=1.0)

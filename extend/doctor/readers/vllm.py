@@ -115,7 +115,7 @@ def _multiplied(length: int, origin: str, found: Found) -> tuple[int, str]:
 def _compute(found: Found, config: Mapping[str, Any], max_len: int, *, old: bool) -> LayerRope:
     if config.get("dual_chunk_attention_config"):
         return _in_chunks(found, config)
-    if found.kind == "proportional":
+    if found.kind == "proportional" and not old:
         raise Unknown("whether it takes rope_type proportional for this model")
     if found.kind not in _KNOWN:
         raise Refused(f"rope_type {found.kind!r} is not one it knows")

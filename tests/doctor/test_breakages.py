@@ -1,0 +1,440 @@
+"""Known ways in which a checkpoint is read differently: each is found, named, and mended or asked.
+
+Every case says which readers an error concerns, what the message names, and what `--fix` does.
+"""
+
+import pytest
+
+from extend.doctor import doctor
+from extend.doctor.readers import READERS
+from extend.errors import CompatibilityError
+from tests.doctor.configs import (
+    DYNAMIC,
+    LINEAR,
+    LLAMA3,
+    LONG,
+    LONGROPE,
+    SIZES,
+    YARN,
+    llama,
+    load,
+    save,
+    scaled,
+)
+
+LENGTH = SIZES["max_position_embeddings"]
+PLAIN = {"rope_type": "default", "rope_theta": 5e5}
+
+
+def error(diagnosis, what):
+    """The one error about `what`."""
+    found = [f for f in diagnosis.errors if f.what == what]
+    assert len(found) == 1, diagnosis.to_text()
+    return found[0]
+
+
+def theta_of(diagnosis):
+    return {r.reader: r.main.parameters["rope_theta"] for r in diagnosis.readings}
+
+
+def lengths_of(diagnosis):
+    return {r.reader: r.max_len for r in diagnosis.readings}
+
+
+def check_cured(directory, out, **options):
+    """A fix is written, passes, and leaves the input as it was."""
+    before = load(directory)
+    written = doctor(directory, fix=True, out=out, **options)
+    assert written.ok and written.output == out
+    assert load(directory) == before
+    again = doctor(out, readers=options.get("readers"))
+    assert again.ok and not again.changes
+    return again
+
+
+# --- theta ---
+
+def test_new_keys_only(tmp_path):
+    model = save(tmp_path / "model", llama(rope_parameters=PLAIN))
+    found = doctor(model)
+    assert not found.ok
+    problem = error(found, "frequencies")
+    assert set(problem.readers) == {"transformers-4.4", "transformers-4", "vllm-old"}
+    assert "rope_theta 10000" in problem.message and "500000" in problem.message
+    assert "rope_theta" in problem.remedy and "config.json" in problem.remedy
+    assert found.changes["config.json: rope_theta"] == "(absent) -> 500000.0"
+    cured = check_cured(model, tmp_path / "out")
+    assert set(theta_of(cured).values()) == {5e5}
+
+
+def test_two_thetas_are_asked_for(tmp_path):
+    model = save(tmp_path / "model", llama(rope_theta=1e6, rope_parameters=PLAIN))
+    found = doctor(model)
+    assert theta_of(found)["transformers-4"] == 1e6 and theta_of(found)["vllm"] == 5e5
+    assert len(found.questions) == 1 and "--theta" in found.questions[0]
+    assert "1000000 (rope_theta)" in found.questions[0]
+    assert "500000 (rope_parameters.rope_theta)" in found.questions[0]
+    with pytest.raises(CompatibilityError, match="only you can decide.*--theta"):
+        doctor(model, fix=True, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    cured = check_cured(model, tmp_path / "out", theta=5e5)
+    assert set(theta_of(cured).values()) == {5e5}
+
+
+def test_theta_hidden_by_a_scaling(tmp_path):
+    """The one theta of the file stands where the readers that see the scaling do not look."""
+    model = save(tmp_path / "model", llama(
+        rope_scaling=YARN, rope_parameters={"rope_theta": 5e5, **YARN}))
+    found = doctor(model)
+    assert set(theta_of(found).values()) == {1e4}
+    assert {name for f in found.errors for name in f.readers} == set(READERS)
+    assert all("10000" in f.message and "500000" in f.message for f in found.errors)
+    assert set(theta_of(check_cured(model, tmp_path / "out")).values()) == {5e5}
+
+
+# --- lengths ---
+
+@pytest.mark.parametrize("entries", [LINEAR, {"rope_type": "linear", "factor": 2.0}])
+def test_doubled_length_is_named_with_the_flag_that_prevents_it(entries, tmp_path):
+    model = save(tmp_path / "model", scaled(entries))
+    problem = error(doctor(model), "maximum length")
+    assert set(problem.readers) == {"vllm-old", "vllm", "sglang"}
+    assert f"x factor {entries['factor']:g}" in problem.message
+    assert str(int(LENGTH * entries["factor"])) in problem.message
+    assert f"--max-model-len {LENGTH}" in problem.remedy
+    assert f"--context-length {LENGTH}" in problem.remedy
+    with pytest.raises(CompatibilityError, match="no form of the configuration"):
+        doctor(model, fix=True)
+    assert doctor(model, readers=["transformers-4", "transformers-5", "llama.cpp"]).ok
+
+
+def test_tokenizer_cap(tmp_path):
+    model = save(tmp_path / "model", scaled(YARN), tokenizer={"model_max_length": 256, "x": 1})
+    problem = error(doctor(model), "maximum length")
+    assert problem.readers == ("vllm",)
+    assert "tokenizer_config.json model_max_length" in problem.message
+    assert "model_max_length in tokenizer_config.json" in problem.remedy
+    check_cured(model, tmp_path / "out")
+    assert load(tmp_path / "out", "tokenizer_config.json") == {"model_max_length": LENGTH, "x": 1}
+
+
+@pytest.mark.parametrize("cap", [LENGTH, 8 * LENGTH, 1e30, None])
+def test_a_tokenizer_that_takes_more_is_no_problem(cap, tmp_path):
+    model = save(tmp_path / "model", scaled(YARN), tokenizer={"model_max_length": cap})
+    found = doctor(model)
+    assert found.ok and not any("token" in f.what for f in found.findings)
+
+
+@pytest.mark.parametrize("key", ["seq_length", "max_sequence_length", "model_max_length",
+                                 "max_seq_len", "n_positions"])
+def test_stale_length(key, tmp_path):
+    model = save(tmp_path / "model", llama(rope_theta=5e5, **{key: 512}))
+    problem = error(doctor(model), "maximum length")
+    assert "vllm" in problem.readers and f"512 tokens ({key})" in problem.message
+    assert f"{key} in config.json" in problem.remedy
+    check_cured(model, tmp_path / "out")
+    assert key not in load(tmp_path / "out")
+
+
+def test_larger_length_in_another_key_is_asked_for(tmp_path):
+    model = save(tmp_path / "model", llama(rope_theta=5e5, seq_length=8 * LENGTH))
+    assert "seq_length 32768" in doctor(model).questions[0]
+    cured = check_cured(model, tmp_path / "out", max_length=8 * LENGTH)
+    assert set(lengths_of(cured).values()) == {8 * LENGTH}
+
+
+def test_generation_max_length(tmp_path):
+    model = save(tmp_path / "model", scaled(YARN), generation={"max_length": 256, "top_p": 0.9})
+    problem = error(doctor(model), "generation length")
+    assert "stops at 256 tokens" in problem.message
+    assert doctor(model, readers=["vllm", "sglang"]).ok
+    check_cured(model, tmp_path / "out")
+    assert load(tmp_path / "out", "generation_config.json") == {"top_p": 0.9}
+
+
+@pytest.mark.parametrize("cap", [20, LENGTH, 2 * LENGTH])
+def test_generation_lengths_that_do_no_harm(cap, tmp_path):
+    """20 is transformers' own default, which it replaces."""
+    assert doctor(save(tmp_path / "m", scaled(YARN), generation={"max_length": cap})).ok
+
+
+# --- max_position_embeddings: 1234 ---
+
+GRADIENT = llama(hidden_size=4096, num_attention_heads=32, rope_theta=45218125210.0,
+                 rope_scaling=None, max_position_embeddings=1234)
+
+
+def test_implausible_length_is_asked_for(tmp_path):
+    model = save(tmp_path / "model", GRADIENT)
+    found = doctor(model)
+    assert set(lengths_of(found).values()) == {1234} and not found.errors  # they do agree
+    assert not found.ok and "--max-length" in found.questions[0]
+    assert "no multiple of 8" in found.questions[0] and "theta" in found.questions[0]
+    assert "No file says the true length" in found.questions[0]
+    cured = check_cured(model, tmp_path / "out", max_length=4194304)
+    assert set(lengths_of(cured).values()) == {4194304}
+
+
+@pytest.mark.parametrize(("hint", "text"), [
+    ({"sliding_window": 4096}, "sliding_window is 4096"),
+    ({"_name_or_path": "org/llama-3-8b-4194k"}, "4194k")])
+def test_more_hints(hint, text, tmp_path):
+    model = save(tmp_path / "model", {**GRADIENT, **hint})
+    assert text in doctor(model).questions[0]
+
+
+def test_hints_of_the_tokenizer_and_the_directory(tmp_path):
+    model = save(tmp_path / "llama-4194k", {**GRADIENT, "rope_theta": 5e5},
+                 tokenizer={"model_max_length": 4194304})
+    question = doctor(model).questions[0]
+    assert "model_max_length is" in question and "4194k" in question
+
+
+def test_one_weak_hint_is_a_warning(tmp_path):
+    model = save(tmp_path / "llama-8b-128k", llama(rope_theta=5e5, rope_parameters=PLAIN))
+    found = doctor(model)
+    assert found.ok
+    assert [f.severity for f in found.findings if f.what == "max_position_embeddings"] == [
+        "warning"]
+
+
+@pytest.mark.parametrize(("theta", "length"), [
+    (1e4, 4096), (5e5, 8192), (1e6, 32768), (283461213.0, 262144), (3580165449.0, 1048576),
+    (1e7, 1010000), (8e6, 65536), (1e6, 131072), (1e5, 2048), (1e6, 32768)])
+def test_lengths_of_released_models_are_plausible(theta, length, tmp_path):
+    model = save(tmp_path / "model", llama(
+        hidden_size=4096, num_attention_heads=32, rope_theta=theta,
+        max_position_embeddings=length))
+    found = doctor(model)
+    assert found.ok and not [f for f in found.findings if f.severity != "note"]
+
+
+# --- contradictions ---
+
+def test_scaling_beside_other_parameters(tmp_path):
+    model = save(tmp_path / "model", llama(
+        rope_theta=5e5, rope_scaling=YARN, rope_parameters={**LLAMA3, "rope_theta": 5e5}))
+    question = doctor(model).questions[0]
+    assert "rope_scaling is yarn" in question and "rope_parameters is llama3" in question
+    for keep, expected in (("rope_scaling", "yarn"), ("rope_parameters", "llama3")):
+        check_cured(model, tmp_path / keep, keep=keep)
+        assert load(tmp_path / keep)["rope_parameters"]["rope_type"] == expected
+        assert load(tmp_path / keep)["rope_scaling"]["rope_type"] == expected
+
+
+def test_type_against_rope_type(tmp_path):
+    model = save(tmp_path / "model", llama(rope_theta=5e5, rope_scaling={**YARN, "type": "linear"}))
+    found = doctor(model)
+    assert "'yarn'" in found.questions[0] and "'linear'" in found.questions[0]
+    assert "--rope-type" in found.questions[0]
+    assert "would not load" in error(found, "loading").message
+    check_cured(model, tmp_path / "out", rope_type="yarn")
+    assert "type" not in load(tmp_path / "out")["rope_scaling"]
+
+
+def test_old_type_alone_is_renamed(tmp_path):
+    entries = {"type": "yarn", "factor": 16.0, "original_max_position_embeddings": 256}
+    model = save(tmp_path / "model", llama(rope_theta=5e5, rope_scaling=entries))
+    check_cured(model, tmp_path / "out")
+    assert load(tmp_path / "out")["rope_scaling"]["rope_type"] == "yarn"
+
+
+def test_product_of_yarn(tmp_path):
+    model = save(tmp_path / "model", scaled(YARN, max_position_embeddings=256))
+    found = doctor(model)
+    assert lengths_of(found)["vllm-old"] == 4096 and lengths_of(found)["vllm"] == 256
+    assert "factor 16 x native length 256 is 4096" in found.questions[0]
+    cured = check_cured(model, tmp_path / "out", max_length=4096)
+    assert set(lengths_of(cured).values()) == {4096}
+    with pytest.raises(CompatibilityError, match="nothing was written"):
+        doctor(model, fix=True, max_length=1024)
+
+
+def test_two_native_lengths(tmp_path):
+    config = scaled(LLAMA3)
+    config["original_max_position_embeddings"] = 512
+    model = save(tmp_path / "model", config)
+    question = doctor(model).questions[0]
+    assert "512" in question and "256" in question and "--original-length" in question
+    check_cured(model, tmp_path / "out", original_length=256)
+    assert load(tmp_path / "out")["original_max_position_embeddings"] == 256
+
+
+def test_native_length_missing_at_the_top(tmp_path):
+    config = scaled(LLAMA3)
+    del config["original_max_position_embeddings"]
+    model = save(tmp_path / "model", config)
+    problem = error(doctor(model), "frequencies")
+    assert problem.readers == ("llama.cpp",)
+    assert "8192" in problem.message and "256" in problem.message
+    check_cured(model, tmp_path / "out")
+
+
+def test_native_length_missing_altogether(tmp_path):
+    entries = {"rope_type": "yarn", "factor": 16.0}
+    model = save(tmp_path / "model", llama(rope_theta=5e5, rope_scaling=entries))
+    assert "--original-length" in doctor(model).questions[0]
+    check_cured(model, tmp_path / "out", original_length=256)
+
+
+# --- attention factor ---
+
+def test_attention_factor_that_sglang_does_not_read(tmp_path):
+    model = save(tmp_path / "model", scaled({**YARN, "attention_factor": 1.5}))
+    problems = [f for f in doctor(model).errors if f.what == "attention factor"]
+    concerned = {name for f in problems for name in f.readers}
+    assert concerned == {"vllm-old", "sglang", "llama.cpp"}
+    assert any("0.1 ln(factor) + 1" in f.remedy for f in problems)  # llama.cpp's own
+    others = [name for name in READERS if name != "llama.cpp"]
+    written = doctor(model, fix=True, out=tmp_path / "out", readers=others)
+    assert written.ok
+    assert {round(r.main.attention_factor, 12) for r in written.readings} == {1.5}
+
+
+def test_mscale_becomes_an_attention_factor(tmp_path):
+    model = save(tmp_path / "model", scaled({**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}))
+    others = [name for name in READERS if name != "llama.cpp"]
+    written = doctor(model, fix=True, out=tmp_path / "out", readers=others)
+    assert {r.main.attention_factor for r in written.readings} == {1.0}
+    assert "mscale" not in load(tmp_path / "out")["rope_scaling"]
+
+
+def test_attn_factor_alone_is_asked_for_by_its_effect(tmp_path):
+    """transformers does not read the key: what it computes is kept, and the others follow."""
+    model = save(tmp_path / "model", scaled({**YARN, "attn_factor": 2.0}))
+    problem = error(doctor(model), "attention factor")
+    assert set(problem.readers) == {"vllm-old", "sglang"}
+    check_cured(model, tmp_path / "out")
+
+
+# --- rope types that not all engines have ---
+
+def test_dynamic_is_not_alike_anywhere(tmp_path):
+    model = save(tmp_path / "model", scaled(DYNAMIC))
+    problems = [f for f in doctor(model).errors if f.what == "frequencies"]
+    assert {n for f in problems for n in f.readers} == {"vllm-old", "vllm", "sglang", "llama.cpp"}
+    assert all("extend rescale --method ntk" in f.remedy for f in problems)
+    with pytest.raises(CompatibilityError, match="no form of the configuration"):
+        doctor(model, fix=True)
+
+
+def test_longrope_is_dropped_by_llama_cpp(tmp_path):
+    model = save(tmp_path / "model", scaled(LONGROPE))
+    found = doctor(model)
+    dropped = next(f for f in found.errors if f.readers == ("llama.cpp",))
+    assert "longrope dropped by the converter" in dropped.message
+    assert "Phi-3 only" in dropped.remedy
+    started = next(f for f in found.errors if f.what == "maximum length")
+    assert started.readers == ("vllm",) and "256 tokens" in started.message
+    attention = next(f for f in found.errors if f.what == "attention factor")
+    assert set(attention.readers) == {"vllm-old", "vllm", "sglang"}
+    assert "rope_scaling" in attention.remedy  # avoidable, and so is vLLM's length
+    check_cured(model, tmp_path / "out", readers=[n for n in READERS if n != "llama.cpp"])
+
+
+def test_two_lists_of_longrope(tmp_path):
+    config = scaled({**LONGROPE, "short_factor": [1.0] * 8})
+    found = doctor(save(tmp_path / "model", config))
+    concerned = {n for f in found.errors if f.what == "frequencies" for n in f.readers}
+    assert {"vllm", "vllm-old", "llama.cpp"} <= concerned
+    assert "sglang" not in concerned
+
+
+def test_llama3_of_qwen_is_dropped_by_llama_cpp(tmp_path):
+    config = {**scaled(LLAMA3), "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    problem = error(doctor(save(tmp_path / "model", config)), "frequencies")
+    assert problem.readers == ("llama.cpp",) and "Llama-like" in problem.remedy
+
+
+def test_chunked_attention(tmp_path):
+    config = llama(rope_theta=5e5, dual_chunk_attention_config={"chunk_size": 1024})
+    found = doctor(save(tmp_path / "model", config))
+    problem = error(found, "frequencies")
+    assert set(problem.readers) == {"vllm-old", "vllm"} and "chunks of 1024" in problem.message
+    assert "dual_chunk_attention_config" in found.questions[0]
+
+
+def test_old_yarn_is_a_warning_because_nothing_can_be_written(tmp_path):
+    found = doctor(save(tmp_path / "model", scaled(YARN)))
+    assert found.ok
+    warned = next(f for f in found.findings if f.what == "frequencies")
+    assert warned.severity == "warning" and warned.readers == ("transformers-4.4",)
+    assert f"original_max_position_embeddings {LENGTH}" in warned.message
+    assert "4.57 or newer" in warned.remedy
+
+
+# --- sliding windows ---
+
+@pytest.mark.parametrize(("used", "types"), [
+    (False, ["full_attention", "sliding_attention"]), (True, ["full_attention"] * 2)])
+def test_contradictory_window_keys(used, types, tmp_path):
+    config = {**llama(rope_theta=5e5, sliding_window=512, use_sliding_window=used,
+                      max_window_layers=1, layer_types=types), "model_type": "qwen2"}
+    problem = error(doctor(save(tmp_path / "model", config)), "sliding window")
+    assert "use_sliding_window" in problem.message and "layer_types" in problem.remedy
+
+
+@pytest.mark.parametrize("changes", [
+    {"sliding_window": 512}, {"sliding_window": 512, "use_sliding_window": True},
+    {"sliding_window": 512, "layer_types": ["full_attention", "sliding_attention"]}])
+def test_window_below_the_length_is_a_warning(changes, tmp_path):
+    config = {**llama(rope_theta=5e5, **changes), "model_type": "mistral"}
+    found = doctor(save(tmp_path / "model", config))
+    assert found.ok
+    warned = next(f for f in found.findings if f.what == "sliding window")
+    assert warned.severity == "warning" and "512" in warned.message
+    assert warned.readers == ("llama.cpp",) and "drop" in warned.remedy
+
+
+@pytest.mark.parametrize("changes", [
+    {"sliding_window": None}, {"sliding_window": 512, "use_sliding_window": False},
+    {"sliding_window": LENGTH}, {"sliding_window": 512, "layer_types": ["full_attention"] * 2},
+    {"sliding_window": 512, "use_sliding_window": False, "max_window_layers": 1}])
+def test_windows_that_do_nothing(changes, tmp_path):
+    config = {**llama(rope_theta=5e5, **changes), "model_type": "qwen2"}
+    assert not [f for f in doctor(save(tmp_path / "m", config)).findings
+                if f.what == "sliding window"]
+
+
+# --- families ---
+
+def test_family_that_is_not_known(tmp_path):
+    found = doctor(save(tmp_path / "model", {**scaled(LLAMA3), "model_type": "newmodel"}))
+    warned = next(f for f in found.findings if f.what == "model_type")
+    assert warned.severity == "warning" and "'newmodel'" in warned.message
+    unknown = next(r for r in found.readings if r.reader == "llama.cpp")
+    assert "newmodel" in unknown.unknown
+    assert "not known: llama.cpp" in found.to_text()
+
+
+def test_gpt_neox_keeps_its_own_names(tmp_path):
+    config = {**llama(rope_parameters={**PLAIN, "partial_rotary_factor": 0.25}),
+              "model_type": "gpt_neox"}
+    model = save(tmp_path / "model", config)
+    assert error(doctor(model), "frequencies").readers == (
+        "transformers-4.4", "transformers-4", "vllm-old")
+    check_cured(model, tmp_path / "out")
+    assert load(tmp_path / "out")["rotary_emb_base"] == 5e5
+
+
+def test_gemma_3_with_new_keys_only(tmp_path):
+    config = {"model_type": "gemma3_text", **SIZES, "head_dim": 16, "rope_parameters": {
+        "full_attention": {**PLAIN, "rope_theta": 2e6},
+        "sliding_attention": {**PLAIN, "rope_theta": 2e4}}}
+    model = save(tmp_path / "model", config)
+    found = doctor(model)
+    assert error(found, "frequencies of sliding_attention").readers == (
+        "transformers-4.4", "transformers-4", "vllm-old")
+    assert "10000" in error(found, "frequencies of sliding_attention").message
+    check_cured(model, tmp_path / "out")
+    written = load(tmp_path / "out")
+    assert written["rope_theta"] == 2e6 and written["rope_local_base_freq"] == 2e4
+
+
+def test_phi_3_is_refused_by_transformers_4_once_it_is_scaled(tmp_path):
+    entries = {"rope_type": "longrope", "short_factor": LONG, "long_factor": LONG, "factor": 16.0}
+    config = {**llama(rope_theta=5e5, rope_scaling=entries,
+                      original_max_position_embeddings=256), "model_type": "phi3"}
+    problem = error(doctor(save(tmp_path / "model", config)), "loading")
+    assert set(problem.readers) == {"transformers-4.4", "transformers-4", "vllm-old"}
+    assert "exactly type, short_factor and long_factor" in problem.message

@@ -1,0 +1,143 @@
+"""What this toolkit writes passes, or fails for a reason that is true of an engine."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import extend
+from extend.doctor import doctor
+from extend.errors import CheckpointError, CompatibilityError
+from extend.rope import METHODS
+from tests.doctor.configs import load
+from tests.pipeline import write_inputs
+from tests.rope.conftest import NATIVE, write_tokenizer
+
+TARGET = 16 * NATIVE
+PAIRS = 8
+OPTIONS = {"theta": {"rope_theta": 2e6},
+           "longrope": {"long_factor": [1.0 + i for i in range(PAIRS)]},
+           "proportional": {"partial_rotary_factor": 0.5}}
+# What no config.json can prevent, by method: (what, readers).
+TRUE_OF_ENGINES = {
+    "linear": {("maximum length", ("vllm-old", "vllm", "sglang"))},
+    "longrope": {("frequencies", ("llama.cpp",))},
+    "proportional": {("loading", ("transformers-4.4", "transformers-4", "vllm-old", "sglang")),
+                     ("frequencies", ("llama.cpp",))},
+}
+SKIPPED = {"dynamic"}  # refused for writing, with the reason
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    torch.manual_seed(0)
+    directory = tmp_path_factory.mktemp("source") / "llama"
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=NATIVE,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
+    LlamaForCausalLM(config).save_pretrained(directory)
+    write_tokenizer(directory)
+    (directory / "generation_config.json").write_text('{"max_length": 256}')
+    return directory
+
+
+def problems(diagnosis):
+    return {(finding.what, finding.readers) for finding in diagnosis.errors}
+
+
+def rescale(source, out, method, **options):
+    """With every method, or None where it is for other bases than the tiny one."""
+    try:
+        return extend.rescale(source, out, target_len=TARGET, method=method,
+                              **OPTIONS.get(method, {}), **options)
+    except extend.RecipeError:
+        assert method in SKIPPED
+    except CompatibilityError as error:
+        assert "was published for models of theta" in str(error)
+    return None
+
+
+def test_the_source_is_what_transformers_5_writes(source):
+    """And what it writes, transformers 4 reads with theta 10000: here by luck the right one."""
+    assert "rope_theta" not in load(source)
+    assert problems(doctor(source)) == set()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method(method, source, tmp_path):
+    out = rescale(source, tmp_path / "out", method)
+    if out is None:
+        return
+    found = doctor(out)
+    assert problems(found) == TRUE_OF_ENGINES.get(method, set()), found.to_text()
+    assert not found.questions
+    assert not found.changes  # what is written is the portable form already
+
+
+@pytest.mark.parametrize("method", ["ntk", "yarn", "ntk-by-parts"])
+def test_resonance(method, source, tmp_path):
+    out = rescale(source, tmp_path / "out", method, resonance=True)
+    assert problems(doctor(out)) == TRUE_OF_ENGINES["longrope"]
+
+
+def test_yarn_with_an_attention_factor(source, tmp_path):
+    """True of old vLLM, SGLang and llama.cpp: they do not read that key."""
+    out = rescale(source, tmp_path / "out", "yarn", attention_factor=1.0)
+    found = doctor(out)
+    concerned = {name for f in found.errors for name in f.readers}
+    assert concerned <= {"vllm-old", "sglang", "llama.cpp"} and "llama.cpp" in concerned
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """Every stage, once."""
+    directory = tmp_path_factory.mktemp("pipeline")
+    recipe = write_inputs(directory)
+    text = recipe.read_text().replace("nproc: 2", "nproc: 1")
+    recipe.write_text("\n".join(line for line in text.splitlines()
+                                if "stage: eval" not in line and "stage: report" not in line
+                                and "trials:" not in line))
+    return extend.run(recipe, directory / "out")
+
+
+@pytest.mark.parametrize("stage", ["rescaled", "long", "sibling", "merged"])
+def test_every_stage(stage, pipeline):
+    directory = next(path for path in pipeline.rglob(stage) if (path / "config.json").is_file())
+    found = doctor(directory)
+    assert found.ok, found.to_text()
+
+
+def test_adapter(pipeline):
+    directory = next(path for path in pipeline.rglob("adapter")
+                     if (path / "adapter_config.json").is_file())
+    found = doctor(directory)
+    assert found.ok and "an adapter" in found.architecture, found.to_text()
+    assert {r.max_len for r in found.readings} == {128}
+    with pytest.raises(CompatibilityError, match="not changed"):
+        doctor(directory, fix=True)
+
+
+def test_adapter_whose_record_is_not_complete(pipeline, tmp_path):
+    import json
+
+    source = next(path for path in pipeline.rglob("adapter")
+                  if (path / "adapter_config.json").is_file())
+    target = tmp_path / "adapter"
+    target.mkdir()
+    (target / "adapter_config.json").write_text("{}")
+    sidecar = load(source, "extend_sidecar.json")
+    del sidecar["rope"]["config_keys"]["rope_theta"]
+    (target / "extend_sidecar.json").write_text(json.dumps(sidecar))
+    found = doctor(target)
+    assert not found.ok
+    assert any("records no rope_theta" in f.message for f in found.errors)
+    del sidecar["rope"]["config_keys"]["max_position_embeddings"]
+    (target / "extend_sidecar.json").write_text(json.dumps(sidecar))
+    with pytest.raises(CheckpointError, match="max_position_embeddings"):
+        doctor(target)
+
+
+def test_adapter_without_a_sidecar(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CompatibilityError, match="records no RoPE.*--rope-from"):
+        doctor(tmp_path)
