@@ -23,8 +23,9 @@ class Family:
         theta_key: top-level key of theta in transformers.
         partial_key: top-level key of the rotated share of a head.
         type_wins: transformers 4 copies the old key `type` over `rope_type`.
-        gguf_llama3: llama.cpp's converter writes the factors of rope_type llama3.
-        gguf_longrope: llama.cpp's converter writes the factors of rope_type longrope.
+        gguf_llama3: llama.cpp's converter writes the factors of rope_type llama3, and the run time
+            uses them.
+        gguf_longrope: the same of rope_type longrope.
         gguf_partial: llama.cpp's converter writes the number of rotated channels.
         known: False for the generic rules.
     """
@@ -43,15 +44,16 @@ _PLAIN = Family()
 _NO_COPY = Family(type_wins=False)
 _PARTIAL = Family(gguf_partial=True)
 
-# transformers 4: the configuration classes of 4.57. GGUF: ggml-org/llama.cpp, conversion/*.py:
-# `generate_extra_tensors` of LlamaModel and Phi3MiniModel and who inherits from them;
-# `add_rope_dimension_count`.
+# transformers 4: the configuration classes of 4.57. GGUF: ggml-org/llama.cpp, conversion/*.py
+# (`generate_extra_tensors` of LlamaModel and Phi3MiniModel, `add_rope_dimension_count`) and
+# src/models/*.cpp: Granite and SmolLM3 inherit the writing, but the one's architecture has no such
+# tensor and the other's graph does not use it.
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
     "mistral": replace(_LLAMA, type_wins=False),
     "mixtral": replace(_LLAMA, type_wins=False),
-    "granite": _LLAMA,
-    "smollm3": _LLAMA,
+    "granite": _PLAIN,
+    "smollm3": _PLAIN,
     "qwen2": _PLAIN,
     "qwen2_moe": _PLAIN,
     "qwen3": _PLAIN,

@@ -35,12 +35,12 @@ def limit_remedy(what: str, readers: Sequence[str], reference: Reading) -> str:
 _OTHER = ("no key prevents it; use another engine, or another method of `extend rescale` (those "
           "that change theta alone are read alike everywhere)")
 _LLAMA_CPP = {
-    "llama3": "llama.cpp's converter keeps rope_type llama3 for Llama-like architectures only; "
-              "use a method that changes theta alone (ntk, critical), or yarn",
-    "longrope": "llama.cpp's converter keeps the factors of longrope for Phi-3 only; use a method "
+    "llama3": "llama.cpp has rope_type llama3 for Llama and Mistral only; use a method that "
+              "changes theta alone (ntk, critical), or yarn",
+    "longrope": "llama.cpp's converter writes the factors of longrope for Phi-3 only; use a method "
                 "that changes theta alone (ntk, critical), or yarn",
-    "proportional": "llama.cpp's converter drops rope_type proportional; use a method that changes "
-                    "theta alone (ntk, critical), or yarn",
+    "proportional": "llama.cpp has no rope_type proportional for this model; use a method that "
+                    "changes theta alone (ntk, critical), or yarn",
     "yarn": "llama.cpp always rounds the ends of YaRN's ramp to whole pairs; leave truncate true",
     "attention factor": "llama.cpp always takes 0.1 ln(factor) + 1; leave attention_factor at its "
                         "default",

@@ -1,12 +1,24 @@
 """Each engine's rules on small configs: what it uses, written out by hand from its source."""
 
-import math
 
 import numpy as np
 import pytest
 
-from extend.doctor.readers import READERS, read_with
-from extend.doctor.reading import FULL, ModelFiles
+from extend.doctor.families import FAMILIES
+from extend.doctor.reading import FULL
+from tests.doctor.closed_forms import (
+    ALL,
+    LENGTH,
+    MSCALE,
+    SU,
+    V4,
+    by_turns,
+    check,
+    fixed_dynamic,
+    plain,
+    ramp,
+    read,
+)
 from tests.doctor.configs import (
     DYNAMIC,
     HEAD_DIM,
@@ -19,53 +31,6 @@ from tests.doctor.configs import (
     llama,
     scaled,
 )
-
-LENGTH = SIZES["max_position_embeddings"]
-MSCALE = 0.1 * math.log(16) + 1
-SU = math.sqrt(1 + math.log(16) / math.log(256))
-ALL = list(READERS)
-V4 = ["transformers-4.4", "transformers-4", "vllm-old"]
-V5 = ["transformers-5", "vllm", "sglang", "llama.cpp"]
-
-
-def plain(theta: float = 5e5, dim: int = HEAD_DIM) -> np.ndarray:
-    return theta ** (-np.arange(0, dim, 2) / dim)
-
-
-def by_turns(original: int) -> np.ndarray:
-    """llama3 x16, 1 to 4 turns."""
-    turns = original * plain() / (2 * math.pi)
-    kept = np.clip((turns - 1) / (4 - 1), 0, 1)
-    return kept * plain() + (1 - kept) * plain() / 16
-
-
-def ramp(original: int, round_ends: bool = True) -> np.ndarray:
-    """YaRN x16, 32 to 1 turns."""
-    low, high = (HEAD_DIM * math.log(original / (count * 2 * math.pi)) / (2 * math.log(5e5))
-                 for count in (32, 1))
-    if round_ends:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, HEAD_DIM - 1)
-    scaled_share = np.clip((np.arange(HEAD_DIM // 2) - low) / (high - low), 0, 1)
-    return plain() * (1 - scaled_share) + plain() / 16 * scaled_share
-
-
-def fixed_dynamic() -> np.ndarray:
-    """Dynamic x4 at once."""
-    return plain(5e5 * (4 * 4 - 3) ** (HEAD_DIM / (HEAD_DIM - 2)))
-
-
-def read(reader: str, config: dict, tokenizer: dict | None = None):
-    return read_with(reader, ModelFiles(config, tokenizer or {}, {}))
-
-
-def check(reading, inv_freq: np.ndarray, attention: float, length: int) -> None:
-    assert not reading.refusal and not reading.unknown
-    # Two orders of the same fp64 operations.
-    np.testing.assert_allclose(reading.main.short, inv_freq, rtol=1e-12)
-    assert reading.main.attention_factor == pytest.approx(attention, rel=1e-12)
-    assert reading.max_len == length
-
 
 # --- what they all read alike ---
 
@@ -187,61 +152,24 @@ def test_who_prefers_the_native_length_at_the_top():
         check(read(reader, config), by_turns(512 if reader in top else 256), 1.0, LENGTH)
 
 
-def test_llama3_of_other_architectures_is_dropped_by_llama_cpp():
-    config = {**scaled(LLAMA3), "model_type": "qwen2"}
+@pytest.mark.parametrize("kind", ["qwen2", "granite", "smollm3", "gemma2"])
+def test_llama3_of_other_architectures_is_dropped_by_llama_cpp(kind):
+    config = {**scaled(LLAMA3), "model_type": kind}
     check(read("llama.cpp", config), plain(), 1.0, LENGTH)
     check(read("vllm", config), by_turns(256), 1.0, LENGTH)
 
 
-# --- lengths ---
-
-@pytest.mark.parametrize(("reader", "expected"), [
-    ("transformers-4.4", LENGTH), ("transformers-4", LENGTH), ("transformers-5", LENGTH),
-    ("llama.cpp", LENGTH), ("vllm-old", 16 * LENGTH), ("vllm", 16 * LENGTH),
-    ("sglang", 16 * LENGTH)])
-def test_linear_multiplies_an_extended_length(reader, expected):
-    check(read(reader, scaled(LINEAR)), plain() / 16, 1.0, expected)
-
-
-def test_linear_with_a_native_length_inside_is_not_multiplied_by_sglang():
-    config = scaled({**LINEAR, "original_max_position_embeddings": 256})
-    assert read("sglang", config).max_len == LENGTH
-    assert read("vllm", config).max_len == 16 * LENGTH
-
-
-def test_a_leftover_factor_multiplies_plain_rope():
-    entries = {"rope_type": "default", "rope_theta": 5e5, "factor": 8.0}
-    config = llama(rope_theta=5e5, rope_parameters=entries)
-    for reader in ("vllm", "sglang"):
-        check(read(reader, config), plain(), 1.0, 8 * LENGTH)
-    check(read("transformers-5", config), plain(), 1.0, LENGTH)
-
-
-@pytest.mark.parametrize(("key", "readers"), [
-    ("n_positions", {"vllm", "vllm-old"}), ("max_seq_len", {"vllm", "vllm-old", "sglang"}),
-    ("seq_length", {"vllm", "vllm-old", "sglang"}),
-    ("model_max_length", {"vllm", "vllm-old", "sglang"}),
-    ("max_sequence_length", {"vllm", "vllm-old", "sglang"}),
-    ("max_seq_length", {"vllm", "vllm-old"}), ("seq_len", {"vllm", "vllm-old"}),
-    ("max_target_positions", {"vllm", "vllm-old"})])
-def test_stale_lengths(key, readers):
-    config = llama(rope_theta=5e5, **{key: 512})
-    assert {r for r in ALL if read(r, config).max_len == 512} == readers
-    assert {read(r, config).max_len for r in set(ALL) - readers} == {LENGTH}
-
-
-def test_model_max_length_wins_even_when_larger():
-    config = llama(rope_theta=5e5, model_max_length=2 * LENGTH)
-    assert {r: read(r, config).max_len for r in ("vllm", "vllm-old", "sglang")} == dict.fromkeys(
-        ("vllm", "vllm-old", "sglang"), 2 * LENGTH)
-
-
-@pytest.mark.parametrize("cap", [512, 1e30])
-def test_tokenizer_cap_of_new_vllm(cap):
-    config = llama(rope_theta=5e5)
-    for reader in ALL:
-        expected = 512 if reader == "vllm" and cap == 512 else LENGTH
-        assert read(reader, config, {"model_max_length": cap}).max_len == expected
+def test_what_gguf_can_hold():
+    """The list of tensors of each architecture, in the package that llama.cpp publishes."""
+    constants = pytest.importorskip("gguf").constants
+    for kind, name in (("llama", "LLAMA"), ("mistral", "LLAMA"), ("mixtral", "LLAMA"),
+                       ("phi3", "PHI3")):
+        tensors = constants.MODEL_TENSORS[constants.MODEL_ARCH[name]]
+        family = FAMILIES[kind]
+        assert not family.gguf_llama3 or constants.MODEL_TENSOR.ROPE_FREQS in tensors
+        assert not family.gguf_longrope or constants.MODEL_TENSOR.ROPE_FACTORS_LONG in tensors
+    assert {k for k, f in FAMILIES.items() if f.gguf_llama3} == {"llama", "mistral", "mixtral"}
+    assert {k for k, f in FAMILIES.items() if f.gguf_longrope} == {"phi3"}
 
 
 # --- dynamic, longrope, chunks, proportional ---

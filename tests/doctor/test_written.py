@@ -7,8 +7,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import extend
 from extend.doctor import doctor
 from extend.errors import CheckpointError, CompatibilityError
+from extend.model_config import parse_config, write_rope
 from extend.rope import METHODS
-from tests.doctor.configs import load
+from extend.rope.methods import apply_method
+from extend.rope.presets import PRESETS
+from tests.doctor.configs import llama, load, save
 from tests.pipeline import write_inputs
 from tests.rope.conftest import NATIVE, write_tokenizer
 
@@ -78,6 +81,44 @@ def test_every_method(method, source, tmp_path):
 def test_resonance(method, source, tmp_path):
     out = rescale(source, tmp_path / "out", method, resonance=True)
     assert problems(doctor(out)) == TRUE_OF_ENGINES["longrope"]
+
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3", "stablelm")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in {*SKIPPED, *PRESETS}])
+def test_every_method_in_every_family(method, family, tmp_path):
+    """The written config alone; llama3 reaches llama.cpp in Llama and Mistral only."""
+    raw = {**llama(num_hidden_layers=6, head_dim=64, sliding_window=None),
+           "model_type": family, "pad_token_id": 0}
+    spec = parse_config(raw, tmp_path).rope
+    options = dict(OPTIONS.get(method, {}))
+    if method == "longrope":
+        options["long_factor"] = [2.0] * (spec.rotary_dim // 2)
+    if method == "proportional" and family == "stablelm":
+        return  # rotates a part of each head, and says so
+    written = write_rope(raw, apply_method(method, spec, 65536, options), 65536)
+    found = doctor(save(tmp_path / "model", written))
+    expected = set(TRUE_OF_ENGINES.get(method, set()))
+    if method in ("ntk-by-parts", "llama3") and family not in ("llama", "mistral"):
+        expected = {("frequencies", ("llama.cpp",))}
+    if family == "gemma3_text":  # never multiplied; what SGLang does with its scaling is not known
+        expected = {(what, tuple(n for n in names if n != "sglang")) for what, names in expected
+                    if method != "linear"}
+    assert problems(found) == expected, found.to_text()
+    assert not found.questions and not found.changes
+
+
+@pytest.mark.parametrize(("name", "length"), [
+    (name, length) for name, preset in PRESETS.items() for length in preset.thetas])
+def test_presets(name, length, tmp_path):
+    theta, native = PRESETS[name].base
+    raw = llama(hidden_size=4096, num_attention_heads=32, rope_theta=theta,
+                max_position_embeddings=native)
+    spec = apply_method(name, parse_config(raw, tmp_path).rope, length, {})
+    found = doctor(save(tmp_path / "model", write_rope(raw, spec, length)))
+    assert found.ok and not [f for f in found.findings if f.severity != "note"], found.to_text()
 
 
 def test_yarn_with_an_attention_factor(source, tmp_path):

@@ -25,7 +25,7 @@ from extend.doctor.reading import (
 )
 
 _FALLBACK = 8192  # native length of llama3 when there is none at the top level
-_DROPPED = "dropped by the converter"
+_DROPPED = "not carried over to llama.cpp"
 
 
 def read_llama_cpp(files: ModelFiles) -> tuple[dict[str, LayerRope], int, dict[str, str]]:
