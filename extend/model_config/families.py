@@ -14,14 +14,14 @@ SLIDING = "sliding_attention"
 _THETA = 10000.0
 _FAMILY_THETA = {
     "apertus": 12e6, "bailing_hybrid": 6e6, "bitnet": 5e5, "blt": 5e5, "cohere": 5e5, "cwm": 1e6,
-    "ernie4_5": 5e5, "ernie4_5_moe": 5e5, "flex_olmo": 5e5, "gpt_oss": 150e3, "helium": 1e5,
-    "hy_v3": 11158840.0, "lfm2": 1e6, "lfm2_moe": 1e6, "llama4_text": 5e5, "longcat_flash": 1e7,
-    "minimax": 1e6, "minimax_m2": 5e6, "minimax_m3_vl_text": 5e6, "ministral3": 1e6,
-    "mixtral": 1e6, "phimoe": 1e6, "smollm3": 2e6, "solar_open": 1e6}
+    "ernie4_5": 5e5, "ernie4_5_moe": 5e5, "flex_olmo": 5e5, "fuyu": 25e3, "gpt_oss": 150e3,
+    "helium": 1e5, "hy_v3": 11158840.0, "lfm2": 1e6, "lfm2_moe": 1e6, "llama4_text": 5e5,
+    "longcat_flash": 1e7, "minimax": 1e6, "minimax_m2": 5e6, "minimax_m3_vl_text": 5e6,
+    "ministral3": 1e6, "mixtral": 1e6, "phimoe": 1e6, "smollm3": 2e6, "solar_open": 1e6}
 _FAMILY_PARTIAL = {
-    "bamba": 0.5, "glm": 0.5, "glm4": 0.5, "glm4_moe": 0.5, "gpt_neox": 0.25, "mistral4": 0.5,
-    "nemotron": 0.5, "persimmon": 0.5, "phi": 0.5, "qwen3_5_moe_text": 0.25, "qwen3_5_text": 0.25,
-    "qwen3_next": 0.25, "recurrent_gemma": 0.5, "stablelm": 0.25}
+    "bamba": 0.5, "fuyu": 0.5, "glm": 0.5, "glm4": 0.5, "glm4_moe": 0.5, "gpt_neox": 0.25,
+    "mistral4": 0.5, "nemotron": 0.5, "persimmon": 0.5, "phi": 0.5, "qwen3_5_moe_text": 0.25,
+    "qwen3_5_text": 0.25, "qwen3_next": 0.25, "recurrent_gemma": 0.5, "stablelm": 0.25}
 # Scaled unless the config says otherwise: with no RoPE keys at all there is nothing to go by.
 _SCALED = frozenset({"apertus", "cwm", "gpt_oss", "ministral3", "mistral4"})
 # Families whose config class loads no scaled RoPE but this.
@@ -30,7 +30,8 @@ WANTS_MSCALES = frozenset({"phimoe"})
 """Families that do not load without `short_mscale` and `long_mscale`."""
 # One RoPE for each type of layer, in no spelling but a nested rope_parameters.
 _NESTED_ONLY = frozenset({"laguna", "lfm3", "mellum", "mimo_v2_flash", "modernbert",
-                          "modernbert-decoder", "neomme", "step3p5"})
+                          "modernbert-decoder", "neomme", "step3p5", "t5gemma2_decoder",
+                          "t5gemma2_text", "ultrabert"})
 
 
 @dataclass(frozen=True, slots=True)
