@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from extend.doctor.families import GEMMA3, head_dim_of, partial_default, theta_default
 from extend.doctor.length import length_question
 from extend.doctor.readers.found import conflicting_types, longrope_attention, yarn_attention
-from extend.doctor.reading import FULL, ModelFiles, yarn_mscale
+from extend.doctor.reading import FULL, ModelFiles, longrope_mscale, yarn_mscale
 from extend.model_config import RopeSpec, depends_on_length
 
 _ORIGINAL = "original_max_position_embeddings"
@@ -52,29 +52,20 @@ def decide(files: ModelFiles, choices: Choices, name_hint: str = "") -> Decision
         choices: the user's answers.
         name_hint: the directory's name, which may hold a length.
     """
-    config, questions = files.config, []
-    entries, ask = _entries(config, choices)
-    questions += ask
-    kind, ask = _kind(entries, choices)
-    questions += ask
-    theta, ask = _theta(config, entries, choices)
-    questions += ask
+    config = files.config
     length = choices.max_length or config["max_position_embeddings"]
-    original, ask = _original(config, entries, kind, choices, length)
-    questions += ask
-    share, ask = _share(config, entries)
-    questions += ask
-    scaling = {k: v for k, v in entries.items()
-               if k not in _NOT_SCALING and v is not None and not isinstance(v, Mapping)}
-    scaling = {} if kind == "default" else _portable({"rope_type": kind, **scaling}, original,
-                                                     length)
-    original = scaling.get(_ORIGINAL, original)
-    if kind == "proportional":
+    entries, about_entries = _entries(config, choices)
+    kind, about_kind = _kind(entries, choices)
+    theta, about_theta = _theta(config, choices)
+    original, about_original = _original(config, entries, kind, choices, length)
+    share, about_share = _share(config, entries)
+    questions = [*about_entries, *about_kind, *about_theta, *about_original, *about_share]
+    scaling = _scaling(config, entries, kind, original, length)
+    rotated = share
+    if kind == "proportional":  # a share of the pairs of whole heads
         scaling, rotated = {**scaling, "partial_rotary_factor": share}, 1.0
-    else:
-        rotated = share
     spec = RopeSpec(rope_theta=theta, rotary_dim=int(head_dim_of(config) * rotated),
-                    original_len=original, scaling=scaling)
+                    original_len=scaling.get(_ORIGINAL, original), scaling=scaling)
     if choices.max_length is None:
         questions += length_question(files, spec, name_hint)
     if config.get("dual_chunk_attention_config"):
@@ -93,7 +84,8 @@ def _entries(config: Mapping[str, Any], choices: Choices) -> tuple[dict[str, Any
         parameters = dict(parameters.get(FULL) or {})
     if choices.keep is not None:
         return (scaling if choices.keep == "rope_scaling" else parameters), []
-    if scaling and parameters and _meaning(scaling) != _meaning(parameters):
+    one, other = _meaning(scaling), _meaning(parameters)
+    if scaling and parameters and any(one[key] != other[key] for key in one if key in other):
         return scaling, [f"rope_scaling is {_brief(scaling)} but rope_parameters is "
                          f"{_brief(parameters)}: give --keep rope_scaling or --keep "
                          "rope_parameters"]
@@ -127,8 +119,7 @@ def _kind(entries: Mapping[str, Any], choices: Choices) -> tuple[str, list[str]]
     return _NAMES.get(_type_of(entries), _type_of(entries)), []
 
 
-def _theta(config: Mapping[str, Any], entries: Mapping[str, Any],
-           choices: Choices) -> tuple[float, list[str]]:
+def _theta(config: Mapping[str, Any], choices: Choices) -> tuple[float, list[str]]:
     if choices.theta is not None:
         return choices.theta, []
     parameters = config.get("rope_parameters") or {}
@@ -181,7 +172,19 @@ def _share(config: Mapping[str, Any], entries: Mapping[str, Any]) -> tuple[float
     return share, [text.removesuffix(": give ") + ": write one of them by hand" for text in ask]
 
 
-def _portable(scaling: dict[str, Any], original: int, length: int) -> dict[str, Any]:
+def _scaling(config: Mapping[str, Any], entries: Mapping[str, Any], kind: str, original: int,
+             length: int) -> dict[str, Any]:
+    """The scaling entries to write, without theta; {} for plain RoPE."""
+    if kind == "default":
+        return {}
+    kept = {k: v for k, v in entries.items()
+            if k not in _NOT_SCALING and v is not None and not isinstance(v, Mapping)}
+    return _portable({"rope_type": kind, **kept}, original, length,
+                     phi3=config.get("model_type") == "phi3")
+
+
+def _portable(scaling: dict[str, Any], original: int, length: int, *,
+              phi3: bool) -> dict[str, Any]:
     """The same RoPE with the keys that more engines read.
 
     Engines take a YaRN attention factor from `attention_factor` (transformers, new vLLM) or as a
@@ -194,18 +197,24 @@ def _portable(scaling: dict[str, Any], original: int, length: int) -> dict[str, 
     if kind == "yarn":
         return _portable_yarn(scaling, original, length)
     if kind == "longrope":
-        return _portable_longrope(scaling, original, length)
+        return _portable_longrope(scaling, original, length, keep_native=phi3)
     return scaling
 
 
-def _portable_longrope(scaling: dict[str, Any], original: int, length: int) -> dict[str, Any]:
-    """One list needs no native length, and without one vLLM and SGLang add no factor of theirs."""
+def _portable_longrope(scaling: dict[str, Any], original: int, length: int, *,
+                       keep_native: bool) -> dict[str, Any]:
+    """One list needs no native length, and without one vLLM and SGLang add no factor of theirs.
+
+    Phi-3 keeps it where its attention factor comes from it, because its class in transformers 4
+    takes no entry for the factor.
+    """
     factor = scaling.get("factor") or length / original
     attention = longrope_attention(scaling, factor, original)
     both = {"attention_factor": attention}
+    keep_native &= math.isclose(attention, longrope_mscale(length / original, original))
     if attention != 1 or depends_on_length(scaling):
         both |= {"short_mscale": attention, "long_mscale": attention}
-    if depends_on_length(scaling):
+    if depends_on_length(scaling) or keep_native:
         return {**scaling, "factor": factor, **both}
     return {**scaling, "factor": 1.0, _ORIGINAL: length, **both}
 

@@ -80,8 +80,9 @@ class Diagnosis:
         if self.output is not None:
             lines += ["", f"written: {self.output}"]
             lines += [f"  {key}: {change}" for key, change in self.changes.items()]
-        elif self.changes and not self.questions and self.errors:
-            lines += ["", "--fix would change:"]
+        elif self.errors and any(f.avoidable for f in self.errors) and self.changes:
+            stays = any(not f.avoidable for f in self.errors)
+            lines += ["", "the portable form would change:" if stays else "--fix would change:"]
             lines += [f"  {key}: {change}" for key, change in self.changes.items()]
         return "\n".join(lines)
 

@@ -24,6 +24,7 @@ class Finding:
         readers: the engines it concerns.
         message: what they do, with both values and their keys.
         remedy: what to change.
+        avoidable: False where no configuration makes these readers agree.
     """
 
     severity: str
@@ -31,10 +32,11 @@ class Finding:
     readers: tuple[str, ...] = ()
     message: str
     remedy: str
+    avoidable: bool = True
 
     def to_json(self) -> dict[str, Any]:
         return {"severity": self.severity, "what": self.what, "readers": list(self.readers),
-                "message": self.message, "remedy": self.remedy}
+                "message": self.message, "remedy": self.remedy, "avoidable": self.avoidable}
 
 
 def compare(readings: Sequence[Reading], reference: Reading, portable: Sequence[Reading],
@@ -62,12 +64,13 @@ def compare(readings: Sequence[Reading], reference: Reading, portable: Sequence[
 def _changes(what: str, before: Reading, after: Reading) -> bool:
     """Whether a reader has another value of the quantity `what` in the portable form."""
     quantity, _, layer = what.partition(" of ")
-    if not (before.layers and after.layers) or quantity == "loading":
-        return bool(before.refusal) != bool(after.refusal)
+    if not (before.layers and after.layers):
+        return bool(before.refusal) and bool(after.layers)
     if quantity == "maximum length":
         return before.max_len != after.max_len
     mine, new = (r.layers.get(layer or FULL) or r.main for r in (before, after))
-    return not (mine.same_frequencies(new) and mine.same_attention(new))
+    return not (mine.same_attention(new) if quantity == "attention factor"
+                else mine.same_frequencies(new))
 
 
 def differences(reading: Reading, reference: Reading) -> dict[str, str]:
@@ -86,8 +89,10 @@ def differences(reading: Reading, reference: Reading) -> dict[str, str]:
             f"{right.attention_factor:.7g}")
         if not mine.same_frequencies(right):
             message = _frequency_message(mine, right, reading, reference)
-            found[f"frequencies{suffix}"] = "; ".join(filter(None, (message, multiplies)))
-        elif multiplies:
+            if multiplies and mine.parameters["rope_type"] != right.parameters["rope_type"]:
+                message, multiplies = f"{message}; {multiplies}", ""  # one follows from the other
+            found[f"frequencies{suffix}"] = message
+        if multiplies:
             found[f"attention factor{suffix}"] = multiplies
     if reading.max_len != reference.max_len:
         found["maximum length"] = (
@@ -100,19 +105,30 @@ def _frequency_message(mine: LayerRope, right: LayerRope, reading: Reading,
                        reference: Reading) -> str:
     parts = []
     for key in dict.fromkeys((*mine.parameters, *right.parameters)):
+        if key == "positions":
+            continue
         used, wanted = mine.parameters.get(key), right.parameters.get(key)
         if not _same(used, wanted):
             parts.append(f"{key} {show(used)} ({_origin(reading, key)}) instead of "
                          f"{show(wanted)} ({_origin(reference, key)})")
-    if not parts:
-        parts = ["one list of frequencies at every length where others choose by length"
-                 if mine.short == mine.long else "frequencies chosen by length where others do not"]
-    return "computes with " + "; ".join(parts)
+    where = [layer.parameters.get("positions", "one by one") for layer in (mine, right)]
+    if where[0] != where[1]:
+        parts.append(f"positions counted {where[0]} instead of {where[1]}")
+    return "computes with " + "; ".join(parts or [_switch_message(mine, right)])
+
+
+def _switch_message(mine: LayerRope, right: LayerRope) -> str:
+    """The same parameters, but other lengths at which they count."""
+    if mine.short != mine.long:
+        return "frequencies chosen by the length of a sequence"
+    if mine.short == right.short:
+        return "the frequencies of short sequences at every length"
+    return "the frequencies of long sequences at every length"
 
 
 def _origin(reading: Reading, key: str) -> str:
     key = "partial_rotary_factor" if key == "rotary_dim" else key
-    return reading.origin.get(key, "not read" if key != "positions" else "its own rule")
+    return reading.origin.get(key, "not read")
 
 
 def _same(used: Any, wanted: Any) -> bool:
@@ -137,7 +153,7 @@ def _finding(what: str, message: str, avoidable: bool, readers: list[str], refer
     else:
         remedy = limit_remedy(what, readers, reference)
     return Finding(severity=severity, what=what, readers=tuple(readers), message=message,
-                   remedy=remedy)
+                   remedy=remedy, avoidable=avoidable)
 
 
 def _change(what: str, message: str, changes: Mapping[str, str]) -> str:

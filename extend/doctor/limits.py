@@ -25,7 +25,10 @@ def limit_remedy(what: str, readers: Sequence[str], reference: Reading) -> str:
     if kind == "dynamic":
         return ("dynamic has no form that all engines compute alike; give the model a fixed theta "
                 "instead: `extend rescale --method ntk` or `critical`")
-    if readers and set(readers) <= {"transformers-4.4"}:
+    if reference.main.short != reference.main.long and what.startswith("frequencies"):
+        return ("engines switch between two lists at different lengths, or not at all; give "
+                "short_factor and long_factor the same numbers, or use one engine only")
+    if set(readers) == {"transformers-4.4"}:
         return "no key prevents it; use transformers 4.57 or newer"
     if "llama.cpp" in readers:
         return _LLAMA_CPP.get(kind if what.startswith("frequencies") else what, _OTHER)

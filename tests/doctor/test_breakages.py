@@ -192,9 +192,13 @@ def test_longrope_is_dropped_by_llama_cpp(tmp_path):
 def test_two_lists_of_longrope(tmp_path):
     config = scaled({**LONGROPE, "short_factor": [1.0] * 8})
     found = doctor(save(tmp_path / "model", config))
-    concerned = {n for f in found.errors if f.what == "frequencies" for n in f.readers}
-    assert {"vllm", "vllm-old", "llama.cpp"} <= concerned
-    assert "sglang" not in concerned
+    problems = {f.readers: f for f in found.findings if f.what == "frequencies"}
+    assert set(problems) == {("vllm-old",), ("vllm",), ("llama.cpp",)}
+    assert "of short sequences at every length" in problems["vllm",].message
+    assert "of long sequences at every length" in problems["vllm-old",].message
+    switching = [problems["vllm",], problems["vllm-old",]]
+    assert all("same numbers" in f.remedy and not f.avoidable for f in switching)
+    assert [f.severity for f in switching] == ["error", "warning"]  # the old one is only told of
 
 
 def test_llama3_of_qwen_is_dropped_by_llama_cpp(tmp_path):
@@ -288,10 +292,23 @@ def test_gemma_3_with_new_keys_only(tmp_path):
     assert written["rope_theta"] == 2e6 and written["rope_local_base_freq"] == 2e4
 
 
-def test_phi_3_is_refused_by_transformers_4_once_it_is_scaled(tmp_path):
+def test_phi_3_is_refused_by_transformers_4_with_more_than_three_entries(tmp_path):
     entries = {"rope_type": "longrope", "short_factor": LONG, "long_factor": LONG, "factor": 16.0}
     config = {**llama(rope_theta=5e5, rope_scaling=entries,
                       original_max_position_embeddings=256), "model_type": "phi3"}
     problem = error(doctor(save(tmp_path / "model", config)), "loading")
     assert set(problem.readers) == {"transformers-4.4", "transformers-4", "vllm-old"}
     assert "exactly type, short_factor and long_factor" in problem.message
+    # Three entries say it all. vLLM starts at the native length, whatever is written.
+    check_cured(tmp_path / "model", tmp_path / "out", readers=[n for n in READERS if n != "vllm"])
+    assert set(load(tmp_path / "out")["rope_scaling"]) == {"type", "short_factor", "long_factor"}
+
+
+def test_phi_3_as_shipped_is_left_loadable(tmp_path):
+    """Two lists differ between engines by nature, but a fix must not break those that load it."""
+    entries = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": LONG}
+    config = {**llama(rope_theta=5e5, rope_scaling=entries,
+                      original_max_position_embeddings=256), "model_type": "phi3"}
+    found = doctor(save(tmp_path / "model", config))
+    assert not [f for f in found.findings if f.what == "loading"]
+    assert "config.json: rope_scaling" not in found.changes

@@ -60,7 +60,7 @@ def test_json_is_one_object(ok, healthy, broken):
     assert row["rope_theta"] == (5e5 if ok else 1e4) and row["max_len"] == 4096
     assert row["attention_factor"] == 1.0 and len(row["inv_freq_sha"]) == 12
     assert report["agree"][0] and set(report["findings"][0]) == {
-        "severity", "what", "readers", "message", "remedy"}
+        "severity", "what", "readers", "message", "remedy", "avoidable"}
     assert result.stdout.count("\n") == 1
 
 

@@ -37,7 +37,8 @@ _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_le
                 "max_seq_length", "seq_len")
 _NOT_MULTIPLIED = ("su", "longrope", "llama3")
 _KNOWN = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
-_TOP_WINS = ("llama", "mistral")  # models that copy the top-level native length into the entries
+# Models that copy the native length at the top level into the entries.
+_TOP_WINS = ("llama", "mistral", "phi3")
 
 Read = tuple[dict[str, LayerRope], int, dict[str, str]]
 
