@@ -18,7 +18,9 @@ from extend.search.lab import Result
 
 NEEDLE, SHORT, SIBLINGS = 0, 1, 2
 # Added before the logarithm, nats: differences below it do not matter.
-_FLOORS = np.array([0.02, 0.002, 0.0005])
+_FLOORS = np.array([0.05, 0.005, 0.001])
+EQUAL = 1e-3  # nats; a loss that is larger by less counts as equal
+_NEARLY = 0.1  # analytic methods; settings that match so many fewer than the most may be chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,14 +126,15 @@ class Judge:
 
         needle, short = draws(results)
         own_needle, own_short = draws(methods)
-        return np.array([((needle[i] <= own_needle) & (short[i] <= own_short)).mean(1).sum()
-                         for i in range(len(results))])
+        return np.array([((needle[i] <= own_needle + EQUAL) & (short[i] <= own_short + EQUAL))
+                         .mean(1).sum() for i in range(len(results))])
 
 
 RULES = {
     "needle": "the least needle loss at the target",
-    "compromise": "at least as good on both needle and short loss as the most analytic methods, "
-                  "counted over resamples",
+    "compromise": "at least as good on both needle and short loss as the most analytic methods "
+                  f"(to {EQUAL:g} nats, mean over resamples); of equals the one with the least "
+                  "product of both losses, short loss counted above the unchanged model's",
     "merge-safe": "the least disturbance of siblings among those that reach the target: the 95 % "
                   "interval of the paired difference to the least needle loss holds 0, or the "
                   "needle loss is below the given threshold",
@@ -140,15 +143,19 @@ RULES = {
 
 
 def choose(results: Sequence[Result], judge: Judge) -> dict[str, Result]:
-    """Apply RULES to what was measured at the target; `unchanged` is never chosen."""
-    offered = [r for r in results if r.candidate.origin != "native"]
+    """Apply RULES to what was measured at the target; `unchanged` is measured, never chosen."""
+    native = next(r for r in results if r.candidate.origin == "native")
+    offered = [r for r in results if r is not native]
     points = np.array([r.point(judge.length) for r in offered])
+    both = Scale(float(native.point(judge.length)[SHORT]))(points)[:, :SIBLINGS].sum(1)
     plain = np.array([not r.candidate.rope.scaling for r in offered])
     matches = judge.matches(offered, [r for r in offered if r.candidate.origin == "analytic"])
-    chosen = {"needle": int(points[:, NEEDLE].argmin()), "compromise": int(matches.argmax()),
+    chosen = {"needle": int(points[:, NEEDLE].argmin()),
+              "compromise": _least(both, matches >= matches.max() - _NEARLY),
               "merge-safe": _least(points[:, SIBLINGS], judge.reaching(offered))}
     if plain.any():
-        chosen["theta"] = _least(-matches, plain)
+        most = matches[plain].max()
+        chosen["theta"] = _least(both, plain & (matches >= most - _NEARLY))
     return {name: offered[i] for name, i in chosen.items()}
 
 

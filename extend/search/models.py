@@ -1,6 +1,7 @@
 """The models of a search: the one to extend, and siblings of it, given or made up."""
 
 import copy
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,13 @@ class SearchedModel:
 
     def use(self, rope: RopeSpec, length: int) -> None:
         """Give it the RoPE that a config with `rope`, written for `length` tokens, stands for."""
-        set_rope(self.model, self.config.raw, rope, length, self.model.device)
+        log = logging.getLogger("transformers.modeling_rope_utils")
+        level = log.level
+        log.setLevel(logging.ERROR)  # of every candidate it would name the keys for other engines
+        try:
+            set_rope(self.model, self.config.raw, rope, length, self.model.device)
+        finally:
+            log.setLevel(level)
 
 
 def choose_device() -> torch.device:

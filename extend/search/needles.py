@@ -50,11 +50,14 @@ class _Quiz:
 
 
 def fitting_facts(tokenizer: Any, length: int, wanted: int) -> int:
-    """How many facts of `wanted` a row of `length` can hold and leave two thirds to the text."""
+    """How many facts of `wanted` a row of `length` can hold and leave two thirds to the text.
+
+    At least two where more than one are wanted: a single fact has another wording.
+    """
     if wanted == 1:
         return 1
     size = _named_quiz(tokenizer, wanted, random.Random(0)).num_tokens / wanted
-    return max(1, min(wanted, int(length / _SHARE / size)))
+    return max(2, min(wanted, int(length / _SHARE / size)))
 
 
 def build_rows(tokenizer: Any, haystacks: dict[str, Haystack], length: int, *, num_rows: int,

@@ -10,31 +10,31 @@ from extend.search.front import on_front
 from extend.search.lab import Result
 from extend.search.report import Outcome
 
-_FLOOR = 1e-4  # nats; what is less is drawn there, since the axes are logarithmic
-_STYLE = {"analytic": ("#d55e00", "s", 26), "theta": ("#009e73", "^", 22),
+_STYLE = {"analytic": ("#d55e00", "s", 34), "theta": ("#009e73", "^", 24),
           "curve": ("#7aa6c2", "o", 16)}
 _MARKS = {"needle": "*", "compromise": "P", "merge-safe": "D", "theta": "v"}
+_LEAST = {0: 1e-3, 1: 1e-3, 2: 1e-4}  # nats, of each axis: what is less is drawn there
 
 
 def draw_front(outcome: Outcome, path: Path, title: str) -> None:
-    """Write a PNG with two panels."""
+    """Write a PNG with two panels and a key of the analytic methods, which are numbered."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 6.2), layout="constrained")
+    figure = Figure(figsize=(14, 6), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, sharey=True)
+    left, right, key = figure.subplots(1, 3, width_ratios=[1, 1, 0.5])
     native = outcome.of(SEARCH, "native")[0].point(outcome.target_len)
-    _draw(left, outcome, 1, float(native[1]))
-    _draw(right, outcome, 2, 0.0)
-    left.set_ylabel("needle-answer loss at the target, nats a token")
-    left.set_xlabel(f"loss on native-length text above the unchanged model's {native[1]:.3f}, nats")
-    right.set_xlabel("disturbance of siblings: KL(own RoPE || setting), nats a token")
-    left.axhline(native[0], color="#888888", linewidth=1, linestyle=":")
-    left.text(0.99, native[0], "unchanged", transform=left.get_yaxis_transform(), fontsize=8,
-              color="#666666", ha="right", va="bottom")
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=8, fontsize=9, frameon=False)
+    for ax, axis, offset in ((left, 1, float(native[1])), (right, 2, 0.0)):
+        _draw(ax, outcome, axis, offset)
+        ax.axhline(native[0], color="#888888", linewidth=1, linestyle=":")
+        ax.set_ylabel("needle-answer loss at the target, nats a token", fontsize=9)
+    left.text(0.01, native[0], "unchanged model", transform=left.get_yaxis_transform(),
+              fontsize=8, color="#666666", va="bottom")
+    left.set_xlabel(f"loss on native-length text above the unchanged model's {native[1]:.3f}, "
+                    "nats a token", fontsize=9)
+    right.set_xlabel("disturbance of siblings: KL(own RoPE || setting), nats a token", fontsize=9)
+    _write_key(key, outcome, left)
     figure.suptitle(title.replace("$", r"\$"), fontsize=12)
     figure.savefig(path, dpi=150, metadata={"Software": None})
 
@@ -42,7 +42,7 @@ def draw_front(outcome: Outcome, path: Path, title: str) -> None:
 def _draw(ax: Any, outcome: Outcome, axis: int, offset: float) -> None:
     def place(result: Result) -> tuple[float, float]:
         point = result.point(outcome.target_len)
-        return max(float(point[axis]) - offset, _FLOOR), float(point[0])
+        return (max(float(point[axis]) - offset, _LEAST[axis]), max(float(point[0]), _LEAST[0]))
 
     results = outcome.of(SEARCH, "analytic", "theta", "curve")
     for origin, (color, marker, size) in _STYLE.items():
@@ -54,33 +54,41 @@ def _draw(ax: Any, outcome: Outcome, axis: int, offset: float) -> None:
     ax.plot(*front[np.argsort(front[:, 0])].T, color="#555555", linewidth=1, zorder=2,
             label="front", drawstyle="steps-post")
     for name, result in outcome.chosen.items():
-        ax.scatter(*place(result), s=150, facecolors="none", edgecolors="black",
+        ax.scatter(*place(result), s=190, facecolors="none", edgecolors="black",
                    marker=_MARKS[name], linewidths=1.2, label=f"chosen: {name}", zorder=5)
-        _error_bars(ax, outcome, result, axis, offset)
-    _name_methods(ax, [(r.candidate.name, place(r)) for r in outcome.of(SEARCH, "analytic")])
+        _draw_interval(ax, outcome, result, place(result)[0])
+    for number, result in enumerate(outcome.of(SEARCH, "analytic"), start=1):
+        ax.annotate(str(number), place(result), xytext=(5, 4), textcoords="offset points",
+                    fontsize=8, color="#8a3b00", zorder=6)
     ax.set_xscale("log")
     ax.set_yscale("log")
+    ax.tick_params(labelsize=8)
     ax.grid(True, which="major", color="#e5e5e5", linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def _error_bars(ax: Any, outcome: Outcome, result: Result, axis: int, offset: float) -> None:
-    low, high = np.percentile(outcome.splits[SEARCH].draws(result), [2.5, 97.5], axis=0)
-    point = result.point(outcome.target_len)
-    x = max(float(point[axis]) - offset, _FLOOR)
-    ax.plot([x, x], [low[0], high[0]], color="black", linewidth=0.8, zorder=4)
+def _draw_interval(ax: Any, outcome: Outcome, result: Result, x: float) -> None:
+    """The 95 % interval of a chosen setting's needle loss."""
+    needle = outcome.splits[SEARCH].describe(result)["needle"]
+    ax.plot([x, x], [max(needle["low"], _LEAST[0]), max(needle["high"], _LEAST[0])],
+            color="black", linewidth=0.8, zorder=4)
 
 
-def _name_methods(ax: Any, named: list[tuple[str, tuple[float, float]]]) -> None:
-    """Labels beside the points, moved down where they would lie on one another."""
-    taken: list[float] = []
-    for name, (x, y) in sorted(named, key=lambda item: -item[1][1]):
-        level = float(np.log10(max(y, _FLOOR)))
-        while any(abs(level - other) < 0.05 for other in taken):
-            level -= 0.01
-        taken.append(level)
-        short = name.replace("low_freq_factor", "low").replace("high_freq_factor", "high")
-        short = short.replace("attention_factor", "attention")
-        ax.annotate(short, (x, y), xytext=(x * 1.12, 10 ** level), fontsize=7, color="#8a3b00",
-                    va="center", arrowprops={"arrowstyle": "-", "color": "#d9b79c",
-                                             "linewidth": 0.5})
+def _write_key(ax: Any, outcome: Outcome, panel: Any) -> None:
+    """Markers, and the names behind the numbers."""
+    ax.set_axis_off()
+    handles, labels = panel.get_legend_handles_labels()
+    legend = ax.legend(handles, labels, loc="upper left", fontsize=8.5, frameon=False,
+                       labelspacing=0.9)
+    legend.set_in_layout(False)
+    lines = [f"{number}  {_shorten(r.candidate.name)}"
+             for number, r in enumerate(outcome.of(SEARCH, "analytic"), start=1)]
+    ax.text(0.02, 0.44, "\n".join(["analytic methods", *lines]), transform=ax.transAxes,
+            fontsize=8.5, color="#8a3b00", va="top", linespacing=1.45).set_in_layout(False)
+
+
+def _shorten(name: str) -> str:
+    for long, short in (("low_freq_factor=", ""), (" high_freq_factor=", " to "),
+                        ("attention_factor", "attention")):
+        name = name.replace(long, short)
+    return name

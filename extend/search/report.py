@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from extend.search.data import HELD_OUT, SEARCH
-from extend.search.goals import RULES
+from extend.search.goals import EQUAL, RULES
 from extend.search.lab import AXES, Lab, Result, describe
 from extend.search.statistics import Statistics
 
@@ -61,8 +61,8 @@ class Outcome:
     def comparison(self, split: str) -> dict[str, dict[str, Any]]:
         """Chosen setting -> analytic method -> paired differences, and whether it is matched.
 
-        Matched: needle loss and short loss are both no larger. Not surely worse: neither interval
-        lies above 0.
+        Matched: needle loss and short loss are both no larger, to `EQUAL`. Not surely worse:
+        neither interval lies above that.
         """
         table: dict[str, dict[str, Any]] = {}
         for name, result in self.chosen.items():
@@ -74,8 +74,8 @@ class Outcome:
                 difference = self.splits[split].difference(own, other)
                 both = [difference[axis] for axis in AXES[:2]]
                 table[name][other.candidate.name] = {
-                    **difference, "matched": all(d["mean"] <= 0 for d in both),
-                    "not_surely_worse": all(d["low"] <= 0 for d in both)}
+                    **difference, "matched": all(d["mean"] <= EQUAL for d in both),
+                    "not_surely_worse": all(d["low"] <= EQUAL for d in both)}
         return table
 
     def verdict(self, split: str) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class Outcome:
         found = self.of(split, "theta", "curve")
         points = [r.point(self.target_len)[:2] for r in found]
         told["matched_by_some_setting"] = sum(
-            any((p <= r.point(self.target_len)[:2]).all() for p in points)
+            any((p <= r.point(self.target_len)[:2] + EQUAL).all() for p in points)
             for r in self.of(split, "analytic"))
         return told
 

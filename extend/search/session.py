@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 _ANSWERS = 1.5  # nats a token; digits that are guessed cost 2.3
 _MANY, _ONE = 16, 1  # facts in a row, as a large and as a tiny model can answer them
-_ROWS = {_ONE: 24}
-_FEW_ROWS = 4
+_ROW_TOKENS = 2 ** 18  # read for each candidate, as far as the least and most rows allow
+_ROWS = {_MANY: (4, 16), _ONE: (16, 32)}  # least and most rows of a length
 _MADE_SIBLINGS = 2
 
 
@@ -102,7 +102,7 @@ class Session:
 
     def _build_splits(self, tokenizer: object, names: list[str]) -> dict[str, SplitData]:
         settings = self.settings
-        sizes = Sizes(rows=settings.rows or _FEW_ROWS, needles=settings.needles or _MANY,
+        sizes = Sizes(rows=1, needles=1,  # chosen when the model can be asked
                       short_tokens=settings.short_tokens, sibling_tokens=settings.sibling_tokens)
         return build_splits(tokenizer, settings.text, settings.sibling_texts(names),
                             native_len=self.config.rope.original_len,
@@ -112,13 +112,14 @@ class Session:
         """Ask the model at its native length: 16 facts a row, or one when it cannot answer 16."""
         sizes = self.meter.splits[SEARCH].sizes
         offered = [self.settings.needles] if self.settings.needles else [_MANY, _ONE]
+        native_len = self.config.rope.original_len
         for needles in offered:
-            rows = self.settings.rows or _ROWS.get(needles, _FEW_ROWS)
+            rows = self._rows(needles)
             self._use(replace(sizes, needles=needles, rows=rows))
-            losses = self.meter.needle(self.config.rope, self.config.rope.original_len, SEARCH)
+            losses = self.meter.needle(self.config.rope, native_len, SEARCH)
             self.native_needle[needles] = sum(losses) / len(losses)
-            logger.info("native length %d, %d facts a row: needle loss %.3f",
-                        self.config.rope.original_len, needles, self.native_needle[needles])
+            logger.info("native length %d, %d facts a row: needle loss %.3f", native_len,
+                        len(losses) // rows, self.native_needle[needles])
             if self.native_needle[needles] <= _ANSWERS:
                 break
         best = min(self.native_needle, key=lambda needles: self.native_needle[needles])
@@ -126,8 +127,14 @@ class Session:
             logger.warning("the model answers hidden facts with a loss of %.2f nats a token at its "
                            "own length (guessing costs 2.3): needle losses at the target will say "
                            "little", self.native_needle[best])
-        return replace(sizes, needles=best,
-                       rows=self.settings.rows or _ROWS.get(best, _FEW_ROWS))
+        return replace(sizes, needles=best, rows=self._rows(best))
+
+    def _rows(self, needles: int) -> int:
+        """Rows of a length: about as many tokens for every target, in pairs of text and filler."""
+        if self.settings.rows:
+            return self.settings.rows
+        least, most = _ROWS[_ONE if needles == _ONE else _MANY]
+        return min(max(_ROW_TOKENS // self.settings.target_len // 2 * 2, least), most)
 
     def _use(self, sizes: Sizes) -> None:
         self.meter.splits = {name: replace(split, sizes=sizes, rows_by_length={})

@@ -42,9 +42,10 @@ def search(model: Path | str, out: Path | str, *, target_len: int, text: Path | 
         merge_safe: look longer for settings that leave siblings alone.
         reach: needle loss, nats a token, that counts as reaching the target; otherwise only what is
             not surely worse than the best does.
-        rows: rows of a length that hide facts, in text and in filler by turns.
-        needles: facts in a row. Unless given, 16 in each of 4 rows; or one in each of 24, when the
-            model cannot answer 16 at its native length.
+        rows: rows of a length that hide facts, in text and in filler by turns; unless given, about
+            2^18 tokens of them.
+        needles: facts in a row; 16 unless given, or one when the model cannot answer 16 at its
+            native length.
         short_tokens: about how much native-length text is read.
         sibling_tokens: about how much text each sibling reads.
         drift: norm of the random deltas, relative to each matrix.

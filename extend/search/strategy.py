@@ -38,9 +38,9 @@ logger = logging.getLogger(__name__)
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _MOST_THETAS, _MOST_CURVES, _GOLDEN_STEPS = 6, 12, 4
 _POOL, _NEARBY, _STEP = 1500, 400, 0.08  # curves compared by the model before one is measured
-_CHOSEN = 4  # settings that are returned, at most
+_CHOSEN = 4  # settings that are returned, at most; they and the model as it is are checked
 _OPTIMISM = 0.5  # standard deviations that a guess is lowered by, so that the unknown is tried
-_SAME_FEATURES = 2e-3  # settings nearer than this, per pair, are not worth a second evaluation
+_SAME_FEATURES = 0.01  # settings nearer than this, per pair, are not worth a second evaluation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +61,7 @@ class Plan:
 
     @property
     def reserve(self) -> int:
-        return self.held_out + _CHOSEN
+        return self.held_out + _CHOSEN + 1
 
 
 def screening_lengths(native_len: int, target_len: int) -> tuple[int, ...]:
@@ -75,13 +75,13 @@ def screening_lengths(native_len: int, target_len: int) -> tuple[int, ...]:
 
 def least_budget(num_analytic: int, spent: int) -> int:
     """Evaluations without which there is nothing to search with."""
-    return spent + 1 + num_analytic + _CHOSEN + 4
+    return spent + 1 + num_analytic + _CHOSEN + 1 + 4
 
 
 def make_plan(native_len: int, target_len: int, *, budget: int, num_analytic: int,
               spent: int) -> Plan:
     """Divide what the analytic methods leave of the budget."""
-    free = budget - spent - 1 - num_analytic - _CHOSEN
+    free = budget - spent - 1 - num_analytic - _CHOSEN - 1
     held_out = min(num_analytic, free // 3)
     free -= held_out
     return Plan(rungs=screening_lengths(native_len, target_len),
@@ -125,7 +125,7 @@ class Strategy:
     def _check(self, chosen: dict[str, Result]) -> None:
         """Measure what was chosen, and the analytic methods, on text and facts not seen so far."""
         ranked = sorted(self.analytic, key=lambda c: self._distance_to_front(c))
-        wanted = [*(r.candidate for r in chosen.values()), *ranked, self.native]
+        wanted = [*(r.candidate for r in chosen.values()), self.native, *ranked]
         for candidate in wanted:
             if self.lab.left > 0:
                 self.lab.measure(candidate, self.target_len, HELD_OUT)
