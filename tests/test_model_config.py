@@ -64,6 +64,58 @@ def test_rope_spellings(keys, expected):
     assert parse(**keys).rope == expected
 
 
+LONG, SHORT = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0], [1.0] * 8
+PER_PAIR = {"short_factor": SHORT, "long_factor": LONG}
+
+
+@pytest.mark.parametrize(("keys", "expected"), [
+    # Phi-3 128K, under its three names; the factor is the ratio of its lengths
+    *(({"rope_scaling": {"type": name, **PER_PAIR}, "original_max_position_embeddings": 256},
+       spec(1e4, 256, rope_type="longrope", **PER_PAIR, factor=4.0,
+            original_max_position_embeddings=256)) for name in ("su", "longrope", "yarn")),
+    ({"rope_scaling": {"type": "longrope", "factor": 2.0, **PER_PAIR}},
+     spec(1e4, 1024, rope_type="longrope", factor=2.0, **PER_PAIR,
+          original_max_position_embeddings=1024)),
+    # dynamic counts from max_position_embeddings, whatever the other key says
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "original_max_position_embeddings": 256},
+     spec(1e4, 1024, rope_type="dynamic", factor=2.0)),
+    ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 5e5,
+                          "partial_rotary_factor": 0.25}},
+     spec(5e5, 1024, rope_type="proportional", partial_rotary_factor=0.25)),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": None,
+                       "original_max_position_embeddings": 256}},
+     spec(1e4, 256, rope_type="yarn", factor=4.0, original_max_position_embeddings=256)),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0,
+                       "high_freq_factor": 4.0}, "original_max_position_embeddings": 256},
+     spec(1e4, 256, rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
+          original_max_position_embeddings=256)),
+    # keys that say nothing beside rope_type default, and nulls
+    ({"rope_parameters": {"rope_type": "default", "factor": 8.0, "attention_factor": None,
+                          "mrope_section": None}}, spec()),
+    ({"rope_scaling": {}, "rope_parameters": {}}, spec()),
+])
+def test_every_type_is_read(keys, expected):
+    assert parse(**keys).rope == expected
+
+
+@pytest.mark.parametrize("keys", [
+    {"rotary_pct": 0.5}, {"rope_pct": 0.5}, {"rotary_emb_fraction": 0.5}, {"rotary_dim": 8},
+    {"rotary_dim": 8, "partial_rotary_factor": 0.5},
+    {"model_type": "glm"}, {"model_type": "glm", "rope_scaling": YARN}])
+def test_other_spellings_of_partial_rotary(keys):
+    assert parse(**keys).rope.rotary_dim == 8
+    written = write_rope({**BASE, **keys}, spec(8e6), 4096)
+    assert written["rope_parameters"]["partial_rotary_factor"] == 0.5
+    assert parse(**written).rope.rotary_dim == 8
+
+
+def test_rotary_dim_of_latent_attention():
+    raw = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "model_type": "deepseek_v3"}
+    assert parse(**raw).rope.rotary_dim == 8
+    written = write_rope({**BASE, **raw}, spec(8e6), 4096)
+    assert "partial_rotary_factor" not in written["rope_parameters"]
+
+
 @pytest.mark.parametrize("keys", [
     {"partial_rotary_factor": 0.5},
     {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
@@ -92,7 +144,11 @@ def test_partial_rotary_is_what_transformers_reads():
     spec(5e5), spec(283461213.0, 4096), spec(5e5, 256, rope_type="linear", factor=16.0),
     spec(5e5, 256, **YARN),
     spec(5e5, 256, rope_type="llama3", factor=16.0, low_freq_factor=1.0, high_freq_factor=4.0,
-         original_max_position_embeddings=256)], ids=lambda r: r.rope_type)
+         original_max_position_embeddings=256),
+    spec(5e5, 256, rope_type="longrope", factor=16.0, attention_factor=1.0, **PER_PAIR,
+         original_max_position_embeddings=256),
+    spec(5e5, 256, rope_type="proportional", partial_rotary_factor=0.25)],
+    ids=lambda r: r.rope_type)
 def test_written_rope_reads_back(rope):
     raw = {**BASE, "rope_theta": 1e4, "rope_scaling": {"type": "dynamic", "factor": 2.0},
            "seq_length": 1024, "model_max_length": 1024, "rotary_emb_base": 1e4}
@@ -146,12 +202,55 @@ def test_sliding_window(keys, expected):
     ({"rope_parameters": {"full_attention": {"rope_theta": 1e6},
                           "sliding_attention": {"rope_theta": 1e4}}},
      "model_type 'llama' is not supported like this: .* no layer_types"),
+    ({"rope_theta": 1e6, "rotary_emb_base": 5e5},
+     r"rope_theta is 1000000.0 at the top but 500000.0 at the top \(rotary_emb_base\)"),
+    ({"rope_scaling": YARN, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+     "rope_type is default in rope_parameters but yarn in rope_scaling"),
+    ({"rope_scaling": YARN, "rope_parameters": {**YARN, "factor": 8.0}},
+     "factor is 8.0 in rope_parameters but 4.0 in rope_scaling"),
+    ({"rope_scaling": {"rope_type": "yarn", "type": "linear", "factor": 4.0}},
+     r"rope_type is yarn in rope_scaling but linear in rope_scaling \(type\)"),
+    ({"partial_rotary_factor": 0.5, "rotary_pct": 0.25},
+     r"partial_rotary_factor is 0.5 at the top but 0.25 at the top \(rotary_pct\)"),
+    ({"partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 0.25}},
+     "partial_rotary_factor is 0.5 at the top but 0.25 in rope_parameters"),
+    ({"rotary_dim": 4, "partial_rotary_factor": 0.5}, r"0.5 at the top but 0.25 at the top \(rot"),
+    ({"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5; it must be above 0 and at m"),
+    ({"rope_theta": 1.0}, "rope_theta is 1.0; it must be above 1"),
+    ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor is 0.5 in its RoPE entries"),
+    ({"rope_scaling": {"type": "longrope", "long_factor": [1.0], "short_factor": [1.0]}},
+     "short_factor has 1 entries but the model has 8 rotated pairs"),
+    ({"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}},
+     "rope_type 'mrope' is not supported; known are default, linear, dynamic, yarn"),
+    ({"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
+     "mrope_section in rope_parameters is not known for rope_type default"),
+    ({"model_type": "gpt_oss"}, "RoPE of the family is scaled, but there is no rope_parameters"),
     ({"hidden_size": None}, "key 'hidden_size' is missing"),
     ({"max_position_embeddings": None}, "key 'max_position_embeddings' is missing"),
 ])
 def test_models_that_are_refused(keys, message):
     with pytest.raises(CompatibilityError, match=message):
         parse(**keys)
+
+
+@pytest.mark.parametrize(("raw", "rope", "max_len", "message"), [
+    ({}, spec(rope_type="dynamic", factor=2.0), 4096,
+     "counts from max_position_embeddings, which is 1024 and would become 4096"),
+    ({"partial_rotary_factor": 0.5}, spec(rope_type="proportional", partial_rotary_factor=0.25),
+     4096, r"rotates 0.5 of each head, but rope_type proportional chooses its pairs \(0.25 of"),
+    ({"model_type": "phi3"}, spec(1e4, 256, **YARN), 1024,
+     "loads model_type 'phi3' with plain RoPE or longrope only, not with yarn"),
+])
+def test_what_is_not_written(raw, rope, max_len, message):
+    with pytest.raises(CompatibilityError, match=message):
+        write_rope({**BASE, **raw}, rope, max_len)
+
+
+def test_dynamic_is_kept_where_nothing_changes():
+    raw = {**BASE, "rope_theta": 5e5, "rope_scaling": {"type": "dynamic", "factor": 2.0}}
+    written = write_rope(raw, parse(**raw).rope, 1024)
+    assert parse(**written).rope == parse(**raw).rope
+    assert written["rope_scaling"] == {"rope_theta": 5e5, "rope_type": "dynamic", "factor": 2.0}
 
 
 @pytest.mark.parametrize(("text", "error", "message"), [

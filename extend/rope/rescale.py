@@ -15,7 +15,7 @@ from typing import Any
 from extend.checkpoint import INDEX_NAME, Checkpoint, copy_side_files, write_checkpoint
 from extend.errors import CompatibilityError, RecipeError
 from extend.manifest import Manifest
-from extend.model_config import NATIVE_KEY_TYPES, ModelConfig, RopeSpec, read_config, write_rope
+from extend.model_config import ModelConfig, RopeSpec, read_config, write_rope
 from extend.output import atomic_directory, copy_or_link, write_json
 from extend.registry import lookup
 from extend.rope.factors import describe_extension
@@ -104,16 +104,17 @@ def starting_rope(config: ModelConfig, from_len: int | None = None) -> RopeSpec:
     if isinstance(from_len, bool) or not isinstance(from_len, int) or from_len < 1:
         raise RecipeError(f"from_len must be a number of tokens, not {from_len!r}")
     native, longest = rope.original_len, config.max_position_embeddings
-    recorded = rope.rope_type in NATIVE_KEY_TYPES and native < longest
-    unknown = sorted(set(rope.scaling) - SCALING_KEYS)
-    if recorded and from_len != native:
+    extended = native < longest
+    own = sorted(set(rope.scaling) - SCALING_KEYS)
+    if rope.rope_type == "proportional":  # some families are born with it
+        own = [] if extended else ["rope_type proportional"]
+    if extended and from_len != native:
         raise CompatibilityError(f"{config.path}: from_len is {from_len}, but the RoPE there was "
                                  f"extended from {native} tokens; give {native}")
-    if rope.rope_type == "proportional" or unknown:
+    if own:
         raise CompatibilityError(
-            f"{config.path}: {', '.join(unknown) or 'rope_type proportional'} in rope_parameters "
-            "is no extension but part of the model, and from_len would take it away; such models "
-            "are not supported")
+            f"{config.path}: {', '.join(own)} in rope_parameters is no extension but part of the "
+            "model, and from_len would take it away; such models are not supported")
     return replace(rope, original_len=from_len, scaling={})
 
 

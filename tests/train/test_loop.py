@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig
 
 from extend.errors import CheckpointError, DataError, LayoutError, RecipeError
 from extend.options import TrainOptions
@@ -17,7 +17,14 @@ from extend.train.data import IGNORE, Row, load_rows
 from extend.train.loop import run_process, train
 from extend.train.optim import learning_rate
 from tests.spawn import spawn
-from tests.train.tiny import options, save_examples, save_model, save_text
+from tests.train.tiny import (
+    NATIVE_LEN,
+    options,
+    save_examples,
+    save_model,
+    save_text,
+    save_tokenizer,
+)
 
 SCHEDULE = {"length": 128, "steps": 3, "lr": 1e-3, "rope": {"method": "ntk"}}
 PER_PAIR = {"rope": {"method": "longrope", "options": {"long_factor": [1.0, 1.2, 2.0, 2.5]}}}
@@ -29,7 +36,21 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"directory": directory, "model": save_model(directory / "model"),
             "untied": save_model(directory / "untied", tied=False),
             "window": save_model(directory / "window", window=23),
+            "gemma": save_gemma(directory / "gemma"),
             "text": save_text(directory), "examples": save_examples(directory)}
+
+
+def save_gemma(directory: Path) -> Path:
+    """A sliding and a full layer, each with its own RoPE."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, sliding_window=23,
+        max_position_embeddings=NATIVE_LEN, layer_types=["sliding_attention", "full_attention"],
+        query_pre_attn_scalar=8, initializer_range=0.2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    save_tokenizer(directory)
+    return directory
 
 
 def cases(files: dict[str, Path]) -> dict[str, TrainOptions]:
@@ -45,6 +66,8 @@ def cases(files: dict[str, Path]) -> dict[str, TrainOptions]:
         "crossing": options(files["model"], mixed, document_mask=False,
                             schedule=[phase | PER_PAIR | {"batch_rows": 3}]),
         "window": options(files["window"], mixed, schedule=[phase | {"batch_rows": 3}]),
+        "layer-types": options(files["gemma"], mixed, schedule=[
+            phase | {"rope": {"method": "yarn"}, "batch_rows": 3}]),
         "lora": options(files["model"], mixed, mode="lora", lora_rank=4,
                         schedule=[phase, phase | {"batch_rows": 2}]),
     }
@@ -93,7 +116,8 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert_close_weights(load_file(a / "model.safetensors"), load_file(b / "model.safetensors"))
 
 
-@pytest.mark.parametrize("name", ["cp", "dp", "crossing", "window", "lora"])
+@pytest.mark.parametrize("name", ["cp", "dp", "crossing", "window", "layer-types",
+                                  "lora"])
 def test_two_processes_equal_one(name: str, single: Path, double: Path):
     assert_same_run(single / f"{name}-1", double / f"{name}-2")
 
@@ -121,7 +145,7 @@ def row_loss(model: torch.nn.Module, row: Row, run: TrainOptions,
     return loss
 
 
-@pytest.mark.parametrize("name", ["dp", "crossing", "window"])
+@pytest.mark.parametrize("name", ["dp", "crossing", "window", "layer-types"])
 def test_equals_plain_transformers_and_torch(name: str, files: dict[str, Path], single: Path):
     """The same run without ring, chunks, checkpointing, micro-batches, or our optimizer."""
     run, out = cases(files)[name], single / f"{name}-1"
