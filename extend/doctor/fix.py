@@ -71,7 +71,6 @@ def _without_contradictions(config: Mapping[str, Any], decision: Decision) -> di
               if isinstance(v, Mapping)}
     if nested:
         raw["rope_parameters"] = {**nested, FULL: {"rope_type": "default"}}
-        raw.pop("rope_theta", None)
     share = decision.partial_rotary_factor
     if decision.spec.rope_type == "proportional":  # a share of the pairs, in the scaling entry
         raw.pop("partial_rotary_factor", None)

@@ -292,6 +292,18 @@ def test_gemma_3_with_new_keys_only(tmp_path):
     assert written["rope_theta"] == 2e6 and written["rope_local_base_freq"] == 2e4
 
 
+def test_gemma_3_with_two_thetas(tmp_path):
+    config = {"model_type": "gemma3_text", **SIZES, "head_dim": 16, "rope_theta": 3e6,
+              "rope_local_base_freq": 2e4, "rope_parameters": {
+                  "full_attention": {**PLAIN, "rope_theta": 2e6},
+                  "sliding_attention": {**PLAIN, "rope_theta": 2e4}}}
+    model = save(tmp_path / "model", config)
+    assert "3000000 (rope_theta)" in doctor(model).questions[0]
+    cured = check_cured(model, tmp_path / "out", theta=2e6)
+    assert set(theta_of(cured).values()) == {2e6}
+    assert load(tmp_path / "out")["rope_local_base_freq"] == 2e4
+
+
 def test_phi_3_is_refused_by_transformers_4_with_more_than_three_entries(tmp_path):
     entries = {"rope_type": "longrope", "short_factor": LONG, "long_factor": LONG, "factor": 16.0}
     config = {**llama(rope_theta=5e5, rope_scaling=entries,

@@ -37,8 +37,9 @@ def read_sglang(files: ModelFiles) -> tuple[dict[str, LayerRope], int, dict[str,
     key = next(key for key in _LENGTH_KEYS if config.get(key) is not None)
     length, origin = config[key], key
     factor = main.parameters.get("factor")
+    # Of llama3, yarn and longrope, transformers 5 has always put one there.
     named = "original_max_position_embeddings" in main.parameters
-    if factor is not None and not named and main.kind != "llama3" and len(found) == 1:
+    if factor is not None and not named and len(found) == 1:
         length, origin = int(length * factor), f"{key} x factor {factor:g}"
     layers = {name: _compute(entry, config) for name, entry in found.items()}
     return layers, length, {**main.origin, "max_len": origin}
