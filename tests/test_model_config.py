@@ -162,6 +162,7 @@ def test_written_rope_reads_back(rope):
     if not plain:
         assert written["rope_scaling"] == written["rope_parameters"]
         assert written["original_max_position_embeddings"] == 256
+    assert "partial_rotary_factor" not in written  # proportional's is not a share of channels
     assert written["rope_parameters"]["rope_theta"] == written["rope_theta"] == rope.rope_theta
     assert raw["seq_length"] == 1024, "the argument was changed"
     loaded = LlamaConfig.from_dict(written)

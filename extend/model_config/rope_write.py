@@ -62,7 +62,7 @@ def write_rope(raw: Mapping[str, Any], rope: RopeSpec, max_len: int) -> dict[str
     else:
         config |= {"rope_theta": rope.rope_theta, "rope_parameters": inner,
                    "rope_scaling": dict(inner) if rope.scaling else None}
-        if "partial_rotary_factor" in inner:
+        if "partial_rotary_factor" in inner and rope.rope_type != "proportional":
             config["partial_rotary_factor"] = inner["partial_rotary_factor"]
     if rope.scaling:
         # For linear, which has no such entry, it is the only record of the native length.
