@@ -112,7 +112,7 @@ def tables(results: Json, rows: Sequence[Json]) -> str:
     parts = [intro, "## The siblings\n", sibling_table(results)]
     if rows:
         parts += ["## Skill kept under each RoPE, without training\n", kept_table(results, rows),
-                  "## By family\n", family_table(rows)]
+                  "## Trials with 90 % kept, and mean kept\n", kind_table(rows)]
     if any(sibling["merged"] for sibling in results["siblings"]):
         parts += ["## Long models\n", long_table(results),
                   "## Skill kept by base + sibling's delta + long model's delta\n",
@@ -157,18 +157,18 @@ def kept_table(results: Json, rows: Sequence[Json]) -> str:
                     lines)
 
 
-def family_table(rows: Sequence[Json]) -> str:
-    """For each family and factor: in how many (sibling, RoPE) trials 90 % of the skill is kept."""
+def kind_table(rows: Sequence[Json]) -> str:
+    """For each method and factor: in how many siblings 90 % of the skill is kept; the mean."""
+    factors = sorted({row["factor"] for row in rows})
     lines = []
-    for family in dict.fromkeys(row["family"] for row in rows):
-        for factor in sorted({row["factor"] for row in rows}):
-            own = [row["kept"] for row in rows
-                   if row["family"] == family and row["factor"] == factor]
-            if own:
-                safe = sum(kept >= 0.9 for kept in own)
-                lines.append([family, str(factor), f"{safe}/{len(own)}", f"{fmean(own):.2f}",
-                              f"{min(own):.2f}"])
-    return markdown(["family", "factor", "trials with 90 % kept", "mean kept", "least kept"], lines)
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        cells = []
+        for factor in factors:
+            own = [r["kept"] for r in rows if r["kind"] == kind and r["factor"] == factor]
+            cells.append(f"{sum(kept >= 0.9 for kept in own)}/{len(own)} ({fmean(own):.2f})"
+                         if own else "")
+        lines.append([kind, *cells])
+    return markdown(["RoPE", *(f"x{factor}" for factor in factors)], lines)
 
 
 def long_table(results: Json) -> str:
@@ -185,25 +185,31 @@ def passkeys(found: Mapping[str, Sequence[int]] | None) -> str:
 
 
 def merged_table(results: Json) -> str:
-    """Kept share of each sibling: under the RoPE alone, then with the long delta."""
-    names = list(dict.fromkeys(m["long"] for s in learned(results) for m in s["merged"]))
-    weights = sorted({m["weight"] for s in learned(results) for m in s["merged"]})
-    head, lines = ["sibling", *(f"{name}: {column}" for name in names for column in
-                                ("RoPE alone", *(f"+ {w:g} delta" for w in weights)))], []
-    for sibling in learned(results):
-        if not sibling["merged"]:
-            continue
-        native, cells = native_row(sibling)["score"], []
-        for name in names:
-            alone = next(row for row in sibling["rows"] if row["setting"] == name)
-            merges = {m["weight"]: m for m in sibling["merged"] if m["long"] == name}
-            cells.append(f"{alone['score'] / native:.2f}")
-            for weight in weights:
-                found = passkeys(merges[weight]["passkey"])
-                cells.append(f"{merges[weight]['score'] / native:.2f}"
-                             + (f" ({found})" if found else ""))
-        lines.append([sibling["sibling"], *cells])
-    return markdown(head, lines)
+    """For each long model and skill, over the skill's siblings: share kept without and with it."""
+    siblings = [s for s in learned(results) if s["merged"]]
+    names = list(dict.fromkeys(m["long"] for s in siblings for m in s["merged"]))
+    weights = sorted({m["weight"] for s in siblings for m in s["merged"]})
+    lines = [[name, skill, *merged_cells([s for s in siblings if s["skill"] == skill], name,
+                                         weights)]
+             for name in names for skill in dict.fromkeys(s["skill"] for s in siblings)]
+    return markdown(["long model", "skill", "siblings", "RoPE alone",
+                     *(f"+ {weight:g} x delta" for weight in weights), "worst sibling, + delta",
+                     "passkeys, medium + delta", "medium alone"], lines)
+
+
+def merged_cells(siblings: Sequence[Json], long: str, weights: Sequence[float]) -> list[str]:
+    native = [native_row(sibling)["score"] for sibling in siblings]
+    alone = [row["score"] / own for sibling, own in zip(siblings, native, strict=True)
+             for row in sibling["rows"] if row["setting"] == long]
+    kept = {weight: [m["score"] / own for sibling, own in zip(siblings, native, strict=True)
+                     for m in sibling["merged"] if (m["long"], m["weight"]) == (long, weight)]
+            for weight in weights}
+    merged = [m["passkey"] for s in siblings for m in s["merged"] if m["long"] == long]
+    keys = (*filter(None, merged), None)[0]
+    before = (*filter(None, (s["passkey"] for s in siblings)), None)[0]
+    return [str(len(siblings)), f"{fmean(alone):.2f}",
+            *(f"{fmean(kept[weight]):.2f}" for weight in weights), f"{min(kept[weights[-1]]):.2f}",
+            passkeys(keys), passkeys(before)]
 
 
 def prediction_table(results: Json) -> str:

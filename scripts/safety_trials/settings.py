@@ -93,7 +93,7 @@ class Strength:
 STRENGTHS = {
     "smollm2": (Strength("mild", 150, 5e-5), Strength("medium", 200, 2e-4),
                 Strength("strong", 400, 5e-4), Strength("medium, MLPs", 200, 2e-4, "mlp")),
-    "tiny": (Strength("mild", 150, 1e-3), Strength("medium", 200, 2e-3),
-             Strength("strong", 300, 4e-3), Strength("medium, MLPs", 200, 3e-3, "mlp")),
+    "tiny": (Strength("mild", 200, 1e-3), Strength("medium", 200, 2e-3),
+             Strength("strong", 300, 3e-3), Strength("medium, MLPs", 200, 3e-3, "mlp")),
 }
 """level -> fine-tunes of each skill, from the smallest drift to the largest."""

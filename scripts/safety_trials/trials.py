@@ -149,7 +149,8 @@ def run_sibling(bench: Bench, job: Job) -> list[dict[str, Any]]:
     trained = train_sibling(subject, batches, strength)
     delta = subject.delta()
     about = {"strength": asdict(strength), "drift": subject.drift(delta),
-             "text_loss": score(subject.model, bench.text).loss, **trained}
+             "text_loss": score(subject.model, bench.text).loss, **trained,
+             "passkey": bench.passkey.score(subject, 1) if asks_passkeys(bench, job) else None}
     known = {test: keep_reference(subject.model, bench.tests[test])
              for test in bench.test_files(job.skill)}
     rows: dict[str, list[dict[str, Any]]] = {test: [] for test in known}
@@ -159,6 +160,11 @@ def run_sibling(bench: Bench, job: Job) -> list[dict[str, Any]]:
     merged = merge(bench, job, delta, known)
     return [{"sibling": f"{test}, {strength.name}", "skill": test, **about, "rows": rows[test],
              "merged": merged[test]} for test in known]
+
+
+def asks_passkeys(bench: Bench, job: Job) -> bool:
+    """Passkeys take longer than skills: one strength is enough."""
+    return bench.passkey is not None and job.strength.name == "medium"
 
 
 def merge(bench: Bench, job: Job, delta: dict[str, torch.Tensor],
@@ -171,7 +177,7 @@ def merge(bench: Bench, job: Job, delta: dict[str, torch.Tensor],
         bench.subject.set_rope(long.rope, long.length)
         for weight in MERGE_WEIGHTS:
             bench.subject.become((1.0, delta), (weight, long.delta))
-            asked = bench.passkey is not None and job.strength.name == "medium" and weight == 1
+            asked = asks_passkeys(bench, job) and weight == 1
             keys = bench.passkey.score(bench.subject) if asked else None
             for test, reference in known.items():
                 found[test].append({"long": long.name, "weight": weight, "passkey": keys,
