@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -133,7 +134,11 @@ GEMMAS = {
 @pytest.mark.parametrize("name", GEMMAS)
 def test_both_frequencies_of_gemma_3(name, tmp_path):
     raw = GEMMAS[name]
-    model, _ = build(tmp_path, raw)
+    try:
+        model, _ = build(tmp_path, raw)
+    except AttributeError:  # 5.17 fails on flat entries beside nested ones
+        assert name.startswith("flat") and transformers.__version__ < "5.23"
+        return
     reading = read_with("transformers-5", ModelFiles(raw, {}, {}))
     rotary = model.model.rotary_emb
     for layer in (FULL, "sliding_attention"):
