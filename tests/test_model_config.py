@@ -247,6 +247,19 @@ def test_what_is_not_written(raw, rope, max_len, message):
         write_rope({**BASE, **raw}, rope, max_len)
 
 
+@pytest.mark.parametrize(("scaling", "native", "three"), [
+    ({"factor": 1.0, "attention_factor": 1.0}, 4096, True),
+    ({"factor": 16.0}, 256, True),
+    ({"factor": 16.0, "attention_factor": 1.0}, 256, False)])  # which those three cannot say
+def test_the_three_entries_of_phi3(scaling, native, three):
+    """Its class in transformers 4 refuses a rope_scaling of any other number of entries."""
+    rope = spec(1e4, native, rope_type="longrope", **scaling, **PER_PAIR,
+                original_max_position_embeddings=native)
+    written = write_rope({**BASE, "model_type": "phi3"}, rope, 4096)
+    assert (written["rope_scaling"] == {"type": "longrope", **PER_PAIR}) == three
+    assert parse(**written).rope == rope
+
+
 def test_dynamic_is_kept_where_nothing_changes():
     raw = {**BASE, "rope_theta": 5e5, "rope_scaling": {"type": "dynamic", "factor": 2.0}}
     written = write_rope(raw, parse(**raw).rope, 1024)

@@ -28,6 +28,9 @@ _SCALED = frozenset({"apertus", "cwm", "gpt_oss", "ministral3", "mistral4"})
 _ONLY_LONGROPE = frozenset({"phi3", "phi4_multimodal", "phimoe"})
 WANTS_MSCALES = frozenset({"phimoe"})
 """Families that do not load without `short_mscale` and `long_mscale`."""
+THREE_ENTRIES = frozenset({"phi3"})
+"""Families whose class in transformers 4 takes type and two lists in `rope_scaling`, nothing else.
+"""
 # One RoPE for each type of layer, in no spelling but a nested rope_parameters.
 _NESTED_ONLY = frozenset({"laguna", "lfm3", "mellum", "mimo_v2_flash", "modernbert",
                           "modernbert-decoder", "neomme", "step3p5", "t5gemma2_decoder",

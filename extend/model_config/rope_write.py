@@ -5,6 +5,7 @@ has nothing else; llama.cpp finds the native length at the top level only, and t
 So all spellings are written.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from extend.model_config.families import (
     FLAT_SPELLINGS,
     FULL,
     SLIDING,
+    THREE_ENTRIES,
     WANTS_MSCALES,
     FlatSpelling,
     check_type,
@@ -61,7 +63,7 @@ def write_rope(raw: Mapping[str, Any], rope: RopeSpec, max_len: int) -> dict[str
         config |= _nested_keys(raw, inner, entries, FLAT_SPELLINGS.get(family), family)
     else:
         config |= {"rope_theta": rope.rope_theta, "rope_parameters": inner,
-                   "rope_scaling": dict(inner) if rope.scaling else None}
+                   "rope_scaling": _flat_scaling(family, rope, inner, max_len)}
         if "partial_rotary_factor" in inner and rope.rope_type != "proportional":
             config["partial_rotary_factor"] = inner["partial_rotary_factor"]
     if rope.scaling:
@@ -98,6 +100,21 @@ def _entry(raw: Mapping[str, Any], rope: RopeSpec, before: Mapping[str, Any],
             f"({rope.scaling['partial_rotary_factor']} of them) from whole heads; choose another "
             "method")
     return inner
+
+
+def _flat_scaling(family: str, rope: RopeSpec, inner: Mapping[str, Any],
+                  max_len: int) -> dict[str, Any] | None:
+    """What transformers 4 reads beside `rope_theta`."""
+    if not rope.scaling:
+        return None
+    ratio = max_len / rope.original_len
+    usual = math.sqrt(1 + math.log(max(ratio, 1)) / math.log(rope.original_len))
+    attention = rope.scaling.get("attention_factor", usual)
+    if family in THREE_ENTRIES and math.isclose(attention, usual, rel_tol=1e-12):
+        # Every reader takes the rest from the lengths at the top level.
+        return {"type": "longrope", "short_factor": rope.scaling["short_factor"],
+                "long_factor": rope.scaling["long_factor"]}
+    return dict(inner)
 
 
 def _nested_keys(raw: Mapping[str, Any], inner: dict[str, Any], others: dict[str, dict[str, Any]],
