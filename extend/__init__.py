@@ -21,9 +21,10 @@ from extend.errors import (
 
 __version__ = "0.1.0"
 
-_STAGES = {"rescale": "extend.rope", "train": "extend.train", "extract": "extend.adapter",
-           "merge": "extend.merge", "evaluate": "extend.evaluate", "report": "extend.evaluate",
-           "run": "extend.run"}
+_STAGES = {"plan": "extend.plan", "search": "extend.search", "rescale": "extend.rope",
+           "train": "extend.train", "extract": "extend.adapter", "merge": "extend.merge",
+           "evaluate": "extend.evaluate", "report": "extend.evaluate",
+           "doctor": "extend.doctor", "run": "extend.run"}
 
 __all__ = ["CheckpointError", "CompatibilityError", "DataError", "ExtendError", "LayoutError",
            "RecipeError", "TrainingError", "__version__", *_STAGES]
