@@ -139,7 +139,15 @@ def shard_model(module: CausalLoss, processes: Processes) -> CausalLoss:
 
 
 def check_rope(rope: RopeSpec, cp: int) -> None:
-    """Raise CompatibilityError for a RoPE whose frequencies would differ between ranks."""
+    """Raise CompatibilityError for a RoPE that has no frequencies of its own to train.
+
+    Args:
+        cp: processes that share a row; each sees its own positions only.
+    """
+    if rope.rope_type == "dynamic":
+        raise CompatibilityError("rope_type 'dynamic' has other frequencies at every length, so "
+                                 "there are none to train; rescale the model first, with another "
+                                 f"method and --from {rope.original_len}")
     if rope.depends_on_length and cp > 1:
         raise CompatibilityError(f"rope_type {rope.rope_type!r} depends on the positions that a "
                                  f"process sees, which differ over a ring of {cp}; choose another "

@@ -69,14 +69,14 @@ def test_one_process_has_no_groups():
     assert (mesh.dp, mesh.cp, mesh.ring) == (1, 1, None)
 
 
-def test_rope_that_looks_at_positions_is_refused_in_a_ring():
+def test_rope_that_looks_at_positions_is_refused():
     spec = RopeSpec(rope_theta=1e4, rotary_dim=8, original_len=64,
                     scaling={"rope_type": "dynamic", "factor": 2.0})
-    check_rope(spec, 1)
-    with pytest.raises(CompatibilityError, match="'dynamic' .* ring of 2"):
-        check_rope(spec, 2)
+    with pytest.raises(CompatibilityError, match="'dynamic' has other frequencies .* --from 64"):
+        check_rope(spec, 1)
     two_lists = replace(spec, scaling={"rope_type": "longrope", "short_factor": [1.0] * 4,
                                        "long_factor": [2.0] * 4})
+    check_rope(two_lists, 1)
     with pytest.raises(CompatibilityError, match="'longrope' .* ring of 2"):
         check_rope(two_lists, 2)
     check_rope(replace(two_lists, scaling={**two_lists.scaling, "short_factor": [2.0] * 4}), 2)
