@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from extend.errors import CompatibilityError, RecipeError
 from extend.model_config import RopeSpec
 from extend.registry import option_names
-from extend.rope.frequencies import attention_factor, inv_freq
+from extend.rope.frequencies import attention_factor, critical_index, inv_freq
 from extend.rope.methods import METHODS, apply_method
 from extend.search.curve import Curve
 
@@ -88,9 +88,12 @@ def analytic_candidates(spec: RopeSpec, target_len: int) -> tuple[list[Candidate
     """
     defaults = [(name, {}) for name, fn in METHODS.items()
                 if all(p.default is not p.empty for p in option_names(fn).values())]
+    # p-RoPE with the pairs that complete a turn in the native length.
+    share = max(1, round(critical_index(spec))) / (spec.rotary_dim // 2)
+    turning = ("proportional", {"partial_rotary_factor": round(min(share, 1.0), 4)})
     found: list[Candidate] = []
     refused: dict[str, str] = {}
-    for method, options in (*defaults, *_VARIANTS):
+    for method, options in (*defaults, *_VARIANTS, turning):
         name = " ".join([method, *(f"{k}={v:g}" for k, v in options.items())])
         try:
             rope = apply_method(method, spec, target_len, options)

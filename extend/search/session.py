@@ -60,6 +60,7 @@ class Session:
         else:
             models = make_siblings(base, _made_names(), settings.drift, settings.seed)
         self.meter = Meter(base, models, splits, settings.target_len)
+        self._drop_unknown()
         self.native_needle: dict[int, float] = {}
         self.sizes = self._choose_sizes()
         self._use(self.sizes)
@@ -107,6 +108,16 @@ class Session:
         return build_splits(tokenizer, settings.text, settings.sibling_texts(names),
                             native_len=self.config.rope.original_len,
                             target_len=settings.target_len, sizes=sizes, seed=settings.seed)
+
+    def _drop_unknown(self) -> None:
+        """Leave out methods that the installed transformers does not compute for this model."""
+        for candidate in list(self.analytic):
+            try:
+                self.meter.base.use(candidate.rope, self.settings.target_len)
+            except (KeyError, ValueError, TypeError, AttributeError) as error:
+                self.analytic.remove(candidate)
+                self.refused[candidate.name] = f"transformers cannot compute it ({error!r})"
+                logger.info("%s left out: %s", candidate.name, self.refused[candidate.name])
 
     def _choose_sizes(self) -> Sizes:
         """Ask the model at its native length: 16 facts a row, or one when it cannot answer 16."""

@@ -1,0 +1,146 @@
+"""The search on a function whose best is known: budget, order, repeatability, what it finds."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from extend.search.candidates import analytic_candidates
+from extend.search.data import HELD_OUT, SEARCH
+from extend.search.front import Bootstrap
+from extend.search.goals import Judge
+from extend.search.lab import BudgetSpentError, Lab, Result
+from extend.search.store import EvaluationStore
+from extend.search.strategy import Strategy, least_budget, make_plan, screening_lengths
+from tests.search.fake import ITEMS, SPEC, TARGET_LEN, FakeMeter
+
+NUM_ANALYTIC = len(analytic_candidates(SPEC, TARGET_LEN)[0])
+
+
+def make_lab(path: Path, meter: FakeMeter, budget: int = 60) -> Lab:
+    return Lab(meter, EvaluationStore(path, {"fake": 1}), budget=budget, spent=1)
+
+
+def run(lab: Lab, *, merge_safe: bool = False, seed: int = 0) -> dict[str, Result]:
+    plan = make_plan(SPEC.original_len, TARGET_LEN, budget=lab.budget, num_analytic=NUM_ANALYTIC,
+                     spent=lab.spent)
+    judge = Judge(TARGET_LEN, None, Bootstrap.of_items(ITEMS, draws=300),
+                  Bootstrap.of_items(ITEMS, draws=300))
+    return Strategy(lab, SPEC, TARGET_LEN, analytic_candidates(SPEC, TARGET_LEN)[0], plan, judge,
+                    merge_safe=merge_safe, seed=seed).run()
+
+
+@pytest.mark.parametrize(("native", "target", "expected"), [
+    (8192, 131072, (16384, 32768)), (8192, 1048576, (131072, 262144)), (8192, 65536, (16384,)),
+    (8192, 32768, (16384,)), (8192, 16384, ()), (256, 2048, (512,))])
+def test_screening_starts_beyond_the_native_length(native, target, expected):
+    assert screening_lengths(native, target) == expected
+
+
+@pytest.mark.parametrize("budget", [least_budget(NUM_ANALYTIC, 1), 40, 60, 80])
+def test_the_budget_is_never_exceeded(tmp_path: Path, budget: int):
+    meter = FakeMeter()
+    lab = make_lab(tmp_path / "e.jsonl", meter, budget)
+    chosen = run(lab)
+    measured = [call for call in meter.calls if call[0] == "needle"]
+    assert len(measured) + lab.spent == lab.used <= budget
+    assert lab.used >= budget - 3  # chosen settings that coincide are checked once
+    halves = {result.candidate.key for result in lab.results(TARGET_LEN, HELD_OUT)}
+    assert {result.candidate.key for result in chosen.values()} <= halves
+    assert len(lab.results(TARGET_LEN, SEARCH)) >= NUM_ANALYTIC + 1
+
+
+def test_short_text_is_measured_once_for_a_candidate_and_half(tmp_path: Path):
+    meter = FakeMeter()
+    lab = make_lab(tmp_path / "e.jsonl", meter)
+    run(lab)
+    pairs = {(e.candidate["key"], e.split) for e in lab.evaluations()}
+    assert sum(call[0] == "short" for call in meter.calls) == len(pairs) < lab.used
+
+
+def test_a_search_that_was_killed_ends_like_one_that_was_not(tmp_path: Path):
+    whole = make_lab(tmp_path / "whole.jsonl", FakeMeter())
+    expected = run(whole)
+    for stop in (7, 20, 23, 45):
+        path = tmp_path / f"{stop}.jsonl"
+        with pytest.raises(KeyboardInterrupt):
+            run(make_lab(path, FakeMeter(fail_after=stop)))
+        done = len(EvaluationStore(path, {"fake": 1}))
+        meter = FakeMeter()
+        lab = make_lab(path, meter)
+        found = run(lab)
+        assert {n: r.candidate.key for n, r in found.items()} == {
+            n: r.candidate.key for n, r in expected.items()}
+        again = [(e.candidate["key"], e.length, e.split) for e in lab.evaluations()]
+        assert again == [(e.candidate["key"], e.length, e.split) for e in whole.evaluations()]
+        assert sum(call[0] == "needle" for call in meter.calls) == len(again) - done
+
+
+def test_a_finished_search_measures_nothing_again(tmp_path: Path):
+    run(make_lab(tmp_path / "e.jsonl", FakeMeter()))
+    meter = FakeMeter()
+    run(make_lab(tmp_path / "e.jsonl", meter))
+    assert meter.calls == []
+
+
+def test_it_finds_a_setting_no_worse_than_every_analytic_method(tmp_path: Path):
+    """The stand-in has one; 60 evaluations in all must do."""
+    lab = make_lab(tmp_path / "e.jsonl", FakeMeter())
+    chosen = run(lab)
+    for split in (SEARCH, HELD_OUT):
+        own = lab.result(chosen["compromise"].candidate, split).point(TARGET_LEN)[:2]
+        methods = [r.point(TARGET_LEN)[:2] for r in lab.results(TARGET_LEN, split)
+                   if r.candidate.origin == "analytic"]
+        assert len(methods) == NUM_ANALYTIC
+        assert all((own <= point + 1e-3).all() for point in methods)
+
+
+def test_the_merge_safe_setting_reaches_the_target_and_disturbs_least(tmp_path: Path):
+    lab = make_lab(tmp_path / "e.jsonl", FakeMeter())
+    chosen = run(lab, merge_safe=True)
+    offered = [r for r in lab.results(TARGET_LEN) if r.candidate.origin != "native"]
+    needle = np.array([r.point(TARGET_LEN)[0] for r in offered])
+    best = offered[int(needle.argmin())]
+    bootstrap = Bootstrap.of_items(ITEMS, draws=300)
+    reaching = [r for r in offered if bootstrap.interval(
+        np.subtract(r.needle[TARGET_LEN], best.needle[TARGET_LEN]))[0] <= 0]
+    expected = min(reaching, key=lambda r: r.disturbance)
+    assert chosen["merge-safe"].candidate.key == expected.candidate.key
+    assert chosen["needle"].candidate.key == best.candidate.key
+    assert chosen["merge-safe"].disturbance <= chosen["needle"].disturbance
+
+
+def test_a_threshold_widens_what_reaches_the_target(tmp_path: Path):
+    lab = make_lab(tmp_path / "e.jsonl", FakeMeter())
+    run(lab)
+    offered = lab.results(TARGET_LEN)
+    boot = Bootstrap.of_items(ITEMS, draws=300)
+    strict = Judge(TARGET_LEN, None, boot, boot).reaching(offered)
+    limit = float(np.median([r.point(TARGET_LEN)[0] for r in offered]))
+    wide = Judge(TARGET_LEN, limit, boot, boot).reaching(offered)
+    expected = [s or r.point(TARGET_LEN)[0] <= limit for s, r in zip(strict, offered)]
+    assert wide.tolist() == expected and wide.sum() > strict.sum() >= 1
+
+
+def test_matches_count_methods_that_are_no_better_on_both_axes(tmp_path: Path):
+    """Without noise every resample gives the same points, so the count is exact."""
+    lab = make_lab(tmp_path / "e.jsonl", FakeMeter(noise=0.0))
+    run(lab)
+    offered = lab.results(TARGET_LEN)
+    methods = [r for r in offered if r.candidate.origin == "analytic"]
+    boot = Bootstrap.of_items(ITEMS, draws=50)
+    found = Judge(TARGET_LEN, None, boot, boot).matches(offered, methods)
+    points = [r.point(TARGET_LEN)[:2] for r in offered]
+    expected = [sum(bool((point <= m.point(TARGET_LEN)[:2] + 1e-3).all()) for m in methods)
+                for point in points]
+    np.testing.assert_allclose(found, expected)
+
+
+def test_an_evaluation_beyond_the_budget_is_refused(tmp_path: Path):
+    lab = make_lab(tmp_path / "e.jsonl", FakeMeter(), budget=3)
+    first, second, third, *_ = analytic_candidates(SPEC, TARGET_LEN)[0]
+    lab.measure(first, TARGET_LEN)
+    lab.measure(second, TARGET_LEN)
+    lab.measure(first, TARGET_LEN)  # known: costs nothing
+    with pytest.raises(BudgetSpentError):
+        lab.measure(third, TARGET_LEN)
