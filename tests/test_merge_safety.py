@@ -232,6 +232,15 @@ def test_the_best_limit():
     assert diagnostics.best_cut([1, 2], [False, False]) == (-math.inf, 1.0)
 
 
+def test_correlations_are_taken_within_siblings():
+    rows = [{"skill": skill, "sibling": f"{skill} {k}", "kept": 1 - lost, "lost": lost, "d": d}
+            for skill, k, scale in (("a", 0, 1), ("a", 1, -1), ("b", 0, 1))
+            for d, lost in zip((1, 2, 3), (0.0, 0.5 * scale, 1.0 * scale), strict=True)]
+    found = diagnostics.correlate(rows, ["d"], "lost")["d"]
+    assert found["skills"] == pytest.approx({"a": 0.0, "b": 1.0})
+    assert (found["mean"], found["lowest"]) == pytest.approx((1 / 3, -1.0))
+
+
 def test_closed_forms_are_zero_for_the_same_rope_and_a_known_sum_for_linear():
     made = {s.name: s for s in settings.make_settings(SMOLLM2)}
     assert set(diagnostics.closed_form(SMOLLM2, SMOLLM2).values()) == {0.0}

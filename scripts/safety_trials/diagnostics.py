@@ -86,28 +86,34 @@ def best_cut(values: Sequence[float], kept: Sequence[bool]) -> tuple[float, floa
 
 
 def correlate(rows: Sequence[Mapping[str, Any]], names: Sequence[str],
-              outcome: str) -> dict[str, dict[str, float | None]]:
-    """How each diagnostic goes with `outcome`, within every sibling and over all of them.
+              outcome: str) -> dict[str, dict[str, Any]]:
+    """How each diagnostic goes with `outcome` over the RoPE settings of every sibling.
 
     Args:
-        rows: one per sibling and setting, with `sibling`, `outcome`, `kept` and every diagnostic.
+        rows: one per sibling and setting, with `sibling`, `skill`, `kept`, `outcome` and every
+            diagnostic.
 
     Returns:
-        diagnostic -> `mean`, `lowest` (rank correlation within a sibling, over siblings), `all`
-        (over all rows), `cut`, `cut_share` (see `best_cut`).
+        diagnostic -> `mean` and `lowest` over siblings of the rank correlation within each,
+        `skills` (the mean over each skill's siblings), `cut` and `cut_share` (see `best_cut`).
     """
-    table: dict[str, dict[str, float | None]] = {}
-    groups: dict[str, list[Mapping[str, Any]]] = {}
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
-        groups.setdefault(row["sibling"], []).append(row)
+        groups.setdefault((row["skill"], row["sibling"]), []).append(row)
+    table = {}
     for name in names:
-        inside = [spearman([r[name] for r in group], [r[outcome] for r in group])
-                  for group in groups.values()]
-        inside = [value for value in inside if value is not None]
+        inside = [(skill, spearman([r[name] for r in group], [r[outcome] for r in group]))
+                  for (skill, _), group in groups.items()]
+        inside = [(skill, value) for skill, value in inside if value is not None]
+        skills = {skill: _mean([value for own, value in inside if own == skill])
+                  for skill, _ in inside}
         cut, share = best_cut([r[name] for r in rows], [r["kept"] >= 0.9 for r in rows])
-        table[name] = {
-            "mean": math.fsum(inside) / len(inside) if inside else None,
-            "lowest": min(inside, default=None),
-            "all": spearman([r[name] for r in rows], [r[outcome] for r in rows]),
-            "cut": cut if math.isfinite(cut) else None, "cut_share": share}
+        table[name] = {"mean": _mean([value for _, value in inside]),
+                       "lowest": min((value for _, value in inside), default=None),
+                       "skills": skills, "cut": cut if math.isfinite(cut) else None,
+                       "cut_share": share}
     return table
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None

@@ -216,17 +216,18 @@ def prediction_table(results: Json) -> str:
     """Rank correlations with the skill lost, the strongest first."""
     found = results["prediction"]
     order = sorted(found["lost"], key=lambda name: -(found["lost"][name]["mean"] or -math.inf))
+    skills = sorted({skill for own in found["lost"].values() for skill in own["skills"]})
     lines = []
     for name in order:
         own = found["lost"][name]
         lines.append([
             name.removeprefix("d: "), number(own["mean"]), number(own["lowest"]),
-            number(own["all"]), number(found["loss_rise"][name]["mean"]),
+            *(number(own["skills"].get(skill)) for skill in skills),
             number(found["kl"][name]["mean"]), number(own["cut"], 3),
             f"{100 * own['cut_share']:.0f} %"])
-    return markdown([
-        "number", "skill lost: mean within a sibling", "lowest", "over all trials",
-        "loss on answers", "KL of answers", "best limit for 90 % kept", "told rightly"], lines)
+    return ("Rank correlation over the RoPE settings within each sibling, mean over siblings.\n\n"
+            + markdown(["number", "skill lost", "lowest", *skills, "KL of answers",
+                        "best limit for 90 % kept", "told rightly"], lines))
 
 
 def number(value: float | None, digits: int = 2) -> str:
