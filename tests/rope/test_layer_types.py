@@ -9,7 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, MellumConfig, Olmo3Config
 
 from extend.errors import CompatibilityError
-from extend.model_config import RopeSpec, parse_config, read_config, write_rope
+from extend.model_config import (
+    RopeSpec,
+    depends_on_length,
+    parse_config,
+    read_config,
+    write_rope,
+)
 from extend.rope import rescale
 from extend.rope.frequencies import attention_factor, inv_freq
 from extend.rope.live import set_rope
@@ -192,6 +198,14 @@ def test_set_rope_equals_loading_with_that_rope(method, model, tmp_path):
 def test_what_transformers_cannot_do_by_layer_type(scaling, message):
     with pytest.raises(CompatibilityError, match=message):
         write_rope({**RAW, **NESTED}, replace(FULL_ROPE, scaling=scaling), TARGET)
+
+
+def test_one_layer_type_is_enough_to_depend_on_the_length():
+    two_lists = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
+    plain = {"rope_type": "default"}
+    assert depends_on_length({SLIDING: plain, FULL: two_lists})
+    assert depends_on_length({SLIDING: {"rope_type": "dynamic"}, FULL: plain})
+    assert not depends_on_length({SLIDING: plain, FULL: {**two_lists, "long_factor": [1.0]}})
 
 
 # --- other families ---
