@@ -13,6 +13,7 @@ import transformers
 
 from extend.evaluate.load import load_tokenizer
 from extend.evaluate.score import proportion
+from extend.evaluate.tasks.task import Prompt
 from extend.model_config import read_config
 from extend.output import write_json
 
@@ -72,6 +73,7 @@ class Bench:
         self.text = text_batches(
             self.tokenizer, args.text, windows=args.windows, length=args.window, stride=args.stride,
             tokens=args.batch_tokens, device=device)
+        self.lessons: dict[str, list[Prompt]] = {}
         self.longs: list[LongModel] = []
         self.passkey = (PasskeyTest(self.tokenizer, plan, args.passkey_text)
                         if args.passkeys else None)
@@ -85,6 +87,13 @@ class Bench:
     def _batches(self, path: Path) -> list[Batch]:
         prompts = read_examples(self.tokenizer, path, self.args.limit)
         return make_batches(prompts, self.args.batch_tokens, self.device)
+
+    def examples(self, skill: str) -> list[Prompt]:
+        """What the siblings of a skill learn from; tokenised once."""
+        if skill not in self.lessons:
+            path = self.args.skills_dir / self.args.level / skill / "train.jsonl"
+            self.lessons[skill] = read_examples(self.tokenizer, path)
+        return self.lessons[skill]
 
     def put(self, setting: Setting) -> None:
         self.subject.set_rope(setting.spec, setting.factor * self.native.original_len)
@@ -142,9 +151,8 @@ def run_sibling(bench: Bench, job: Job) -> list[dict[str, Any]]:
         One record for each test of the skill.
     """
     args, subject, strength = bench.args, bench.subject, job.strength
-    prompts = read_examples(bench.tokenizer,
-                            args.skills_dir / args.level / job.skill / "train.jsonl")
-    batches = draw_batches(prompts, args.step_tokens, strength.steps, args.seed, bench.device)
+    batches = draw_batches(bench.examples(job.skill), args.step_tokens, strength.steps, args.seed,
+                           bench.device)
     bench.put(bench.settings[0])
     trained = train_sibling(subject, batches, strength)
     delta = subject.delta()
