@@ -60,22 +60,25 @@ def search(model, to, text, siblings, sibling_text, budget, merge_safe, reach, r
 
 def _tell(path: Path, found: dict, best: str) -> str:
     """The table, what the chosen settings gain, and how to use them."""
-    lines = [path.with_name("table.txt").read_text(encoding="utf-8")]
-    for split, verdict in found["verdict"].items():
-        for name in found["chosen"]:
-            if name in verdict:
-                lines.append(f"{split}: {name} is at least as good on needle and short loss as "
-                             f"{verdict[name]['matched']} of {verdict['analytic_methods']} "
-                             f"analytic methods, not surely worse than "
-                             f"{verdict[name]['not_surely_worse']}")
+    lines = [path.with_name("table.txt").read_text(encoding="utf-8"),
+             "at least as good on needle and short loss, of so many analytic methods:"]
+    lines += [_count(name, found["verdict"]) for name in found["chosen"]]
+    split = list(found["verdict"])[-1]
     choice = found["gain"]["analytic_choice"]
-    for split in found["verdict"]:
-        for name, gain in found["gain"][split].items():
-            lines.append(f"{split}: {name} against {choice}: " + ", ".join(
-                f"{axis} {d['mean']:+.4f} ({d['low']:+.4f} to {d['high']:+.4f})"
-                for axis, d in gain.items()))
-    lines += ["", f"{found['evaluations_used']} of {found['budget']} evaluations used",
-              f"use the {best} setting:",
+    lines += ["", f"against {choice}, the analytic method with the least needle loss ({split}, "
+              "95 % interval of the difference):"]
+    lines += [f"  {name:<12}" + ", ".join(
+        f"{axis} {d['mean']:+.4f} ({d['low']:+.4f} to {d['high']:+.4f})"
+        for axis, d in gain.items()) for name, gain in found["gain"][split].items()]
+    lines += ["", f"{found['evaluations_used']} of {found['budget']} evaluations; to use the "
+              f"{best} setting:",
               f"extend rescale {found['model']} {found['chosen'][best]['command_options']} "
               "--out DIR", "", str(path)]
     return "\n".join(lines)
+
+
+def _count(name: str, verdicts: dict) -> str:
+    told = [f"{split} {verdict[name]['matched']} of {verdict['analytic_methods']} "
+            f"(not surely worse than {verdict[name]['not_surely_worse']})"
+            for split, verdict in verdicts.items() if name in verdict]
+    return f"  {name:<12}" + ", ".join(told)

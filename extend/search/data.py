@@ -22,6 +22,7 @@ SEARCH, HELD_OUT = "search", "held-out"
 SPLITS = (SEARCH, HELD_OUT)
 _SHORT_DOCUMENT = 8000  # characters; shorter ones stay whole
 _SIBLING_WINDOW = 2048  # tokens
+_LEAST_WINDOWS = 4  # where the text has them: an interval needs some
 _LIMIT = 64  # characters read for each token of a row: several passages in each half
 _LEAST_LIMIT = 8_000_000
 
@@ -108,7 +109,7 @@ def cut_windows(haystack: Haystack, size: int, num_tokens: int, prefix: Sequence
         DataError: the text is shorter than one window.
     """
     body = size - len(prefix)
-    count = min(max(1, num_tokens // size), len(haystack.ids) // body)
+    count = min(max(_LEAST_WINDOWS, num_tokens // size), len(haystack.ids) // body)
     if count < 1:
         raise DataError(f"{haystack.source}: has {len(haystack.ids)} tokens, too few for a window "
                         f"of {body}; give more text")

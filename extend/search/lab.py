@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from extend.errors import CompatibilityError
 from extend.model_config import RopeSpec
 from extend.search.candidates import Candidate
 from extend.search.data import SEARCH
@@ -126,6 +127,7 @@ class Lab:
         if not any(e.items.short_loss for e in self._of(candidate, split)):
             loss, kl = self.meter.short(candidate.rope, split)
             items = Items(items.needle, loss, kl, self.meter.disturbance(candidate.rope, split))
+        _check_finite(candidate, items, length)
         seconds = round(time.monotonic() - begin, 3)
         self.store.add(Evaluation(describe(candidate), length, split, items, seconds))
 
@@ -133,6 +135,14 @@ class Lab:
         needle, short, disturbance = self.result(candidate, split).point(length)
         logger.info("%3d/%d  %-36s %7d %-8s needle %.3f  short %.4f  siblings %.4f", self.used,
                     self.budget, candidate.name[:36], length, split, needle, short, disturbance)
+
+
+def _check_finite(candidate: Candidate, items: Items, length: int) -> None:
+    values = [*items.needle, *items.short_loss, *items.short_kl,
+              *(v for sibling in items.siblings.values() for v in sibling)]
+    if not np.isfinite(values).all():
+        raise CompatibilityError(f"{candidate.name}: a loss at {length} tokens is not finite; the "
+                                 "weights may hold values that are none, or overflow in this dtype")
 
 
 def describe(candidate: Candidate) -> dict[str, Any]:

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 _ANSWERS = 1.5  # nats a token; digits that are guessed cost 2.3
 _MANY, _ONE = 16, 1  # facts in a row, as a large and as a tiny model can answer them
-_ROW_TOKENS = 2 ** 18  # read for each candidate, as far as the least and most rows allow
+_ROW_SQUARES = 2 ** 34  # rows x length squared, what attention costs, where the next line allows it
 _ROWS = {_MANY: (4, 16), _ONE: (16, 32)}  # least and most rows of a length
 _MADE_SIBLINGS = 2
 
@@ -39,6 +39,7 @@ class Session:
 
     Attributes:
         plan: how the budget will be spent.
+        fingerprint: what decides an evaluation's values.
         native_needle: facts in a row -> needle loss of the unchanged model at its native length.
 
     Raises:
@@ -74,9 +75,9 @@ class Session:
             raise RecipeError(f"budget is {settings.budget} but {least} evaluations are the least: "
                               f"{len(self.analytic)} analytic methods, the model as it is, and a "
                               "few to search and to check with; give more")
+        self.fingerprint = self._fingerprint()
 
-    def fingerprint(self) -> dict[str, object]:
-        """What decides an evaluation's values."""
+    def _fingerprint(self) -> dict[str, object]:
         model = self.meter.base.model
         return {**self.settings.fingerprint(), "rows": self.sizes.rows,
                 "needles": self.sizes.needles, "device": model.device.type,
@@ -85,7 +86,7 @@ class Session:
     def run(self, out: Path) -> Outcome:
         """Search, writing every evaluation to `out`."""
         settings = self.settings
-        store = EvaluationStore(out / EVALUATIONS_NAME, self.fingerprint())
+        store = EvaluationStore(out / EVALUATIONS_NAME, self.fingerprint)
         if len(store):
             logger.info("%d evaluations are there already", len(store))
         lab = Lab(self.meter, store, budget=settings.budget, spent=len(self.native_needle))
@@ -141,11 +142,11 @@ class Session:
         return replace(sizes, needles=best, rows=self._rows(best))
 
     def _rows(self, needles: int) -> int:
-        """Rows of a length: about as many tokens for every target, in pairs of text and filler."""
+        """Rows of a length: as many as cost the same at every target, within bounds."""
         if self.settings.rows:
             return self.settings.rows
         least, most = _ROWS[_ONE if needles == _ONE else _MANY]
-        return min(max(_ROW_TOKENS // self.settings.target_len // 2 * 2, least), most)
+        return min(max(_ROW_SQUARES // self.settings.target_len ** 2, least), most)
 
     def _use(self, sizes: Sizes) -> None:
         self.meter.splits = {name: replace(split, sizes=sizes, rows_by_length={})

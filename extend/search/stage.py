@@ -42,8 +42,8 @@ def search(model: Path | str, out: Path | str, *, target_len: int, text: Path | 
         merge_safe: look longer for settings that leave siblings alone.
         reach: needle loss, nats a token, that counts as reaching the target; otherwise only what is
             not surely worse than the best does.
-        rows: rows of a length that hide facts, in text and in filler by turns; unless given, about
-            2^18 tokens of them.
+        rows: rows of a length that hide facts, in text and in filler by turns; unless given, 4 of
+            64K tokens and up to 16 shorter ones.
         needles: facts in a row; 16 unless given, or one when the model cannot answer 16 at its
             native length.
         short_tokens: about how much native-length text is read.
@@ -77,7 +77,7 @@ def search(model: Path | str, out: Path | str, *, target_len: int, text: Path | 
         remove_directory(out)
     out.mkdir(parents=True, exist_ok=True)
     manifest = Manifest("search", settings.inputs(), {
-        **session.fingerprint(), "budget": budget, "merge_safe": merge_safe, "reach": reach}, seed)
+        **session.fingerprint, "budget": budget, "merge_safe": merge_safe, "reach": reach}, seed)
     outcome = session.run(out)
     _write(out, session, outcome, manifest)
     return out / SEARCH_NAME
@@ -110,6 +110,6 @@ def _write(out: Path, session: "Session", outcome: "Outcome", manifest: Manifest
         "schema": 1, "model": str(settings.model), "native_len": spec.original_len,
         "target_len": settings.target_len, "rope": spec.to_json(),
         "native_needle_loss": session.native_needle, "left_out": session.refused,
-        "fingerprint": session.fingerprint(), **outcome.to_json(session.plan.rungs)})
+        "fingerprint": session.fingerprint, **outcome.to_json(session.plan.rungs)})
     manifest.write(out, evaluations=outcome.lab.used,
                    chosen={name: r.candidate.name for name, r in outcome.chosen.items()})

@@ -1,5 +1,6 @@
 """Curves never fall, hold the analytic methods, and stay inside what is searched."""
 
+import itertools
 import math
 
 import pytest
@@ -20,7 +21,7 @@ def test_factors_never_fall_and_never_shrink():
         for point in halton(300, DIMENSIONS):
             factors = space.from_unit(point).factors(pairs)
             assert len(factors) == pairs and factors[0] >= 1
-            assert all(a <= b for a, b in zip(factors, factors[1:]))
+            assert all(a <= b for a, b in itertools.pairwise(factors))
             assert factors[-1] <= 4 * extension * (1 + 1e-6)
 
 

@@ -83,7 +83,7 @@ def test_the_native_rope_diverges_by_nothing(meter: Meter, base_dir: Path, rope)
     native = read_config(base_dir).rope
     before = meter.short(native, SEARCH)
     assert before[1] == [0.0] * len(before[1])
-    assert meter.disturbance(native, SEARCH) == {"sibling": [0.0] * 2}
+    assert meter.disturbance(native, SEARCH) == {"sibling": [0.0] * 4}
     meter.short(rope, SEARCH)  # and another RoPE in between leaves nothing behind
     assert meter.short(native, SEARCH) == before
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from extend.errors import CompatibilityError
 from extend.search.candidates import analytic_candidates
 from extend.search.data import HELD_OUT, SEARCH
 from extend.search.front import Bootstrap
@@ -144,3 +145,13 @@ def test_an_evaluation_beyond_the_budget_is_refused(tmp_path: Path):
     lab.measure(first, TARGET_LEN)  # known: costs nothing
     with pytest.raises(BudgetSpentError):
         lab.measure(third, TARGET_LEN)
+
+
+def test_a_loss_that_is_no_number_is_named(tmp_path: Path):
+    meter = FakeMeter()
+    meter.short = lambda rope, split: ([float("nan")] * ITEMS, [0.0] * ITEMS)
+    lab = make_lab(tmp_path / "e.jsonl", meter)
+    with pytest.raises(CompatibilityError, match=r"ntk: a loss at 8192 tokens is not finite"):
+        lab.measure(next(c for c in analytic_candidates(SPEC, TARGET_LEN)[0] if c.name == "ntk"),
+                    TARGET_LEN)
+    assert len(lab.store) == 0
