@@ -13,7 +13,7 @@ from extend.search.report import Outcome
 _STYLE = {"analytic": ("#d55e00", "s", 34), "theta": ("#009e73", "^", 24),
           "curve": ("#7aa6c2", "o", 16)}
 _MARKS = {"needle": "*", "compromise": "P", "merge-safe": "D", "theta": "v"}
-_LEAST = {0: 1e-3, 1: 1e-3, 2: 1e-4}  # nats, of each axis: what is less is drawn there
+_LEAST = {0: 1e-2, 1: 1e-3, 2: 1e-4}  # nats, of each axis: what is less is drawn there
 
 
 def draw_front(outcome: Outcome, path: Path, title: str) -> None:
@@ -89,6 +89,6 @@ def _write_key(ax: Any, outcome: Outcome, panel: Any) -> None:
 
 def _shorten(name: str) -> str:
     for long, short in (("low_freq_factor=", ""), (" high_freq_factor=", " to "),
-                        ("attention_factor", "attention")):
+                        ("partial_rotary_factor=", ""), ("attention_factor", "attention")):
         name = name.replace(long, short)
     return name
