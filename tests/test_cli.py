@@ -1,6 +1,7 @@
 """Exit codes, streams and messages of the command line."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ def invoke():
     return invoke
 
 
-COMMANDS = ["plan", "rescale", "train", "extract", "merge", "eval", "report", "run"]
+COMMANDS = sorted(main.commands)
 NUMBERS = ("--head-dim", "128", "--theta", "500000", "--from", "8k")
 
 
@@ -74,10 +75,26 @@ def test_help_answers_at_once_and_as_a_module():
     assert min(seconds) < 0.5
 
 
-def test_help_names_every_method(invoke):
-    text = invoke("rescale", "--help").output
-    for method in extend.rope.METHODS:
-        assert method in text
+@pytest.mark.parametrize("command", ["plan", "rescale"])
+def test_help_names_every_method(invoke, command):
+    text = re.sub(r"\s+", " ", invoke(command, "--help").output)
+    assert ", ".join(extend.rope.METHODS) in text
+
+
+def test_help_imports_nothing_that_is_slow():
+    code = ("import sys; from extend.cli import main; main(['plan', '--help'], "
+            "standalone_mode=False); slow = {'torch', 'numpy', 'transformers', 'matplotlib'}; "
+            "sys.exit(', '.join(slow & set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.strip() == ""
+
+
+@pytest.mark.parametrize("value", ["[1", "{", "a: b: c", "'"])
+def test_an_option_that_cannot_be_read_is_one_message(invoke, value):
+    result = invoke("plan", *NUMBERS, "--to", "64k", "--method", "yarn", "-o", f"beta_fast={value}")
+    assert result.exit_code == 1
+    assert "its value cannot be read" in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_rescale_passes_the_native_length_to_start_from(invoke, monkeypatch, tmp_path):
@@ -142,7 +159,7 @@ def test_plan_says_which_length_is_too_short(invoke, tmp_path):
     (["m", "--to", "64k", "--theta", "1e4"], "take the place of MODEL"),
     (["m"], "give --to LENGTH, or --schedule"),
     (["m", "--to", "64k", "-o", "factor=2"], "--option belongs to a --method"),
-    (["m", "--to", "64k", "--method", "nkt"], "'nkt' is not one of"),
+    (["m", "--to", "64k", "--method", "nkt"], "unknown 'nkt'; did you mean 'ntk'? choose one of"),
     (["m", "--schedule", "64k,64kb"], "'64kb' is not a length in tokens")])
 def test_wrong_usage_of_plan(invoke, arguments, message):
     result = invoke("plan", *arguments)

@@ -3,7 +3,7 @@
 import click
 
 from extend.cli.group import main, overwrite_option, reporting
-from extend.cli.types import LENGTH, ListType, parse_pairs
+from extend.cli.types import LENGTH, ListType, NameType, parse_pairs
 from extend.rope.methods import METHODS
 
 
@@ -17,9 +17,9 @@ from extend.rope.methods import METHODS
 @click.option("--from", "from_len", type=LENGTH, default=None,
               help="Its native length. With a model that is extended already: start again from "
                    "plain RoPE at this length.")
-@click.option("--method", type=click.Choice(list(METHODS)), default=None,
+@click.option("--method", type=NameType(METHODS), default=None,
               help="Show this method pair by pair, and use it for --schedule (there critical "
-                   "unless given).")
+                   f"unless given): {', '.join(METHODS)}.")
 @click.option("-o", "--option", multiple=True, metavar="KEY=VALUE", help="Option of --method.")
 @click.option("--schedule", type=ListType(LENGTH), default="", metavar="LENGTHS",
               help="Lengths of training stages, 32k,128k,1m: show theta for each.")

@@ -31,6 +31,23 @@ class ListType(click.ParamType):
         return [self.item.convert(p, param, ctx) if self.item else p for p in parts]
 
 
+class NameType(click.ParamType):
+    """One of a family's names; suggests the one that was probably meant."""
+
+    name = "name"
+
+    def __init__(self, names: Collection[str]):
+        self.names = tuple(names)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from extend.registry import suggest
+
+        if value not in self.names:
+            self.fail(f"unknown {value!r};{suggest(value, self.names)} choose one of "
+                      f"{', '.join(self.names)}", param, ctx)
+        return value
+
+
 LENGTH = _LengthType()
 
 
@@ -42,7 +59,7 @@ def parse_pairs(pairs: tuple[str, ...], reserved: Collection[str] = ()) -> dict[
         reserved: names that a RoPE method's option cannot have.
 
     Raises:
-        RecipeError: a pair without `=`, or a reserved name.
+        RecipeError: a pair without `=`, a value that is no YAML, or a reserved name.
     """
     import yaml
 
@@ -56,5 +73,9 @@ def parse_pairs(pairs: tuple[str, ...], reserved: Collection[str] = ()) -> dict[
             raise RecipeError(f"--option {pair!r}: write it as key=value")
         if key in reserved:
             raise RecipeError(f"--option {pair!r}: {key} is no option of a RoPE method")
-        found[key] = parse_number(yaml.safe_load(value))
+        try:
+            found[key] = parse_number(yaml.safe_load(value))
+        except yaml.YAMLError:
+            raise RecipeError(f"--option {pair!r}: its value cannot be read; write a number, text "
+                              "or a list, [1, 2], in quotes for the shell") from None
     return found
