@@ -71,9 +71,11 @@ def write_plan(found: Plan, out: Path | str, *, overwrite: bool = False) -> Path
 
     Raises:
         CheckpointError: `out` exists or cannot be written.
+        RecipeError: `out` holds the model, which `overwrite` would destroy.
     """
     from extend.plan.plot import draw_frequencies
 
+    _check_apart(found.config, Path(out))
     inputs = {} if found.config is None else {"config": found.config.path}
     manifest = Manifest("plan", inputs, {
         "native": found.rope.native.to_json(), "target_len": found.rope.target_len,
@@ -86,6 +88,12 @@ def write_plan(found: Plan, out: Path | str, *, overwrite: bool = False) -> Path
     return Path(out)
 
 
+def _check_apart(config: ModelConfig | None, out: Path) -> None:
+    if config is not None and config.path.resolve().is_relative_to(out.resolve()):
+        raise RecipeError(f"out {out} holds the model's {config.path}, which the plan would "
+                          "replace; choose an out of its own")
+
+
 def _native_of(head_dim: int | None, rope_theta: float | None, from_len: int | None) -> RopeSpec:
     if head_dim is None or rope_theta is None or from_len is None:
         raise RecipeError("plan: give a model, or head_dim, rope_theta and from_len together; "
@@ -95,6 +103,8 @@ def _native_of(head_dim: int | None, rope_theta: float | None, from_len: int | N
                           f"{head_dim}")
     if not 1 < rope_theta < float("inf"):
         raise RecipeError(f"plan: rope_theta must be a finite number above 1, not {rope_theta}")
+    if from_len < 1:
+        raise RecipeError(f"plan: from_len must be a number of tokens, not {from_len}")
     return RopeSpec(rope_theta=float(rope_theta), rotary_dim=head_dim, original_len=from_len)
 
 

@@ -25,7 +25,7 @@ unseen     pairs that meet angles in the target length which they never had in t
 horizon    distance from which on attention may prefer random tokens to alike ones; a diagnostic
 fp32       largest error of an fp32 angle near the target length, radians
 moved      share of the rotation, over native distances, that a fine-tune of the native model no
-           longer recognises: smaller is safer to merge"""
+           longer recognises: smaller tends to be safer to merge, but not what reads far back"""
 
 
 def to_json(plan: RopePlan) -> dict[str, Any]:

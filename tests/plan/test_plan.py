@@ -76,6 +76,7 @@ def test_an_extended_model_needs_from(model):
     ({"head_dim": 7, "rope_theta": 1e4, "from_len": 256}, RecipeError, "even number .* not 7"),
     ({"head_dim": 0, "rope_theta": 1e4, "from_len": 256}, RecipeError, "even number .* not 0"),
     ({"head_dim": 8, "rope_theta": 1.0, "from_len": 256}, RecipeError, "above 1, not 1.0"),
+    ({"head_dim": 8, "rope_theta": 1e4, "from_len": 0}, RecipeError, "tokens, not 0"),
     ({"head_dim": 8, "rope_theta": 1e4, "from_len": 4096}, RecipeError, "2048 is below .* 4096"),
     ({"model": "x", "head_dim": 8}, RecipeError, "take the place of a model"),
     ({"model": "/nowhere"}, CheckpointError, "/nowhere/config.json: no such file"),
@@ -108,6 +109,16 @@ def test_what_is_written(model, tmp_path):
     with pytest.raises(CheckpointError, match="exists already"):
         write_plan(found, out)
     write_plan(found, out, overwrite=True)
+
+
+@pytest.mark.parametrize("place", [".", ".."])
+def test_a_plan_never_replaces_the_model(model, place):
+    directory = model()
+    with pytest.raises(RecipeError, match="holds the model's .*config.json"):
+        write_plan(plan(directory, target_len=2048), directory / place, overwrite=True)
+    assert [p.name for p in directory.iterdir()] == ["config.json"]
+    write_plan(plan(directory, target_len=2048), directory / "plan")
+    assert json.loads((directory / "config.json").read_text()) == CONFIG
 
 
 def test_a_plot_of_pairs_that_stand_still(tmp_path):
