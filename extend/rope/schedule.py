@@ -14,7 +14,7 @@ from extend.model_config import RopeSpec
 from extend.rope import frequencies
 from extend.rope.methods import apply_method
 
-_SAME = 1e-6  # relative; gradient-v2 cuts its thetas to whole numbers
+_SAME = 2e-4  # relative; gradient-v2 rounds thetas, by 0.5 in some 1e4, to whole numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,8 @@ def composition_warnings(native: RopeSpec, stages: Sequence[Stage | None]) -> li
                 f"RoPE schedule: the stage of {stage.target_len} tokens ({stage.method}) does not "
                 f"compose with the ones before: made from the native {native.original_len} tokens, "
                 f"as it is here, it has {_describe(at_once[i])}; in steps of {lengths} it would "
-                f"have {_describe(in_steps[i])}. critical has one theta either way")
+                f"have {_describe(in_steps[i])}. critical in every stage has one "
+                "theta either way")
         faster = _count_faster(at_once[i - 1], at_once[i])
         if faster:
             warnings.append(

@@ -57,6 +57,16 @@ def test_methods_that_compose(method):
     assert composition_warnings(LLAMA3, given) == []
 
 
+@pytest.mark.parametrize("native_len", [64, 2048, 4096])
+def test_rounding_a_small_theta_is_no_reason_to_warn(native_len):
+    """gradient-v2 rounds thetas near 1e4, and a step from a rounded one ends 1 or 2 beside it."""
+    native = RopeSpec(rope_theta=10_000.0, rotary_dim=128, original_len=native_len)
+    given = stages("gradient-v2", [native_len * 9 // 8, native_len * 5 // 4, native_len * 16])
+    at_once, in_steps = schedule_ropes(native, given), stepwise_ropes(native, given)
+    assert [rope.rope_theta for rope in at_once] != [rope.rope_theta for rope in in_steps]
+    assert composition_warnings(native, given) == []
+
+
 def test_warns_of_a_method_that_does_not_compose():
     warnings = composition_warnings(LLAMA3, stages("gradient-v1"))
     assert len(warnings) == 2
