@@ -159,7 +159,14 @@ class Phase(Options):
     """RoPE of this phase, made from the model's own; none takes the schedule's `rope`, and without
     one keeps that of the phase before, in the first phase the model's own."""
     rope_to: Length | None = None
-    """Length the RoPE is made for; `length` unless given."""
+    """Length the RoPE is made for, not below `length`, which it is unless given."""
+
+    @model_validator(mode="after")
+    def _rope_for_the_rows(self) -> "Phase":
+        if self.rope_to is not None and self.rope_to < self.length:
+            raise ValueError(f"rope_to is {self.rope_to} but rows have {self.length} tokens; give "
+                             "at least that, or leave it out")
+        return self
 
     @model_validator(mode="after")
     def _one_duration(self) -> "Phase":
@@ -222,6 +229,15 @@ class TrainOptions(Options):
         lengths = [phase.length for phase in self.schedule]
         if lengths != sorted(lengths):
             raise ValueError(f"schedule: lengths must not shrink, they are {lengths}")
+        return self
+
+    @model_validator(mode="after")
+    def _rope_to_has_a_rope(self) -> "TrainOptions":
+        """Otherwise the written length would grow without any change of the RoPE."""
+        for phase in self.schedule:
+            if phase.rope_to is not None and phase.rope is None and self.rope is None:
+                raise ValueError(f"schedule: rope_to is {phase.rope_to} but no rope says how it "
+                                 "is made; give rope, there or for all phases, or leave it out")
         return self
 
 

@@ -264,7 +264,10 @@ CASES = {
         "rescale base --to 127", ("target length 127 is below the model's native length 128",)),
     "target below the native length, train": Case(
         "train recipe.yaml", ("target length 32 is below the model's native length 64",),
-        in_recipe("rope: {method: ntk}", "rope: {method: ntk}, rope_to: 32")),
+        in_recipe("length: 128", "length: 32")),
+    "rope made for less than the rows": Case(
+        "train recipe.yaml", ("recipe.yaml:10: schedule.0: rope_to is 64 but rows have 128",),
+        in_recipe("rope: {method: ntk}", "rope: {method: ntk}, rope_to: 64")),
 }
 
 

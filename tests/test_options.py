@@ -40,6 +40,21 @@ def test_schedule_must_not_shrink():
         TrainOptions(model="m", schedule=phases, data=[{"kind": "text", "path": "p"}])
 
 
+def test_rope_is_not_made_for_less_than_the_rows():
+    with pytest.raises(ValidationError, match="rope_to is 512 but rows have 1024 tokens"):
+        Phase(length=1024, steps=1, lr=1e-4, rope="auto", rope_to=512)
+    assert Phase(length=1024, steps=1, lr=1e-4, rope="auto", rope_to=1024).rope_to == 1024
+
+
+def test_a_length_for_a_rope_needs_a_rope():
+    phase = {"length": 1024, "steps": 1, "lr": 1e-4, "rope_to": 4096}
+    rest = {"model": "m", "data": [{"kind": "text", "path": "p"}]}
+    with pytest.raises(ValidationError, match="rope_to is 4096 but no rope says how"):
+        TrainOptions(schedule=[phase], **rest)
+    assert TrainOptions(schedule=[phase], rope="auto", **rest).rope.method == "critical"
+    assert TrainOptions(schedule=[phase | {"rope": "auto"}], **rest).rope is None
+
+
 def train_options(**changes: object) -> TrainOptions:
     return TrainOptions(model="m", schedule=[{"length": 1024, "steps": 1, "lr": 1e-4}],
                         data=[{"kind": "text", "path": "p"}], **changes)

@@ -212,7 +212,7 @@ def retrieval(**changes: object) -> dict:
     ({"model": "/nowhere"}, retrieval(), CheckpointError, "/nowhere"),
     ({}, retrieval(path="/nowhere"), DataError, "/nowhere: no such file"),
     ({"schedule": [SCHEDULE | {"rope": {"method": "ntc"}}]}, retrieval(), RecipeError, "ntk"),
-    ({"schedule": [SCHEDULE | {"rope_to": 32}]}, retrieval(), RecipeError, "below the model's"),
+    ({"schedule": [SCHEDULE | {"length": 32}]}, retrieval(), RecipeError, "below the model's"),
     ({"trainable": ["q_proj", "typo"]}, retrieval(), RecipeError, "'typo' matches no parameter"),
 ])
 def test_bad_runs_are_refused(changes: dict, data: dict, error: type, match: str,
