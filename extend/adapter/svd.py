@@ -12,24 +12,43 @@ optimum, flat noise spectra included (tests/adapter/test_svd.py).
 """
 
 import hashlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 OVERSAMPLE = 16
 POWER_ITERATIONS = 4
-_FIRST_GUESS = 64  # rank that the first sketch of an energy criterion is made for
+_FIRST_GUESS = 64  # rank that the first sketch is made for where the rank is to be found
 _COLUMN_BLOCK = 4096
 # 1 - energy below this is fp32 rounding of the delta itself, not something to spend rank on.
 _ENERGY_FLOOR = 1e-12
 
 
 class Factors(NamedTuple):
-    """lora_A [r, in] and lora_B [out, r] in fp32, and the part of ||delta||_F^2 they hold."""
+    """A truncated decomposition, from which every smaller rank is a slice.
+
+    Attributes:
+        lora_a: [r, in], fp32.
+        lora_b: [out, r], fp32.
+        values: [r], the singular values, falling.
+        total: ||delta||_F^2.
+    """
 
     lora_a: torch.Tensor
     lora_b: torch.Tensor
-    energy: float
+    values: torch.Tensor
+    total: float
+
+    @property
+    def energy(self) -> float:
+        """The part of ||delta||_F^2 that the factors hold."""
+        held = float(self.values.double().square().sum())
+        return min(held / self.total, 1.0) if self.total else 1.0
+
+    def cut(self, rank: int) -> "Factors":
+        """The factors of the leading `rank` singular values; all of them where there are fewer."""
+        return Factors(self.lora_a[:rank], self.lora_b[:, :rank], self.values[:rank], self.total)
 
 
 class _Spectrum(NamedTuple):
@@ -46,24 +65,21 @@ def tensor_generator(name: str, seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def factorize_to_rank(delta: torch.Tensor, rank: int, generator: torch.Generator) -> Factors:
+def factorize_to_rank(delta: torch.Tensor, rank: int, generator: torch.Generator, *,
+                      exact: bool = False) -> Factors:
     """The best factors of a given rank (capped at the matrix's own size).
 
     Args:
         delta: [out, in], fp32.
         generator: on the CPU, so that every device draws the same sketch.
+        exact: decompose the whole Gram matrix, whatever the size.
     """
     rank = min(rank, *delta.shape)
-    wide, flipped = _wide(delta)
-    if wide.shape[0] <= 2 * (rank + OVERSAMPLE):
-        spectrum = _exact(wide)
-    else:
-        spectrum = _randomized(wide, rank + OVERSAMPLE, generator)
-    return _split(spectrum, rank, _total_energy(wide), flipped)
+    return _grow(delta, rank, lambda values, total: rank, generator, exact)
 
 
-def factorize_to_energy(delta: torch.Tensor, energy: float,
-                        generator: torch.Generator) -> Factors:
+def factorize_to_energy(delta: torch.Tensor, energy: float, generator: torch.Generator, *,
+                        exact: bool = False) -> Factors:
     """The fewest ranks whose squared singular values reach `energy` of ||delta||_F^2.
 
     The sketch doubles until it holds that much; only its leading values, less the oversampling,
@@ -73,19 +89,49 @@ def factorize_to_energy(delta: torch.Tensor, energy: float,
         delta: [out, in], fp32, not zero.
         energy: in (0, 1]; 1 asks for every rank above rounding.
     """
+    share = min(energy, 1 - _ENERGY_FLOOR)
+    return _grow(delta, _FIRST_GUESS, lambda values, total: _rank_reaching(values, share * total),
+                 generator, exact)
+
+
+def factorize_to_edge(delta: torch.Tensor, edge: float, limit: int, generator: torch.Generator, *,
+                      exact: bool = False) -> Factors:
+    """The ranks whose singular values exceed `edge`: at least one, at most `limit`.
+
+    The sketch doubles until its smallest trusted value is below the edge.
+
+    Args:
+        delta: [out, in], fp32, not zero.
+        edge: a singular value.
+        limit: the largest rank to look for, at least 1.
+    """
+    limit = min(limit, *delta.shape)
+
+    def rank_above(values: torch.Tensor, _: float) -> int | None:
+        above = int((values > edge).sum())
+        return None if above == len(values) < limit else max(1, min(above, limit))
+
+    return _grow(delta, min(limit, _FIRST_GUESS), rank_above, generator, exact)
+
+
+def _grow(delta: torch.Tensor, first: int,
+          find_rank: Callable[[torch.Tensor, float], int | None], generator: torch.Generator,
+          exact: bool) -> Factors:
+    """Double the sketch until `find_rank(values, ||delta||_F^2)` finds a rank in its values.
+
+    A sketch of half the matrix or more costs what the exact decomposition does, which ends it.
+    """
     wide, flipped = _wide(delta)
-    total = _total_energy(wide)
-    wanted = min(energy, 1 - _ENERGY_FLOOR) * total
-    size = _FIRST_GUESS
-    while wide.shape[0] > 2 * (size + OVERSAMPLE):
+    total, size = _total_energy(wide), first
+    while not exact and wide.shape[0] > 2 * (size + OVERSAMPLE):
         spectrum = _randomized(wide, size + OVERSAMPLE, generator)
-        rank = _rank_reaching(spectrum.values[:size], wanted)
+        rank = find_rank(spectrum.values[:size], total)
         if rank is not None:
             return _split(spectrum, rank, total, flipped)
         size *= 2
     spectrum = _exact(wide)
-    total = float(spectrum.values.double().square().sum())
-    rank = _rank_reaching(spectrum.values, min(energy, 1 - _ENERGY_FLOOR) * total)
+    # Shares are of what the decomposition found: its own rounding must not cost a rank.
+    rank = find_rank(spectrum.values, float(spectrum.values.double().square().sum()))
     return _split(spectrum, rank or wide.shape[0], total, flipped)
 
 
@@ -142,5 +188,4 @@ def _split(spectrum: _Spectrum, rank: int, total: float, flipped: bool) -> Facto
     lora_a = spectrum.rows[:rank] * inverse[:, None]
     if flipped:
         lora_a, lora_b = lora_b.T, lora_a.T
-    energy = float(values.double().square().sum()) / total if total else 1.0
-    return Factors(lora_a.contiguous(), lora_b.contiguous(), min(energy, 1.0))
+    return Factors(lora_a.contiguous(), lora_b.contiguous(), values, total)

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from extend.adapter.svd import factorize_to_energy, factorize_to_rank, tensor_generator
+from extend.adapter import svd
+from extend.adapter.svd import (
+    factorize_to_edge,
+    factorize_to_energy,
+    factorize_to_rank,
+    tensor_generator,
+)
 
 INDEX = torch.arange(1, 301, dtype=torch.float64)
 SPECTRA = {
@@ -130,3 +136,65 @@ def test_zero_rows_stay_zero():
     factors = factorize_to_rank(delta, 5, tensor_generator("w", 0))
     assert bool(torch.isfinite(factors.lora_a).all() and torch.isfinite(factors.lora_b).all())
     torch.testing.assert_close(factors.lora_b @ factors.lora_a, delta)
+
+
+@pytest.mark.parametrize("shape", [(300, 420), (420, 300)])
+@pytest.mark.parametrize("exact", [False, True])
+def test_edge_counts_the_values_above_it(shape, exact):
+    """40 values of at least 2, the rest at most 1, and an edge between them."""
+    spectrum = torch.where(INDEX <= 40, 2 + 40 / INDEX, 1.0)
+    factors = factorize_to_edge(matrix(spectrum, *shape), 1.5, 512, tensor_generator("w", 0),
+                                exact=exact)
+    assert factors.lora_a.shape == (40, shape[1])
+    assert factors.lora_b.shape == (shape[0], 40)
+
+
+def test_edge_grows_the_sketch_until_it_is_reached():
+    spectrum = torch.cat([torch.full((150,), 2.0), torch.full((550,), 0.1)]).double()
+    delta = matrix(spectrum, 700, 720)
+    assert len(factorize_to_edge(delta, 1.0, 512, tensor_generator("w", 0)).values) == 150
+    assert len(factorize_to_edge(delta, 1.0, 100, tensor_generator("w", 0)).values) == 100
+
+
+def test_edge_does_not_decompose_the_whole_matrix(monkeypatch):
+    spectrum = torch.cat([torch.full((20,), 2.0), torch.full((280,), 0.1)]).double()
+    delta = matrix(spectrum, 300, 420)
+    sizes = []
+    original = svd._exact
+    monkeypatch.setattr(svd, "_exact", lambda x: sizes.append(x.shape[0]) or original(x))
+    assert len(factorize_to_edge(delta, 1.0, 512, tensor_generator("w", 0)).values) == 20
+    assert sizes == [64 + svd.OVERSAMPLE]
+
+
+@pytest.mark.parametrize(("edge", "expected"), [(1e9, 1), (0.0, 300)])
+def test_edge_above_and_below_everything(edge, expected):
+    delta = matrix(SPECTRA["slow"], 300, 420)
+    factors = factorize_to_edge(delta, edge, 512, tensor_generator("w", 0))
+    assert len(factors.values) == expected
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_slices_are_the_smaller_ranks(exact):
+    delta = matrix(SPECTRA["slow"], 300, 420)
+    norm = float(torch.linalg.norm(delta.double()))
+    values = torch.linalg.svdvals(delta.double())
+    factors = factorize_to_rank(delta, 64, tensor_generator("w", 0), exact=exact)
+    for rank in (1, 8, 40, 64, 100):
+        cut = factors.cut(rank)
+        best = float(values[min(rank, 64):].square().sum().sqrt())
+        assert len(cut.values) == min(rank, 64)
+        assert residual(delta, cut) <= 1.005 * best
+        # energy from the values alone; the residual from the factors
+        assert cut.energy == pytest.approx(1 - (residual(delta, cut) / norm) ** 2, abs=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(300, 420), (420, 300)])
+def test_exact_reaches_the_optimum(shape, monkeypatch):
+    delta = matrix(SPECTRA["slow"], *shape)
+    monkeypatch.setattr(svd, "_randomized", None)  # must not be called
+    factors = factorize_to_rank(delta, 16, tensor_generator("w", 0), exact=True)
+    best = torch.linalg.svdvals(delta.double())
+    assert residual(delta, factors) == pytest.approx(float(best[16:].square().sum().sqrt()),
+                                                     rel=1e-6)
+    # fp32 products behind an fp64 decomposition
+    torch.testing.assert_close(factors.values, best[:16].float(), rtol=1e-5, atol=0)
