@@ -104,8 +104,7 @@ def prepare(options: TrainOptions, state: RunState) -> Run:
     size = model_size(model, config)
     if processes.is_main:
         _tell_windows(options, size)
-        for warning in composition_warnings(config.rope, rope_stages(options, config.rope)):
-            logger.warning("%s: %s", options.model, warning)
+        _tell_ropes(options, config)
     exporter = Exporter(Checkpoint(options.model), model, options.export_dtype)
     module = shard_model(CausalLoss(model, options.loss_chunk), processes)
     optimizer = build_optimizer(trained_parameters(module).values(), options)
@@ -119,6 +118,20 @@ def prepare(options: TrainOptions, state: RunState) -> Run:
             logger.info("going on after step %d of %s", step, state.directory)
     return Run(options, processes, config, ropes, rows, module, optimizer, size, exporter, state,
                manifest, step)
+
+
+def _tell_ropes(options: TrainOptions, config: ModelConfig) -> None:
+    """Say so when a schedule does not compose, or rows outgrow the RoPE that they are read with."""
+    stages = rope_stages(options, config.rope)
+    for warning in composition_warnings(config.rope, stages):
+        logger.warning("%s: %s", options.model, warning)
+    made_for = config.max_position_embeddings
+    for phase, stage in zip(options.schedule, stages):
+        made_for = made_for if stage is None else stage.target_len
+        if phase.length > made_for:
+            logger.warning("%s: rows of %d tokens are longer than the %d that their RoPE is made "
+                           "for; 'rope: auto' makes one for each length", options.model,
+                           phase.length, made_for)
 
 
 def _tell_windows(options: TrainOptions, size: ModelSize) -> None:

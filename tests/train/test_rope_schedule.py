@@ -56,6 +56,22 @@ def test_without_a_rope_phases_keep_the_last_one(model):
     assert thetas(run) == [1e4, theta_at(model, 128), theta_at(model, 128)]
 
 
+def test_rows_that_outgrow_their_rope_are_told(model, tmp_path, caplog):
+    phases = [{"length": 128}, {"length": 256}]
+    for rope, told in ((None, 2), ("auto", 0)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            train(run_of(model, *phases, rope=rope), tmp_path / str(rope))
+        found = [text for text in caplog.messages if "RoPE is made for" in text]
+        assert len(found) == told
+    # The last RoPE made counts, not the model's own.
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        train(run_of(model, {"length": 128, "rope": "auto"}, {"length": 256}), tmp_path / "last")
+    (message,) = [text for text in caplog.messages if "RoPE is made for" in text]
+    assert "rows of 256 tokens are longer than the 128" in message
+
+
 def test_a_schedule_that_does_not_compose_is_told_once(model, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         train(run_of(model, {"length": 128}, {"length": 256}, rope={"method": "gradient-v1"}),
