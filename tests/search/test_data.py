@@ -44,6 +44,14 @@ def test_every_answer_stands_in_a_fact_at_its_depth(kind: str, facts: int):
                 assert any(name in asked for name in names)
 
 
+def test_facts_are_asked_for_in_another_order():
+    tokenizer = make_tokenizer("bytes")
+    haystacks = {"filler": Haystack.filler(tokenizer, 3000)}
+    rows = build_rows(tokenizer, haystacks, 2500, num_rows=6, num_facts=5, rng=random.Random(0))
+    assert sum(row.answers != sorted(row.answers) for row in rows) >= 4
+    assert all(row.depths == sorted(row.depths) for row in rows)
+
+
 def test_rows_are_the_same_again_and_differ_by_seed_length_and_half(tmp_path: Path):
     path = tmp_path / "text.txt"
     path.write_text(make_text(600))

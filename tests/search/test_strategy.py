@@ -1,15 +1,17 @@
 """The search on a function whose best is known: budget, order, repeatability, what it finds."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from extend.errors import CompatibilityError
-from extend.search.candidates import analytic_candidates
+from extend.model_config import RopeSpec
+from extend.search.candidates import Candidate, analytic_candidates
 from extend.search.data import HELD_OUT, SEARCH
 from extend.search.front import Bootstrap
-from extend.search.goals import Judge
+from extend.search.goals import Judge, choose
 from extend.search.lab import BudgetSpentError, Lab, Result
 from extend.search.store import EvaluationStore
 from extend.search.strategy import Strategy, least_budget, make_plan, screening_lengths
@@ -46,6 +48,12 @@ def test_the_budget_is_never_exceeded(tmp_path: Path, budget: int):
     measured = [call for call in meter.calls if call[0] == "needle"]
     assert len(measured) + lab.spent == lab.used <= budget
     assert lab.used >= budget - 3  # chosen settings that coincide are checked once
+    plan = make_plan(SPEC.original_len, TARGET_LEN, budget=budget, num_analytic=NUM_ANALYTIC,
+                     spent=lab.spent)
+    searched = sum(e.split == SEARCH for e in lab.evaluations())
+    assert searched == budget - lab.spent - plan.reserve
+    checked = [r for r in lab.results(TARGET_LEN, HELD_OUT) if r.candidate.origin == "analytic"]
+    assert len(checked) >= plan.held_out
     halves = {result.candidate.key for result in lab.results(TARGET_LEN, HELD_OUT)}
     assert {result.candidate.key for result in chosen.values()} <= halves
     assert len(lab.results(TARGET_LEN, SEARCH)) >= NUM_ANALYTIC + 1
@@ -155,3 +163,42 @@ def test_a_loss_that_is_no_number_is_named(tmp_path: Path):
         lab.measure(next(c for c in analytic_candidates(SPEC, TARGET_LEN)[0] if c.name == "ntk"),
                     TARGET_LEN)
     assert len(lab.store) == 0
+
+
+class ThetaMeter(FakeMeter):
+    """Needle loss is least at theta 1e6."""
+
+    def needle(self, rope: RopeSpec, length: int, split: str) -> list[float]:
+        self.calls.append(("needle", length, split))
+        return [0.1 + (np.log(rope.rope_theta) - np.log(1e6)) ** 2] * ITEMS
+
+
+def test_thetas_close_in_on_the_least_needle_loss(tmp_path: Path):
+    lab = make_lab(tmp_path / "e.jsonl", ThetaMeter())
+    plan = make_plan(SPEC.original_len, TARGET_LEN, budget=60, num_analytic=0, spent=1)
+    judge = Judge(TARGET_LEN, None, Bootstrap.of_items(ITEMS), Bootstrap.of_items(ITEMS))
+    strategy = Strategy(lab, SPEC, TARGET_LEN, [], plan, judge, merge_safe=False, seed=0)
+    strategy._golden(np.log(1e5), np.log(1e8))
+    visited = [r.candidate.rope.rope_theta for r in lab.results(TARGET_LEN)]
+    # By hand: the golden ratio cuts [5, 8] (log10) at 6.146 and 6.854; the least is left of the
+    # second, so [5, 6.854] is cut at 5.708, and then [5.708, 6.854] at 6.416.
+    np.testing.assert_allclose(np.log10(visited), [6.146, 6.854, 5.708, 6.416], atol=1e-3)
+
+
+def make_result(name: str, needle: float, short: float, siblings: float) -> Result:
+    """A result whose items are all alike, so that every resample says the same."""
+    origin = "native" if name == "unchanged" else "analytic" if name.startswith("a") else "curve"
+    candidate = Candidate(name, origin, replace(SPEC, scaling={"rope_type": name}), None, {})
+    return Result(candidate, {TARGET_LEN: [needle] * ITEMS}, [short] * ITEMS, [0.0] * ITEMS,
+                  {"one": [siblings] * ITEMS})
+
+
+def test_of_settings_that_match_all_methods_the_least_product_is_the_compromise():
+    boot = Bootstrap.of_items(ITEMS, draws=20)
+    results = [make_result("unchanged", 9.0, 3.0, 0.0), make_result("a1", 1.0, 3.5, 1.0),
+               make_result("a2", 2.0, 3.2, 1.0), make_result("one axis", 0.3, 3.4, 0.9),
+               make_result("wide", 0.80, 3.15, 0.8), make_result("close", 0.82, 3.10, 0.7),
+               make_result("sharp", 0.99, 3.19, 0.6)]
+    chosen = choose(results, Judge(TARGET_LEN, None, boot, boot))
+    assert {n: r.candidate.name for n, r in chosen.items()} == {
+        "needle": "one axis", "compromise": "close", "merge-safe": "one axis"}
