@@ -94,7 +94,7 @@ def test_methods_that_a_short_native_length_rules_out_are_listed():
 
 def test_a_config_with_a_value_of_the_wrong_kind(model):
     with pytest.raises(CheckpointError, match="wrong kind"):
-        plan(model(hidden_size="wide"), target_len=2048)
+        plan(model(vocab_size="wide"), target_len=2048)
 
 
 def test_what_is_written(model, tmp_path):
