@@ -197,9 +197,9 @@ def find_hardware(gpu: str, kernel: str = "auto") -> Hardware:
 
 # Fitted on H200 (torch 2.11, cuDNN 9.19, FA4 4.0.0b36, 32:8 heads, head_dim 128, bf16): half
 # lengths on squares of 4K to 64K on one GPU; peaks, as a hot GPU reaches them, on ring, all-gather
-# and Ulysses over two GPUs at 32K to 128K (docs/results/ring/2xh200-peers.json). Worst residual there
-# 10 % forward, 4 % with backward; a GPU's clock drifts by 10 %. Rectangles carry what a block costs
-# besides. Flash rectangles were not timed: cuDNN's ratio to squares in short runs stands in.
+# and Ulysses over two GPUs at 32K to 128K (docs/results/ring/2xh200-peers.json). Worst residual
+# there 10 % forward, 4 % with backward; a GPU's clock drifts by 10 %. Rectangles carry what a block
+# costs besides. Flash rectangles were not timed: cuDNN's ratio to squares in short runs stands in.
 HOPPER: dict[str, KernelRates] = {
     "cudnn": KernelRates(
         Rate(602e12, 694), Rate(622e12, 0), Rate(521e12, 1014), Rate(492e12, 0)
