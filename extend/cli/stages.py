@@ -80,8 +80,13 @@ def train(recipe, stage, nproc, out, overwrite):
 @main.command()
 @click.option("--base", required=True, metavar="DIR", help="The model before.")
 @click.option("--tuned", required=True, metavar="DIR", help="The model after.")
-@click.option("--rank", type=int, default=None, help="Rank of every matrix (32 by default).")
+@click.option("--rank", type=int, default=None,
+              help="Rank of every matrix. Without one, each keeps what stands out of the rounding "
+                   "of the stored weights: at most 512, or 32 where TUNED is stored in fp32.")
 @click.option("--energy", type=float, default=None, help="Keep this share of each squared norm.")
+@click.option("--bytes", "adapter_bytes", type=int, default=None, metavar="N",
+              help="Largest size of the adapter file, spent where it holds most.")
+@click.option("--exact", is_flag=True, help="Decompose exactly, not from random sketches.")
 @click.option("--no-embeddings", is_flag=True, help="Leave embedding deltas out of the sidecar.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
               default="float32",
@@ -90,7 +95,8 @@ def train(recipe, stage, nproc, out, overwrite):
 @out_option
 @overwrite_option
 @reporting
-def extract(base, tuned, rank, energy, no_embeddings, dtype, seed, out, overwrite):
+def extract(base, tuned, rank, energy, adapter_bytes, exact, no_embeddings, dtype, seed, out,
+            overwrite):
     """Write tuned - base as a PEFT LoRA adapter and a sidecar for what a LoRA cannot carry.
 
     \b
@@ -98,8 +104,9 @@ def extract(base, tuned, rank, energy, no_embeddings, dtype, seed, out, overwrit
     """
     from extend.adapter import extract as stage
 
-    path = stage(base, tuned, out, rank=rank, energy=energy, embeddings=not no_embeddings,
-                 dtype=dtype, seed=seed, overwrite=overwrite)
+    path = stage(base, tuned, out, rank=rank, energy=energy, adapter_bytes=adapter_bytes,
+                 exact=exact, embeddings=not no_embeddings, dtype=dtype, seed=seed,
+                 overwrite=overwrite)
     return {"output": str(path)}
 
 
