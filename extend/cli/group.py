@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -11,6 +12,7 @@ from typing import Any
 import click
 
 from extend.errors import ExtendError
+from extend.rope.factors import FOR_OTHER_ENGINES
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -73,11 +75,20 @@ def reporting(function: Callable[..., Results]) -> Callable[..., None]:
     return command
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not that transformers leaves keys unread that are written for vLLM and SGLang."""
+    message = record.getMessage()
+    if not message.startswith("Unrecognized keys in `rope_parameters`"):
+        return True
+    return not set(re.findall(r"'(\w+)'", message.rpartition(":")[2])) <= FOR_OTHER_ENGINES
+
+
 def _configure_logging(quiet: bool) -> None:
     rank = int(os.environ.get("RANK", "0"))
     level = logging.WARNING if quiet or rank != 0 else logging.INFO
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars of transformers, too
+    logging.getLogger("transformers.modeling_rope_utils").addFilter(_is_news)
     for noisy in ("transformers", "torch", "torch.distributed", "matplotlib", "PIL", "fontTools"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 

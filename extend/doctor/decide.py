@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 from extend.doctor.families import GEMMA3, head_dim_of, partial_default, theta_default
 from extend.doctor.length import length_question
 from extend.doctor.readers.found import conflicting_types, longrope_attention, yarn_attention
-from extend.doctor.reading import FULL, ModelFiles, longrope_mscale, yarn_mscale
-from extend.model_config import RopeSpec, depends_on_length
+from extend.doctor.reading import FULL, ModelFiles
+from extend.model_config import RopeSpec, depends_on_length, longrope_mscale
+from extend.rope.factors import longrope_attention_keys, yarn_attention_keys
 
 _ORIGINAL = "original_max_position_embeddings"
 _COUNTS_FROM_NATIVE = ("llama3", "yarn", "longrope")
@@ -209,21 +210,18 @@ def _portable_longrope(scaling: dict[str, Any], original: int, length: int, *,
     takes no entry for the factor.
     """
     factor = scaling.get("factor") or length / original
-    attention = longrope_attention(scaling, factor, original)
-    both = {"attention_factor": attention}
-    keep_native &= math.isclose(attention, longrope_mscale(length / original, original))
-    if attention != 1 or depends_on_length(scaling):
-        both |= {"short_mscale": attention, "long_mscale": attention}
+    attention, usual = longrope_attention(scaling, factor, original), longrope_mscale(
+        length / original, original)
+    rest = {k: v for k, v in scaling.items() if k not in ("short_mscale", "long_mscale")}
+    keep_native &= math.isclose(attention, usual)
     if depends_on_length(scaling) or keep_native:
-        return {**scaling, "factor": factor, **both}
-    return {**scaling, "factor": 1.0, _ORIGINAL: length, **both}
+        return {**rest, "factor": factor, **longrope_attention_keys(attention, usual)}
+    return {**rest, "factor": 1.0, _ORIGINAL: length, **longrope_attention_keys(attention, 1.0)}
 
 
 def _portable_yarn(scaling: dict[str, Any], original: int, length: int) -> dict[str, Any]:
     factor = scaling.setdefault("factor", length / original)
-    attention, rule = yarn_attention(scaling), yarn_mscale(factor)
+    attention = yarn_attention(scaling)
     rest = {k: v for k, v in scaling.items() if k not in
             ("attention_factor", "attn_factor", "mscale", "mscale_all_dim")}
-    if math.isclose(attention, rule, rel_tol=1e-9):
-        return rest
-    return {**rest, "attention_factor": attention, "attn_factor": attention / rule}
+    return {**rest, **yarn_attention_keys(attention, factor)}

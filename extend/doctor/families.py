@@ -23,9 +23,6 @@ class Family:
         theta_key: top-level key of theta in transformers.
         partial_key: top-level key of the rotated share of a head.
         type_wins: transformers 4 copies the old key `type` over `rope_type`.
-        gguf_llama3: llama.cpp's converter writes the factors of rope_type llama3, and the run time
-            uses them.
-        gguf_longrope: the same of rope_type longrope.
         gguf_partial: llama.cpp's converter writes the number of rotated channels.
         known: False for the generic rules.
     """
@@ -33,25 +30,20 @@ class Family:
     theta_key: str = "rope_theta"
     partial_key: str = "partial_rotary_factor"
     type_wins: bool = True
-    gguf_llama3: bool = False
-    gguf_longrope: bool = False
     gguf_partial: bool = False
     known: bool = True
 
 
-_LLAMA = Family(gguf_llama3=True)
 _PLAIN = Family()
 _NO_COPY = Family(type_wins=False)
 _PARTIAL = Family(gguf_partial=True)
 
 # transformers 4: the configuration classes of 4.57. GGUF: ggml-org/llama.cpp, conversion/*.py
-# (`generate_extra_tensors` of LlamaModel and Phi3MiniModel, `add_rope_dimension_count`) and
-# src/models/*.cpp: Granite and SmolLM3 inherit the writing, but the one's architecture has no such
-# tensor and the other's graph does not use it.
+# (`add_rope_dimension_count`); which rope types it holds is in extend.model_config.families.
 FAMILIES: dict[str, Family] = {
-    "llama": _LLAMA,
-    "mistral": replace(_LLAMA, type_wins=False),
-    "mixtral": replace(_LLAMA, type_wins=False),
+    "llama": _PLAIN,
+    "mistral": _NO_COPY,
+    "mixtral": _NO_COPY,
     "granite": _PLAIN,
     "smollm3": _PLAIN,
     "qwen2": _PLAIN,
@@ -65,7 +57,7 @@ FAMILIES: dict[str, Family] = {
     "gemma2": _NO_COPY,
     GEMMA3: _PLAIN,
     "phi": _PARTIAL,
-    "phi3": replace(_PARTIAL, type_wins=False, gguf_longrope=True),
+    "phi3": replace(_PARTIAL, type_wins=False),
     "stablelm": _PARTIAL,
     "nemotron": replace(_PARTIAL, type_wins=False),
     "glm": _PARTIAL,

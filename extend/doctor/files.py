@@ -21,7 +21,7 @@ _LENGTHS = ("max_position_embeddings", "original_max_position_embeddings", "slid
 _COUNTS = ("hidden_size", "num_attention_heads", "num_hidden_layers", "head_dim")
 _THETAS = ("rope_theta", "rotary_emb_base", "rope_base", "rope_local_base_freq")
 _SHARES = ("partial_rotary_factor", "rotary_pct")
-_POSITIVE = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow",
+_POSITIVE = ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow",
              "attention_factor", "attn_factor", "short_mscale", "long_mscale", "mscale",
              "mscale_all_dim")
 _LISTS = ("short_factor", "long_factor")
@@ -188,6 +188,9 @@ def _problem(key: str, value: Any) -> str | None:
         return None if _is_number(value, 1, _LARGEST_THETA) else "a number above 1, below 1e30"
     if key in _SHARES:
         return None if _is_number(value, 0, 1) or value == 1 else "a number above 0, at most 1"
+    if key == "factor":
+        right = _is_number(value, 0, _LARGEST_FACTOR) and value >= 1
+        return None if right else "a number from 1, below 1e9: a context is stretched"
     if key in _POSITIVE:
         least = -1.0 if key.startswith("mscale") else 0.0
         right = _is_number(value, least, _LARGEST_FACTOR)

@@ -103,14 +103,15 @@ def differences(reading: Reading, reference: Reading) -> dict[str, str]:
 
 def _frequency_message(mine: LayerRope, right: LayerRope, reading: Reading,
                        reference: Reading) -> str:
-    parts = []
+    parts, layer = [], _layer_of(mine, reading)
+    other_type = mine.parameters["rope_type"] != right.parameters["rope_type"]
     for key in dict.fromkeys((*mine.parameters, *right.parameters)):
-        if key == "positions":
-            continue
         used, wanted = mine.parameters.get(key), right.parameters.get(key)
-        if not _same(used, wanted):
-            parts.append(f"{key} {show(used)} ({_origin(reading, key)}) instead of "
-                         f"{show(wanted)} ({_origin(reference, key)})")
+        # What only one of two types has says no more than that they are two.
+        if key == "positions" or _same(used, wanted) or (other_type and None in (used, wanted)):
+            continue
+        parts.append(f"{key} {show(used)} ({_origin(reading, key, layer)}) instead of "
+                     f"{show(wanted)} ({_origin(reference, key, _layer_of(right, reference))})")
     where = [layer.parameters.get("positions", "one by one") for layer in (mine, right)]
     if where[0] != where[1]:
         parts.append(f"positions counted {where[0]} instead of {where[1]}")
@@ -126,9 +127,13 @@ def _switch_message(mine: LayerRope, right: LayerRope) -> str:
     return "the frequencies of long sequences at every length"
 
 
-def _origin(reading: Reading, key: str) -> str:
+def _layer_of(rope: LayerRope, reading: Reading) -> str:
+    return next((name for name, layer in reading.layers.items() if layer is rope), FULL)
+
+
+def _origin(reading: Reading, key: str, layer: str) -> str:
     key = "partial_rotary_factor" if key == "rotary_dim" else key
-    return reading.origin.get(key, "not read")
+    return reading.origin.get(key if layer == FULL else f"{layer}.{key}", "not read")
 
 
 def _same(used: Any, wanted: Any) -> bool:

@@ -1,6 +1,5 @@
 """The portable form of a checkpoint's configuration, and writing it."""
 
-import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from extend.doctor.decide import Decision
 from extend.doctor.families import family_of, partial_default
 from extend.doctor.files import FILE_NAMES, Patient
-from extend.doctor.reading import FULL, ModelFiles, longrope_mscale
+from extend.doctor.reading import FULL, ModelFiles
 from extend.errors import CheckpointError
 from extend.model_config import write_rope
 from extend.output import atomic_directory, copy_or_link, write_json
@@ -30,8 +29,6 @@ def portable_form(files: ModelFiles, decision: Decision) -> ModelFiles:
     """
     spec, length = decision.spec, decision.max_len
     config = write_rope(_without_contradictions(files.config, decision), spec, length)
-    if config.get("model_type") == "phi3" and config["rope_scaling"]:
-        config["rope_scaling"] = _phi3_entries(config["rope_scaling"], spec.original_len, length)
     family = family_of(files.config)
     if family.theta_key != "rope_theta":
         config[family.theta_key] = spec.rope_theta
@@ -43,18 +40,6 @@ def portable_form(files: ModelFiles, decision: Decision) -> ModelFiles:
     if generation_cap(generation, length):
         del generation["max_length"]
     return ModelFiles(config, tokenizer, generation)
-
-
-def _phi3_entries(entries: dict[str, Any], original: int, length: int) -> dict[str, Any]:
-    """The three entries that the Phi-3 class of transformers 4 takes, where they say it all.
-
-    Their attention factor is that of the ratio of the two lengths, in every engine.
-    """
-    rule = longrope_mscale(length / original, original)
-    if not math.isclose(entries.get("attention_factor", rule), rule, rel_tol=1e-9):
-        return entries
-    return {"type": "longrope", "short_factor": entries["short_factor"],
-            "long_factor": entries["long_factor"]}
 
 
 def generation_cap(generation: Mapping[str, Any], length: int) -> int | None:

@@ -6,6 +6,7 @@ that are weak by themselves count when there are two of them.
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from extend.doctor.reading import ModelFiles
@@ -14,7 +15,10 @@ from extend.model_config import RopeSpec
 _UNIT = 8  # every released length found is a multiple of it; 1234 is not
 _THETA_RATIO = 64  # times by which the length that a theta was made for may exceed the config's
 _SENTINEL = 10**12  # above it, a tokenizer's model_max_length means "no limit"
-_NAMED = re.compile(r"(?<![\d.])(\d+)([km])(?![a-z\d])", re.IGNORECASE)
+# Numbers with a unit in a name, such as 8b, 135m, 128k, 1m and 1M-context.
+_NAMED = re.compile(r"(?<![a-z\d.])(\d+(?:\.\d+)?)([bkm])(?![a-z\d])"
+                    r"([-_ ]?(?:context|ctx|tokens?)(?![a-z]))?", re.IGNORECASE)
+_LARGEST_M = 10  # millions; above it, "m" counts parameters unless the name says context
 
 
 def length_question(files: ModelFiles, spec: RopeSpec, name_hint: str) -> list[str]:
@@ -80,11 +84,24 @@ def length_of_theta(spec: RopeSpec) -> float:
 
 def _hint_of_names(length: int, *names: Any) -> list[str]:
     for name in names:
-        for count, unit in _NAMED.findall(str(name or "")):
-            named = int(count) * (1000 if unit.lower() == "k" else 1_000_000)
+        found = _NAMED.findall(str(name or ""))
+        for i, (count, unit, context) in enumerate(found):
+            others = [other[1].lower() for other in found[:i] + found[i + 1:]]
+            if not context and not _counts_tokens(float(count), unit.lower(), others):
+                continue
+            named = float(count) * {"k": 1e3, "m": 1e6, "b": 1e9}[unit.lower()]
             if named > 1.5 * length:
                 return [f"the name {name} says {count}{unit}"]
     return []
+
+
+def _counts_tokens(count: float, unit: str, others: Sequence[str]) -> bool:
+    """Whether a number in a name is one of tokens, not of parameters.
+
+    Args:
+        others: units of the other numbers. Models of a few million parameters have no other.
+    """
+    return unit == "k" or (unit == "m" and count <= _LARGEST_M and bool({"b", "m"} & {*others}))
 
 
 def _product(spec: RopeSpec) -> int | None:

@@ -172,18 +172,6 @@ def _proportional(parameters: Mapping[str, Any], theta: float, head_dim: int) ->
     return turning + (0.0,) * (head_dim // 2 - rotated)
 
 
-def yarn_mscale(factor: float, weight: float = 1.0) -> float:
-    """0.1 weight ln(factor) + 1, the attention factor of YaRN."""
-    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-
-def longrope_mscale(factor: float, original_len: int) -> float:
-    """sqrt(1 + ln(factor) / ln(original length)), the attention factor of LongRoPE."""
-    if factor <= 1 or original_len <= 1:
-        return 1.0
-    return math.sqrt(1 + math.log(factor) / math.log(original_len))
-
-
 def need(parameters: Mapping[str, Any], *keys: str) -> None:
     """Raise Refused when a rope_type lacks a key that the engine requires."""
     missing = [key for key in keys if parameters.get(key) is None]

@@ -1,6 +1,7 @@
 """The sizes of a model, its RoPE and its window, from `config.json`."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,9 +98,12 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
                                      "Llama-style configs are supported")
         return raw[key]
 
-    heads = int(need("num_attention_heads"))
-    need("hidden_size"), need("max_position_embeddings")
-    head_dim = head_dim_of(raw)
+    for key in ("hidden_size", "num_attention_heads", "num_hidden_layers",
+                "max_position_embeddings"):
+        _check_whole(key, need(key), 1, path)
+    if raw.get("sliding_window") is not None:
+        _check_whole("sliding_window", raw["sliding_window"], 0, path)
+    heads, head_dim = int(raw["num_attention_heads"]), head_dim_of(raw)
     rope, others = read_rope(raw, head_dim, path)
     return ModelConfig(
         path=path, raw=dict(raw), architecture=(raw.get("architectures") or ["unknown"])[0],
@@ -110,3 +114,9 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         max_position_embeddings=int(need("max_position_embeddings")),
         rope=rope, rope_by_layer_type=others)
+
+
+def _check_whole(key: str, value: Any, least: int, path: Path) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not least <= value < math.inf or value != int(value):
+        raise CheckpointError(f"{path}: {key} is {value!r}; it must be a whole number from {least}")

@@ -31,6 +31,23 @@ WANTS_MSCALES = frozenset({"phimoe"})
 THREE_ENTRIES = frozenset({"phi3"})
 """Families whose class in transformers 4 takes type and two lists in `rope_scaling`, nothing else.
 """
+NEEDS_HEAD_DIM = frozenset({"hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text", "minimax",
+                            "ministral", "mixtral"})
+"""Families whose class holds a null where config.json has no `head_dim`; transformers 5 fails on it
+for yarn, longrope and dynamic."""
+LLAMA_CPP: Mapping[str, frozenset[str]] = {
+    **dict.fromkeys(("llama", "mistral", "mixtral"), frozenset({"llama3"})),
+    "phi3": frozenset({"longrope"}),
+    **dict.fromkeys(("granite", "smollm3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "olmo",
+                     "olmo2", "starcoder2", "gemma", "gemma2", "gemma3_text", "phi", "stablelm",
+                     "nemotron", "glm", "glm4", "gpt_neox"), frozenset())}
+"""The rope types that reach llama.cpp beside plain RoPE, linear and yarn, for the families looked
+up: the converter writes their factors, and the run time uses them.
+
+Source: ggml-org/llama.cpp, conversion/*.py (`generate_extra_tensors` of LlamaModel and
+Phi3MiniModel) and src/models/*.cpp. Granite and SmolLM3 inherit the writing, but the one's
+architecture has no such tensor and the other's graph does not use it.
+"""
 # One RoPE for each type of layer, in no spelling but a nested rope_parameters.
 _NESTED_ONLY = frozenset({"laguna", "lfm3", "mellum", "mimo_v2_flash", "modernbert",
                           "modernbert-decoder", "neomme", "step3p5", "t5gemma2_decoder",

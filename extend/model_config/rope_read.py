@@ -5,6 +5,7 @@ transformers 5 `rope_parameters`, some families have names of their own. Where a
 thing twice and differently, some program would read the other value, so that is an error here.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -194,8 +195,9 @@ def _theta(raw: Mapping[str, Any], layer_type: str, inner: Any, path: Path) -> f
         None if inner is None else float(inner))
     found = agreed("rope_theta", places, path)
     theta = default if found is None else found
-    if not theta > 1:
-        raise CompatibilityError(f"{path}: rope_theta is {theta}; it must be above 1")
+    if not 1 < theta < math.inf:
+        raise CompatibilityError(f"{path}: rope_theta is {theta}; it must be a finite number above "
+                                 "1")
     return theta
 
 

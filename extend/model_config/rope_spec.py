@@ -1,5 +1,6 @@
 """What determines a rotary embedding."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +41,18 @@ class RopeSpec:
     def from_json(cls, data: Mapping[str, Any]) -> "RopeSpec":
         return cls(rope_theta=float(data["rope_theta"]), rotary_dim=int(data["rotary_dim"]),
                    original_len=int(data["original_len"]), scaling=dict(data["scaling"]))
+
+
+def yarn_mscale(factor: float, weight: float = 1.0) -> float:
+    """0.1 weight ln(factor) + 1, what YaRN multiplies cos and sin by."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def longrope_mscale(factor: float, original_len: int) -> float:
+    """sqrt(1 + ln(factor) / ln(original_len)), what LongRoPE multiplies cos and sin by."""
+    if factor <= 1 or original_len <= 1:
+        return 1.0
+    return math.sqrt(1 + math.log(factor) / math.log(original_len))
 
 
 def depends_on_length(entries: Mapping[str, Any]) -> bool:

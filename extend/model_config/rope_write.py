@@ -14,6 +14,7 @@ from extend.errors import CompatibilityError
 from extend.model_config.families import (
     FLAT_SPELLINGS,
     FULL,
+    NEEDS_HEAD_DIM,
     SLIDING,
     THREE_ENTRIES,
     WANTS_MSCALES,
@@ -30,7 +31,7 @@ from extend.model_config.rope_read import (
     read_partial,
     read_rope,
 )
-from extend.model_config.rope_spec import RopeSpec
+from extend.model_config.rope_spec import RopeSpec, longrope_mscale
 
 STALE_LENGTH_KEYS = ("seq_length", "max_seq_len", "model_max_length", "max_sequence_length",
                      "max_seq_length", "seq_len", "n_positions")
@@ -69,6 +70,8 @@ def write_rope(raw: Mapping[str, Any], rope: RopeSpec, max_len: int) -> dict[str
     if rope.scaling:
         # For linear, which has no such entry, it is the only record of the native length.
         config[NATIVE_KEY] = rope.original_len
+        if raw.get("head_dim") is None and ("head_dim" in raw or family in NEEDS_HEAD_DIM):
+            config["head_dim"] = head_dim_of(raw)  # transformers 5 computes with the null
     config["max_position_embeddings"] = max_len
     return config
 
@@ -107,10 +110,9 @@ def _flat_scaling(family: str, rope: RopeSpec, inner: Mapping[str, Any],
     """What transformers 4 reads beside `rope_theta`."""
     if not rope.scaling:
         return None
-    ratio = max_len / rope.original_len
-    usual = math.sqrt(1 + math.log(max(ratio, 1)) / math.log(rope.original_len))
+    usual = longrope_mscale(max_len / rope.original_len, rope.original_len)
     attention = rope.scaling.get("attention_factor", usual)
-    if family in THREE_ENTRIES and math.isclose(attention, usual, rel_tol=1e-12):
+    if family in THREE_ENTRIES and math.isclose(attention, usual, rel_tol=1e-9):
         # Every reader takes the rest from the lengths at the top level.
         return {"type": "longrope", "short_factor": rope.scaling["short_factor"],
                 "long_factor": rope.scaling["long_factor"]}

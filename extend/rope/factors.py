@@ -3,11 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from extend.errors import CompatibilityError, RecipeError
-from extend.model_config import NATIVE_KEY_TYPES, RopeSpec
+from extend.model_config import NATIVE_KEY_TYPES, RopeSpec, longrope_mscale, yarn_mscale
 from extend.rope import frequencies
+
+FOR_OTHER_ENGINES = frozenset({"short_mscale", "long_mscale", "attn_factor"})
+"""Keys of an attention factor that vLLM and SGLang read and transformers does not know."""
 
 
 def extension_factor(spec: RopeSpec, target_len: int) -> float:
@@ -91,7 +93,7 @@ def longrope(spec: RopeSpec, target_len: int, *, long_factor: Sequence[float],
     return replace(spec, scaling={
         "rope_type": "longrope", "factor": factor, "short_factor": short, "long_factor": long,
         "original_max_position_embeddings": spec.original_len,
-        **_attention_keys(attention_factor)})
+        **longrope_attention_keys(attention_factor, longrope_mscale(factor, spec.original_len))})
 
 
 def per_pair(spec: RopeSpec, target_len: int, factors: list[float],
@@ -100,14 +102,37 @@ def per_pair(spec: RopeSpec, target_len: int, factors: list[float],
     return replace(spec, original_len=target_len, scaling={
         "rope_type": "longrope", "factor": 1.0, "short_factor": factors,
         "long_factor": list(factors), "original_max_position_embeddings": target_len,
-        **_attention_keys(attention_factor)})
+        **longrope_attention_keys(attention_factor, 1.0)})
 
 
-def _attention_keys(attention_factor: float) -> dict[str, Any]:
-    """The factor where transformers reads it and, unless it is 1, where vLLM and SGLang do."""
+def longrope_attention_keys(attention_factor: float, usual: float) -> dict[str, float]:
+    """The factor where transformers reads it, and where vLLM and SGLang do if they must be told.
+
+    transformers logs the latter's `short_mscale` and `long_mscale` as keys it does not know.
+
+    Args:
+        usual: what the engines take from the two lengths when there is no key.
+    """
     value = float(attention_factor)
     keys = {"attention_factor": value}
-    return keys if value == 1 else keys | {"short_mscale": value, "long_mscale": value}
+    if math.isclose(value, usual, rel_tol=1e-9):
+        return keys
+    return keys | {"short_mscale": value, "long_mscale": value}
+
+
+def yarn_attention_keys(attention_factor: float, factor: float) -> dict[str, float]:
+    """The factor where transformers and new vLLM read it, and the multiplier that others read.
+
+    SGLang and vLLM before September 2026 know `attn_factor` alone, and multiply their own number by
+    it. Nothing is written where that number is right.
+
+    Args:
+        factor: of the extension.
+    """
+    usual = yarn_mscale(factor)
+    if math.isclose(attention_factor, usual, rel_tol=1e-9):
+        return {}
+    return {"attention_factor": float(attention_factor), "attn_factor": attention_factor / usual}
 
 
 def resonant(spec: RopeSpec, target_len: int) -> RopeSpec:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from extend.errors import CompatibilityError
-from extend.model_config import RopeSpec
+from extend.model_config import RopeSpec, longrope_mscale, yarn_mscale
 
 if TYPE_CHECKING:
     import torch
@@ -48,11 +48,11 @@ def attention_factor(spec: RopeSpec) -> float:
         return float(given)
     factor = _need(spec, "factor")
     if spec.rope_type == "longrope":
-        return math.sqrt(1 + math.log(max(factor, 1)) / math.log(spec.original_len))
+        return longrope_mscale(factor, spec.original_len)
     mscale, mscale_all_dim = spec.scaling.get("mscale"), spec.scaling.get("mscale_all_dim")
     if mscale and mscale_all_dim:
-        return _mscale(factor, mscale) / _mscale(factor, mscale_all_dim)
-    return _mscale(factor, 1.0)
+        return yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all_dim)
+    return yarn_mscale(factor)
 
 
 def wavelengths(spec: RopeSpec) -> "torch.Tensor":
@@ -148,10 +148,6 @@ def _index_of_turns(spec: RopeSpec, count: float) -> float:
     """The (real) index of the pair that makes `count` turns within the original length."""
     wavelength = spec.original_len / count
     return spec.rotary_dim / 2 * math.log(wavelength / (2 * math.pi), spec.rope_theta)
-
-
-def _mscale(factor: float, weight: float) -> float:
-    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _need(spec: RopeSpec, key: str) -> Any:

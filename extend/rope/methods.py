@@ -25,7 +25,13 @@ from typing import Any, NoReturn
 from extend.errors import CompatibilityError, RecipeError
 from extend.model_config import RopeSpec
 from extend.registry import check_options, lookup
-from extend.rope.factors import check_above, extension_factor, longrope, resonant
+from extend.rope.factors import (
+    check_above,
+    extension_factor,
+    longrope,
+    resonant,
+    yarn_attention_keys,
+)
 from extend.rope.frequencies import YARN_BETA_FAST, YARN_BETA_SLOW
 from extend.rope.presets import easycontext, lwm, prolong, qwen2_5_1m
 
@@ -132,7 +138,7 @@ def yarn(spec: RopeSpec, target_len: int, *, beta_fast: float = YARN_BETA_FAST,
     """
     factor = extension_factor(spec, target_len)
     _check_ramp("beta_slow", beta_slow, "beta_fast", beta_fast)
-    attention = _yarn_attention(attention_factor, mscale, mscale_all_dim)
+    attention = _yarn_attention(factor, attention_factor, mscale, mscale_all_dim)
     if not isinstance(truncate, bool):
         raise RecipeError(f"truncate must be true or false, not {truncate!r}")
     if factor == 1:
@@ -149,7 +155,7 @@ def yarn(spec: RopeSpec, target_len: int, *, beta_fast: float = YARN_BETA_FAST,
     return replace(spec, scaling=scaling)
 
 
-def _yarn_attention(attention_factor: float | None, mscale: float | None,
+def _yarn_attention(factor: float, attention_factor: float | None, mscale: float | None,
                     mscale_all_dim: float | None) -> dict[str, float]:
     given = {name: value for name, value in (
         ("attention_factor", attention_factor), ("mscale", mscale),
@@ -160,6 +166,8 @@ def _yarn_attention(attention_factor: float | None, mscale: float | None,
         told = ", ".join(f"{name} {value}" for name, value in given.items())
         raise RecipeError("give attention_factor alone, or mscale and mscale_all_dim together, "
                           f"not {told}")
+    if attention_factor is not None:
+        return yarn_attention_keys(attention_factor, factor)
     return {name: float(value) for name, value in given.items()}
 
 

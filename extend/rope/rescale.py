@@ -18,6 +18,7 @@ from extend.manifest import Manifest
 from extend.model_config import ModelConfig, RopeSpec, read_config, write_rope
 from extend.output import atomic_directory, copy_or_link, write_json
 from extend.registry import lookup
+from extend.rope.engines import differing_engines
 from extend.rope.factors import describe_extension
 from extend.rope.methods import apply_method
 
@@ -77,6 +78,10 @@ def rescale(model: Path | str, out: Path | str, *, target_len: int, method: str 
         write_json(partial / "config.json", raw)
         manifest.write(partial, rope_before=config.rope.to_json(), rope_after=rope.to_json(),
                        max_position_embeddings=target_len)
+    differing = differing_engines(str(config.raw.get("model_type")), rope)
+    if differing:
+        logger.warning("not every engine reads %s alike: %s; `extend doctor %s` shows all", out,
+                       "; ".join(differing), out)
     return out
 
 
@@ -111,6 +116,10 @@ def starting_rope(config: ModelConfig, from_len: int | None = None) -> RopeSpec:
     if extended and from_len != native:
         raise CompatibilityError(f"{config.path}: from_len is {from_len}, but the RoPE there was "
                                  f"extended from {native} tokens; give {native}")
+    if not rope.scaling and from_len != native:
+        logger.warning("theta %.10g is taken for that of %d native tokens, though the config says "
+                       "%d: a theta that a rescaling has raised would be raised twice",
+                       rope.rope_theta, from_len, native)
     if own:
         raise CompatibilityError(
             f"{config.path}: {', '.join(own)} in rope_parameters is no extension but part of the "

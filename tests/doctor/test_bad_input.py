@@ -54,7 +54,7 @@ def test_wrong_values_at_the_top(key, value, tmp_path):
         doctor(save(tmp_path, llama(**{"rope_theta": 5e5, key: value})))
 
 
-INSIDE = [("factor", value) for value in ("4", 0, -2, NAN, INF, True, [])] + [
+INSIDE = [("factor", value) for value in ("4", 0, 0.5, -2, NAN, INF, True, [])] + [
     ("original_max_position_embeddings", 0), ("beta_fast", "fast"), ("attention_factor", NAN),
     ("rope_theta", 0.5), ("rope_type", 3), ("rope_type", []), ("long_factor", "many"),
     ("long_factor", [1.0, NAN]), ("long_factor", [1.0, 0]), ("short_factor", {}),

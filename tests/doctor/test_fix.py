@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import pytest
 import torch
@@ -113,7 +114,8 @@ def test_nothing_is_left_when_a_write_fails(model, tmp_path, monkeypatch):
     def fail(path, data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("extend.doctor.fix.write_json", fail)
+    # By module: the name extend.doctor is the function once `import extend` has run.
+    monkeypatch.setattr(sys.modules["extend.doctor.fix"], "write_json", fail)
     before = contents(model)
     with pytest.raises(CheckpointError, match="no space"):
         doctor(model, fix=True, out=tmp_path / "out")

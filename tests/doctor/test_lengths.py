@@ -115,6 +115,21 @@ def test_one_weak_hint_is_a_warning(tmp_path):
         "warning"]
 
 
+@pytest.mark.parametrize(("name", "says"), [
+    ("smollm2-135m-instruct", None), ("pythia-70m", None), ("SmolLM2-360M", None),
+    ("TinyStories-1M", None), ("gemma-3-270m-it", None), ("llama-2-7b", None),
+    ("stories260K", None),
+    ("llama-8b-4k", None), ("yi-1.5m-steps", None), ("Llama-3-8B-Instruct-262k", "262k"),
+    ("smollm2-135m-128k", "128k"), ("llama-3-8b-1048k", "1048k"), ("qwen2.5-7b-1m", "1m"),
+    ("smollm2-135m-1m", "1m"), ("Qwen2.5-7B-Instruct-1M", "1M"), ("tiny-1M-context", "1M"),
+    ("base_32k", "32k"), ("pythia-160m-64k-tokens", "64k"), ("model-100m-ctx", "100m")])
+def test_which_numbers_of_a_name_are_lengths(name, says, tmp_path):
+    model = save(tmp_path / name, llama(rope_theta=5e5, rope_parameters=PLAIN))
+    found = [f.message for f in doctor(model).findings if f.what == "max_position_embeddings"]
+    assert found == ([] if says is None else [
+        f"max_position_embeddings is {LENGTH}, but the name {name} says {says}"])
+
+
 @pytest.mark.parametrize(("theta", "length"), [
     (1e4, 4096), (5e5, 8192), (1e6, 32768), (283461213.0, 262144), (3580165449.0, 1048576),
     (1e7, 1010000), (8e6, 65536), (1e6, 131072), (1e5, 2048), (1e6, 32768)])

@@ -6,6 +6,7 @@ import pytest
 
 from extend.doctor.families import FAMILIES
 from extend.doctor.reading import FULL
+from extend.model_config.families import LLAMA_CPP
 from tests.doctor.closed_forms import (
     ALL,
     LENGTH,
@@ -165,11 +166,16 @@ def test_what_gguf_can_hold():
     for kind, name in (("llama", "LLAMA"), ("mistral", "LLAMA"), ("mixtral", "LLAMA"),
                        ("phi3", "PHI3")):
         tensors = constants.MODEL_TENSORS[constants.MODEL_ARCH[name]]
-        family = FAMILIES[kind]
-        assert not family.gguf_llama3 or constants.MODEL_TENSOR.ROPE_FREQS in tensors
-        assert not family.gguf_longrope or constants.MODEL_TENSOR.ROPE_FACTORS_LONG in tensors
-    assert {k for k, f in FAMILIES.items() if f.gguf_llama3} == {"llama", "mistral", "mixtral"}
-    assert {k for k, f in FAMILIES.items() if f.gguf_longrope} == {"phi3"}
+        carried = LLAMA_CPP[kind]
+        assert "llama3" not in carried or constants.MODEL_TENSOR.ROPE_FREQS in tensors
+        assert "longrope" not in carried or constants.MODEL_TENSOR.ROPE_FACTORS_LONG in tensors
+
+
+def test_which_families_carry_more_than_plain_rope_to_llama_cpp():
+    assert set(LLAMA_CPP) == set(FAMILIES)
+    assert {k for k, kinds in LLAMA_CPP.items() if "llama3" in kinds} == {
+        "llama", "mistral", "mixtral"}
+    assert {k for k, kinds in LLAMA_CPP.items() if "longrope" in kinds} == {"phi3"}
 
 
 # --- dynamic, longrope, chunks, proportional ---

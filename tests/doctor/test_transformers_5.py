@@ -6,6 +6,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from extend.doctor import doctor
 from extend.doctor.families import FAMILIES
 from extend.doctor.readers import read_with
 from extend.doctor.reading import FULL, ModelFiles
@@ -19,7 +20,9 @@ from tests.doctor.configs import (
     YARN,
     llama,
     save,
+    scaled,
 )
+from tests.doctor.diagnoses import check_cured, error
 
 SHORT = [1.0] * 8
 CONFIGS = {
@@ -184,3 +187,14 @@ def test_defaults_of_each_family(kind, tmp_path):
     read = read_with("transformers-5", ModelFiles({**raw, "head_dim": head_dim}, {}, {}))
     share = entries.get("partial_rotary_factor", 1.0)
     assert read.main.parameters["rotary_dim"] == int(head_dim * share)
+
+
+def test_a_size_of_head_that_is_left_to_the_class(tmp_path):
+    """Mixtral's class holds a null then, with which transformers 5.23 multiplies."""
+    raw = {**scaled(YARN, num_local_experts=2), "model_type": "mixtral",
+           "architectures": ["MixtralForCausalLM"]}
+    problem = error(doctor(save(tmp_path / "raw", raw)), "loading")
+    assert "transformers-5" in problem.readers and "needs head_dim" in problem.message
+    check_cured(tmp_path / "raw", tmp_path / "out")
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "out"))
+    assert model.config.head_dim == 16 and model.model.rotary_emb.inv_freq.shape == (8,)

@@ -8,7 +8,9 @@ import extend
 from extend.doctor import doctor
 from extend.errors import CheckpointError, CompatibilityError
 from extend.model_config import parse_config, write_rope
+from extend.model_config.families import LLAMA_CPP
 from extend.rope import METHODS
+from extend.rope.engines import differing_engines
 from extend.rope.methods import apply_method
 from extend.rope.presets import PRESETS
 from tests.doctor.configs import llama, load, save
@@ -52,7 +54,7 @@ def rescale(source, out, method, **options):
     """With every method, or None where it is for other bases than the tiny one."""
     try:
         return extend.rescale(source, out, target_len=TARGET, method=method,
-                              **OPTIONS.get(method, {}), **options)
+                              **{**OPTIONS.get(method, {}), **options})
     except extend.RecipeError:
         assert method in SKIPPED
     except CompatibilityError as error:
@@ -110,6 +112,45 @@ def test_every_method_in_every_family(method, family, tmp_path):
     assert not found.questions and not found.changes
 
 
+NAMES = {"vllm": "vLLM", "sglang": "SGLang", "llama.cpp": "llama.cpp",
+         "transformers-4": "transformers 4"}
+VARIANTS = [("linear", {}), ("ntk", {}), ("llama3", {}), ("yarn", {}),
+            ("yarn", {"truncate": False}),
+            ("yarn", {"attention_factor": 1.0}),
+            ("yarn", {"mscale": 1.0, "mscale_all_dim": 0.5}),
+            ("longrope", {}), ("longrope", {"attention_factor": 1.2}),
+            ("longrope", {"short": True}), ("longrope", {"short": True, "attention_factor": 1.2}),
+            ("proportional", {"partial_rotary_factor": 0.5}), ("critical", {"resonance": True}),
+            ("yarn", {"resonance": True})]
+
+
+@pytest.mark.parametrize(("method", "options"), VARIANTS, ids=str)
+def test_rescale_names_the_engines_that_the_doctor_finds(method, options, tmp_path):
+    compared = 0
+    for family in set(LLAMA_CPP) - {"gpt_neox"}:  # which the stage refuses by its tensors' names
+        raw = {**llama(num_hidden_layers=6, head_dim=64, sliding_window=None, pad_token_id=0),
+               "model_type": family}
+        spec = parse_config(raw, tmp_path).rope
+        pairs, own = spec.rotary_dim // 2, {k: v for k, v in options.items() if k != "short"}
+        if method == "longrope":
+            own |= {"long_factor": [2.0] * pairs} | (
+                {"short_factor": [1.0] * pairs} if "short" in options else {})
+        before = doctor(save(tmp_path / "before", write_rope(raw, spec, 4096)))
+        try:
+            new = apply_method(method, spec, 65536, own)
+            found = doctor(save(tmp_path / "model", write_rope(raw, new, 65536)))
+        except CompatibilityError:
+            continue  # this family's readers do not agree on such a RoPE, and it says so
+        unknown = {r.reader for r in found.readings if r.unknown}
+        always = {name for finding in before.errors for name in finding.readers}
+        named = {name for name, text in NAMES.items() if name not in unknown | always
+                 and any(text in clause for clause in differing_engines(family, new))}
+        errors = {name for finding in found.errors for name in finding.readers}
+        assert named == errors & set(NAMES) - always, (family, found.to_text())
+        compared += 1
+    assert compared > 0
+
+
 @pytest.mark.parametrize(("name", "length"), [
     (name, length) for name, preset in PRESETS.items() for length in preset.thetas])
 def test_presets(name, length, tmp_path):
@@ -122,11 +163,20 @@ def test_presets(name, length, tmp_path):
 
 
 def test_yarn_with_an_attention_factor(source, tmp_path):
-    """True of old vLLM, SGLang and llama.cpp: they do not read that key."""
+    """True of llama.cpp alone: the others are told in the key that each reads."""
     out = rescale(source, tmp_path / "out", "yarn", attention_factor=1.0)
     found = doctor(out)
-    concerned = {name for f in found.errors for name in f.readers}
-    assert concerned <= {"vllm-old", "sglang", "llama.cpp"} and "llama.cpp" in concerned
+    assert problems(found) == {("attention factor", ("llama.cpp",))}, found.to_text()
+    assert not found.changes
+
+
+def test_longrope_with_two_lists(source, tmp_path):
+    """Of the attention factor all but llama.cpp think alike, also when it is not the usual one."""
+    out = rescale(source, tmp_path / "out", "longrope", short_factor=[1.0] * PAIRS)
+    found = doctor(out)
+    factors = {r.reader: r.main.attention_factor for r in found.readings}
+    assert factors == dict.fromkeys(factors, 1.0)
+    assert not found.changes and not found.questions
 
 
 @pytest.fixture(scope="module")

@@ -86,8 +86,6 @@ def _add(name: str, found: Families) -> None:
 def _read(name: str, config_class: type[PreTrainedConfig], raw: dict[str, Any],
           found: Families) -> None:
     head_dim = head_dim_of(raw)
-    if raw.get("head_dim", head_dim) is None:  # where transformers itself cannot compute without
-        raw["head_dim"] = head_dim
     try:
         spec = read_rope(raw, head_dim, Path("config.json"))[0]
     except CompatibilityError:

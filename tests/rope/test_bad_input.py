@@ -100,7 +100,7 @@ def broken_tokenizer(path: Path) -> None:
     (no_directory, CheckpointError, "config.json: no such file"),
     (no_config, CheckpointError, "config.json: no such file"),
     (broken_config, CheckpointError, "config.json: not valid JSON"),
-    (mistyped_config, CheckpointError, "config.json: a key holds a value of the wrong kind"),
+    (mistyped_config, CheckpointError, "config.json: num_attention_heads is 'four'; it must be a"),
     (no_weights, CheckpointError, "holds no model.safetensors"),
     (truncated, CheckpointError, "model.safetensors: the header describes"),
     (corrupt_header, CheckpointError, "damaged safetensors header"),

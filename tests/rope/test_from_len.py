@@ -61,11 +61,13 @@ def test_configs_that_others_extended(keys, told, damaged, tmp_path):
     assert starting_rope(read_config(damaged), 128) == replace(PLAIN, original_len=128)
 
 
-def test_a_plain_model_of_another_native_length(damaged, tmp_path):
+def test_a_plain_model_of_another_native_length(damaged, tmp_path, caplog):
     """A config may name a length that the model was never trained on."""
     edit_config(damaged, max_position_embeddings=1234)
     out = rescale(damaged, tmp_path / "out", target_len=TARGET, method="critical", from_len=NATIVE)
     assert read_config(out).rope == call("critical", PLAIN, TARGET)
+    assert "theta 10000 is taken for that of 256 native tokens, though the config says 1234" in (
+        caplog.text)
 
 
 def test_theta_that_grew_is_kept(damaged):

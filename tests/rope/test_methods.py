@@ -162,7 +162,11 @@ def test_written_keys():
     assert call("yarn", TINY, 1024, beta_fast=8, beta_slow=2, attention_factor=1,
                 truncate=False).scaling == {
         "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256,
-        "beta_fast": 8.0, "beta_slow": 2.0, "attention_factor": 1.0, "truncate": False}
+        "beta_fast": 8.0, "beta_slow": 2.0, "truncate": False,
+        # for readers that know the multiplier of their own number alone
+        "attention_factor": 1.0, "attn_factor": 1 / (0.1 * math.log(4) + 1)}
+    assert call("yarn", TINY, 1024, attention_factor=0.1 * math.log(4) + 1) == call(
+        "yarn", TINY, 1024)
     assert call("yarn", TINY, 1024, mscale=0.5, mscale_all_dim=1).scaling == {
         "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256,
         "mscale": 0.5, "mscale_all_dim": 1.0}
@@ -193,6 +197,12 @@ def test_written_keys_of_longrope():
         "rope_type": "longrope", "factor": 4.0, "short_factor": short, "long_factor": long,
         "attention_factor": 1.5, "short_mscale": 1.5, "long_mscale": 1.5,
         "original_max_position_embeddings": 256}
+    # With two lists vLLM and SGLang take a factor from the lengths unless told another.
+    lists = {"long_factor": long, "short_factor": short}
+    assert call("longrope", TINY, 1024, **lists).scaling["long_mscale"] == 1.0
+    usual = math.sqrt(1 + math.log(4) / math.log(256))
+    assert "long_mscale" not in call("longrope", TINY, 1024, **lists,
+                                     attention_factor=usual).scaling
 
 
 @pytest.mark.parametrize("method", ANY_BASE)

@@ -46,8 +46,21 @@ def test_every_method_loads_and_generates(method, llama, tmp_path, caplog, monke
     # More new tokens than a stale max_length of 256 would allow.
     generated = model.generate(ids, max_new_tokens=3, min_new_tokens=3, pad_token_id=0)
     assert generated.shape == (1, ids.shape[1] + 3)
-    warnings = [r.getMessage() for r in caplog.records if "rope" in r.getMessage().lower()]
+    warnings = [r.getMessage() for r in caplog.records if "rope" in r.getMessage().lower()
+                and not r.name.startswith("extend")]
     assert warnings == []
+
+
+def test_engines_that_read_otherwise_are_named_once(llama, tmp_path, caplog):
+    out = rescale(llama, tmp_path / "long", target_len=TARGET, method="longrope",
+                  long_factor=[2.0] * 8)
+    assert [r.getMessage() for r in caplog.records] == [
+        f"not every engine reads {out} alike: llama.cpp's converter drops rope_type longrope for "
+        f"model_type 'llama', and the GGUF computes plain RoPE; `extend doctor {out}` shows all"]
+    caplog.clear()
+    for method in ("ntk-by-parts", "yarn", "critical"):
+        rescale(llama, tmp_path / method, target_len=TARGET, method=method)
+    assert not caplog.records
 
 
 def test_weights_are_linked_and_the_rest_is_right(llama, tmp_path):

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from extend.doctor.reading import LayerRope, longrope_mscale, need, rope_of, yarn_mscale
+from extend.doctor.reading import FULL, LayerRope, need, rope_of
+from extend.model_config import longrope_mscale, yarn_mscale
 
 COUNTS_FROM_NATIVE = ("llama3", "yarn", "longrope")
 _REQUIRED = {
@@ -65,6 +66,13 @@ def complete(entries: Mapping[str, Any], place: str, rope_type: str,
     for name, (value, source) in values.items():
         parameters[name], origin[name] = value, source
     return Found(parameters, origin)
+
+
+def origins(found: Mapping[str, Found], max_len: str) -> dict[str, str]:
+    """Where each value came from; those of other layer types than full attention by `type.key`."""
+    others = {f"{name}.{key}": place for name, entry in found.items() if name != FULL
+              for key, place in entry.origin.items()}
+    return {**others, **found[FULL].origin, "max_len": max_len}
 
 
 def check_required(found: Found) -> None:

@@ -12,17 +12,16 @@ from typing import Any
 
 from extend.doctor.families import GEMMA3, family_of
 from extend.doctor.readers import transformers_5
-from extend.doctor.readers.found import Found
+from extend.doctor.readers.found import Found, origins
 from extend.doctor.reading import (
-    FULL,
     LayerRope,
     ModelFiles,
     Refused,
     Unknown,
-    longrope_mscale,
     rope_of,
-    yarn_mscale,
 )
+from extend.model_config import longrope_mscale, yarn_mscale
+from extend.model_config.families import LLAMA_CPP
 
 _FALLBACK = 8192  # native length of llama3 when there is none at the top level
 _DROPPED = "not carried over to llama.cpp"
@@ -41,7 +40,7 @@ def read_llama_cpp(files: ModelFiles) -> tuple[dict[str, LayerRope], int, dict[s
     entries = {name: _converted(entry, config) for name, entry in found.items()}
     length = config["max_position_embeddings"]
     layers = {name: _compute(entry, config, length) for name, entry in entries.items()}
-    return layers, length, {**entries[FULL].origin, "max_len": "max_position_embeddings"}
+    return layers, length, origins(entries, "max_position_embeddings")
 
 
 def _converted(found: Found, config: Mapping[str, Any]) -> Found:
@@ -54,14 +53,15 @@ def _converted(found: Found, config: Mapping[str, Any]) -> Found:
     if partial != 1 and not family.gguf_partial:
         parameters["partial_rotary_factor"] = 1.0
         origin["partial_rotary_factor"] = _DROPPED
-    if found.kind == "llama3" and family.gguf_llama3:
+    carried = LLAMA_CPP.get(str(config.get("model_type")), frozenset())
+    if found.kind == "llama3" and "llama3" in carried:
         key = "original_max_position_embeddings"
         parameters[key] = config.get(key) or _FALLBACK
         origin[key] = key if config.get(key) else f"its fallback: no {key} at the top level"
     elif found.kind == "yarn":
         parameters.pop("truncate", None)
     elif not (found.kind in ("default", "linear")
-              or (found.kind in ("longrope", "su") and family.gguf_longrope)):
+              or (found.kind in ("longrope", "su") and "longrope" in carried)):
         kept = ("rope_theta", "partial_rotary_factor")
         parameters = {"rope_type": "default", **{k: parameters[k] for k in kept}}
         origin["rope_type"] = f"rope_type {found.kind} {_DROPPED}"

@@ -10,7 +10,7 @@ from typing import Any
 
 from extend.doctor.families import GEMMA3
 from extend.doctor.readers import transformers_5
-from extend.doctor.readers.found import Found, dynamic_at_once
+from extend.doctor.readers.found import Found, dynamic_at_once, origins
 from extend.doctor.readers.vllm import attention_by_multiplier
 from extend.doctor.reading import (
     FULL,
@@ -18,9 +18,9 @@ from extend.doctor.reading import (
     ModelFiles,
     Refused,
     Unknown,
-    longrope_mscale,
     rope_of,
 )
+from extend.model_config import longrope_mscale
 
 _LENGTH_KEYS = ("max_sequence_length", "seq_length", "max_seq_len", "model_max_length",
                 "max_position_embeddings")
@@ -42,7 +42,7 @@ def read_sglang(files: ModelFiles) -> tuple[dict[str, LayerRope], int, dict[str,
     if factor is not None and not named and len(found) == 1:
         length, origin = int(length * factor), f"{key} x factor {factor:g}"
     layers = {name: _compute(entry, config) for name, entry in found.items()}
-    return layers, length, {**main.origin, "max_len": origin}
+    return layers, length, origins(found, origin)
 
 
 def _is_plain_gemma3(found: Mapping[str, Found], config: Mapping[str, Any]) -> bool:

@@ -23,6 +23,7 @@ from extend.doctor.readers.found import (
     dynamic_by_length,
     first,
     longrope_attention,
+    origins,
     yarn_attention,
 )
 from extend.doctor.reading import FULL, LayerRope, ModelFiles, Refused, need, rope_of
@@ -46,7 +47,7 @@ def _read(files: ModelFiles, *, old: bool) -> tuple[dict[str, LayerRope], int, d
     config = files.config
     found = find(config)
     layers = {name: compute(entry, config, old=old) for name, entry in found.items()}
-    origin = {**found[FULL].origin, "max_len": "max_position_embeddings"}
+    origin = origins(found, "max_position_embeddings")
     if old and found[FULL].kind == "yarn":
         origin["original_max_position_embeddings"] = "max_position_embeddings"
     return layers, config["max_position_embeddings"], origin

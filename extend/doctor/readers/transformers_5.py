@@ -23,9 +23,11 @@ from extend.doctor.readers.found import (
     dynamic_by_length,
     first,
     longrope_attention,
+    origins,
     yarn_attention,
 )
 from extend.doctor.reading import FULL, LayerRope, ModelFiles, Refused, Unknown, need, rope_of
+from extend.model_config.families import NEEDS_HEAD_DIM
 
 _PHI3_ORIGINAL = 4096  # the class's default, which hides an entry inside rope_parameters
 _KNOWN = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
@@ -37,7 +39,7 @@ def read_transformers_5(files: ModelFiles) -> tuple[dict[str, LayerRope], int, d
     found = find(config)
     nested = len(found) > 1
     layers = {name: compute(entry, config, nested=nested) for name, entry in found.items()}
-    origin = {**found[FULL].origin, "max_len": "max_position_embeddings"}
+    origin = origins(found, "max_position_embeddings")
     return layers, config["max_position_embeddings"], origin
 
 
@@ -61,6 +63,8 @@ def find(config: Mapping[str, Any]) -> dict[str, Found]:
                  for name in types} or {FULL: _find_one(config, entries, place)}
     for entry in found.values():
         check_required(entry)
+        if entry.kind == "longrope":
+            _check_head_dim(entry, config)
         if entry.kind in COUNTS_FROM_NATIVE:
             need(entry.parameters, "original_max_position_embeddings")
     return found
@@ -117,6 +121,13 @@ def _find_gemma3(config: Mapping[str, Any]) -> dict[str, Found]:
     return found
 
 
+def _check_head_dim(found: Found, config: Mapping[str, Any]) -> None:
+    """These types multiply `head_dim` without a look whether it is null."""
+    if config.get("head_dim") is None and (
+            "head_dim" in config or config.get("model_type") in NEEDS_HEAD_DIM):
+        raise Refused(f"its rope_type {found.kind} needs head_dim, which is null or absent")
+
+
 def compute(found: Found, config: Mapping[str, Any], *, nested: bool) -> LayerRope:
     """The frequencies that the model's rotary embedding computes.
 
@@ -127,14 +138,16 @@ def compute(found: Found, config: Mapping[str, Any], *, nested: bool) -> LayerRo
     if found.kind not in _KNOWN or (config.get("model_type") == "phi3"
                                     and found.kind not in ("default", "longrope")):
         raise Refused(f"rope_type {found.kind!r} is not one it knows for this model")
+    if found.kind in ("dynamic", "yarn"):
+        _check_head_dim(found, config)
     if found.kind == "dynamic":
         return dynamic_by_length(found, config)
     original = found.original_len(length)
     attention = 1.0
     if found.kind == "yarn":
         attention = yarn_attention(parameters)
-        if nested:
-            parameters = {**parameters, "truncate": True}  # looked for outside the layer's entry
+        if nested:  # looked for outside the layer's entry
+            parameters = {k: v for k, v in parameters.items() if k != "truncate"}
     elif found.kind == "longrope":
         factor = parameters.get("factor") or length / original
         attention = longrope_attention(parameters, factor, original)

@@ -18,6 +18,7 @@ from extend.doctor.readers.found import (
     Found,
     conflicting_types,
     dynamic_at_once,
+    origins,
     yarn_attention,
 )
 from extend.doctor.reading import (
@@ -26,11 +27,10 @@ from extend.doctor.reading import (
     ModelFiles,
     Refused,
     Unknown,
-    longrope_mscale,
     need,
     rope_of,
-    yarn_mscale,
 )
+from extend.model_config import longrope_mscale, yarn_mscale
 
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length",
                 "model_max_length", "max_target_positions", "max_sequence_length",
@@ -61,7 +61,7 @@ def read_vllm_old(files: ModelFiles) -> Read:
     if config.get("model_type") in _TOP_WINS:
         main = found[FULL] = _with_top_level(main, config)
     layers = {name: _compute(entry, config, length, old=True) for name, entry in found.items()}
-    return layers, length, {**main.origin, "max_len": origin}
+    return layers, length, origins(found, origin)
 
 
 def read_vllm(files: ModelFiles) -> Read:
@@ -82,7 +82,7 @@ def read_vllm(files: ModelFiles) -> Read:
     if main.kind == "longrope" and top is not None:
         length, origin = top, "original_max_position_embeddings, taken for longrope"
     layers = {name: _compute(entry, config, length, old=False) for name, entry in found.items()}
-    return layers, length, {**main.origin, "max_len": origin}
+    return layers, length, origins(found, origin)
 
 
 def _renamed(found: Found) -> Found:
