@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from extend.doctor.findings import ERROR, Finding
-from extend.doctor.readers import READERS
 from extend.doctor.reading import FULL, Reading
 
 _HEADINGS = ("reader", "theta", "inv_freq", "attention", "max length")
@@ -119,8 +118,3 @@ def _agreement_lines(agreeing: Sequence[Sequence[str]], readings: Sequence[Readi
         if reading.unknown:
             lines.append(f"not known: {reading.reader}: {reading.unknown}")
     return lines
-
-
-def legend() -> str:
-    """What each reader stands for."""
-    return "\n".join(f"{name}: {reader.about}" for name, reader in READERS.items())
