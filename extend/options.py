@@ -248,7 +248,10 @@ class ExtractOptions(Options):
     tuned: InputPath
     rank: Annotated[int, Field(ge=1)] | None = None
     energy: Annotated[Number, Field(gt=0, le=1)] | None = None
-    """Share of each matrix's squared norm to keep; give this or `rank`."""
+    """Share of each matrix's squared norm to keep."""
+    adapter_bytes: Annotated[int, Field(ge=1)] | None = None
+    """Largest size of the adapter file. Without this, `rank` and `energy`, the noise rule."""
+    exact: bool = False
     embeddings: bool = True
     """Keep embedding and output head deltas in the sidecar."""
     dtype: FloatDtype = "float32"
@@ -256,8 +259,10 @@ class ExtractOptions(Options):
 
     @model_validator(mode="after")
     def _one_criterion(self) -> "ExtractOptions":
-        if self.rank is not None and self.energy is not None:
-            raise ValueError(f"rank ({self.rank}) and energy ({self.energy}) exclude each other")
+        given = {"rank": self.rank, "energy": self.energy, "adapter_bytes": self.adapter_bytes}
+        given = [f"{key} ({value})" for key, value in given.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} exclude each other")
         return self
 
 

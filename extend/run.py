@@ -145,7 +145,8 @@ def _manifest_hash(directory: Path) -> str | None:
 def _remove_leftovers(directory: Path) -> None:
     """Delete what a stage keeps beside its output until it is done."""
     for name in (f"{directory.name}.state", f".{directory.name}.rows",
-                 f".{directory.name}.partial", f".{directory.name}.old"):
+                 f".{directory.name}.parts", f".{directory.name}.partial",
+                 f".{directory.name}.old"):
         remove_directory(directory.with_name(name))
 
 

@@ -104,3 +104,13 @@ def test_auto_is_the_method_that_composes():
     assert TrainOptions.model_validate(run.model_dump()) == run
     with pytest.raises(ValidationError, match="'atuo' is no RoPE; write auto, or a mapping"):
         train_options(rope="atuo")
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"rank": 8, "adapter_bytes": 900}, r"rank \(8\) and adapter_bytes \(900\) exclude"),
+    ({"energy": 0.9, "adapter_bytes": 900}, r"energy \(0.9\) and adapter_bytes \(900\) exclude"),
+    ({"adapter_bytes": 0}, "greater than or equal to 1")])
+def test_a_size_is_a_criterion_of_its_own(given: dict, message: str):
+    with pytest.raises(ValidationError, match=message):
+        ExtractOptions(base="a", tuned="b", **given)
+    assert ExtractOptions(base="a", tuned="b", adapter_bytes=900, exact=True).exact

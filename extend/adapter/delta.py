@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from extend.adapter.noise import Noise, rounding_noise
 from extend.adapter_format.sidecar import (
     EMBEDDING_SUFFIX,
     HEAD_NAME,
@@ -65,9 +66,30 @@ def read_delta(pair: ModelPair, name: str, device: str = "cpu") -> tuple[torch.T
     Raises:
         CheckpointError: an infinite or NaN value.
     """
-    base = pair.base.read(name).to(device, torch.float32)
-    delta = pair.tuned.read(name).to(device, torch.float32).sub(base)
-    base_norm = frobenius(base)
+    return _subtract(pair, name, *_read_both(pair, name, device))
+
+
+def read_linear_delta(pair: ModelPair, name: str,
+                      device: str = "cpu") -> tuple[torch.Tensor, float, Noise]:
+    """`read_delta` of a 2-D parameter, and the noise that its stored dtype put into the delta.
+
+    Raises:
+        CheckpointError: an infinite or NaN value.
+    """
+    base, tuned = _read_both(pair, name, device)
+    noise = rounding_noise(base, tuned, pair.tuned.infos[name].dtype)
+    return *_subtract(pair, name, base, tuned), noise
+
+
+def _read_both(pair: ModelPair, name: str, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both in fp32; the second is a copy that may be written to."""
+    return (pair.base.read(name).to(device, torch.float32),
+            pair.tuned.read(name).to(device, torch.float32, copy=True))
+
+
+def _subtract(pair: ModelPair, name: str, base: torch.Tensor,
+              tuned: torch.Tensor) -> tuple[torch.Tensor, float]:
+    delta, base_norm = tuned.sub_(base), frobenius(base)
     if not torch.isfinite(torch.tensor(base_norm)) or not bool(torch.isfinite(delta).all()):
         raise CheckpointError(f"tensor {name} of {pair.base.directory} or {pair.tuned.directory} "
                               "holds infinite or NaN values; take a checkpoint from before the "

@@ -11,7 +11,7 @@ that ignores `rank_pattern` and `alpha_pattern`.
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -214,17 +214,53 @@ def write_adapter(directory: Path, factors: "Mapping[str, tuple[torch.Tensor, to
         base_name: path or repository of the base, for `base_model_name_or_path`.
         all_modules: every module of the base that has a weight; see `shorten`.
     """
-    tensors = {}
-    for module, (lora_a, lora_b) in factors.items():
-        tensors[f"{_PREFIX}{module}.lora_A.weight"] = lora_a
-        tensors[f"{_PREFIX}{module}.lora_B.weight"] = lora_b
-    infos = [TensorInfo(key, dtype_name(tensors[key].dtype), tuple(tensors[key].shape))
-             for key in sorted(tensors)]
-    write_safetensors(directory / ADAPTER_WEIGHTS, infos, tensors.__getitem__)
-    ranks = {module: lora_a.shape[0] for module, (lora_a, _) in sorted(factors.items())}
-    config = peft_config(ranks, shorten(factors, all_modules), base_name)
+    modules = [LoraModule(name, lora_a.shape[0], 1.0, lora_b.shape[0], lora_a.shape[1])
+               for name, (lora_a, lora_b) in factors.items()]
+    stream_adapter(directory, modules, dtype_name(next(iter(factors.values()))[0].dtype),
+                   lambda name, factor: factors[name][factor == "lora_B"],
+                   base_name=base_name, all_modules=all_modules)
+
+
+def stream_adapter(directory: Path, modules: Sequence[LoraModule], dtype: str,
+                   read: "Callable[[str, str], torch.Tensor]", *, base_name: str,
+                   all_modules: Iterable[str]) -> None:
+    """`write_adapter` with one factor at a time in memory.
+
+    Args:
+        modules: what is to be written; the scaling is 1.
+        dtype: safetensors name of the dtype of all factors.
+        read: `(module, "lora_A" or "lora_B")` -> the factor, in that dtype.
+    """
+    ranks = {module.name: module.rank for module in sorted(modules)}
+    infos = {info.name: (info, module.name, factor)
+             for module in modules for factor, info in factor_infos(module, dtype).items()}
+    write_safetensors(directory / ADAPTER_WEIGHTS, [infos[key][0] for key in sorted(infos)],
+                      lambda key: read(*infos[key][1:]))
+    config = peft_config(ranks, shorten(ranks, all_modules), base_name)
     (directory / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True),
                                             encoding="utf-8")
+
+
+def factor_infos(module: LoraModule, dtype: str) -> dict[str, TensorInfo]:
+    """The two tensors of a module in the adapter file, by factor."""
+    shapes = {"lora_A": (module.rank, module.in_features),
+              "lora_B": (module.out_features, module.rank)}
+    return {factor: TensorInfo(f"{_PREFIX}{module.name}.{factor}.weight", dtype, shape)
+            for factor, shape in shapes.items()}
+
+
+def header_bytes(modules: Iterable[LoraModule], dtype: str) -> int:
+    """An upper bound of what the adapter file holds beside the factors, ranks up to those given.
+
+    Lower ranks make shorter numbers; how much shorter is at most some bytes a tensor.
+    """
+    infos = [info for module in modules for info in factor_infos(module, dtype).values()]
+    total = sum(info.num_bytes for info in infos)
+    header: dict[str, Any] = {
+        info.name: {"dtype": dtype, "shape": list(info.shape), "data_offsets": [total, total]}
+        for info in infos}
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":"))
+    return 8 + len(text.encode()) + 7
 
 
 def peft_config(ranks: Mapping[str, int], target_modules: list[str],

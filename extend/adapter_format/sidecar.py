@@ -168,11 +168,17 @@ class ModuleReport(TensorReport):
     Attributes:
         residual: ||delta - B A||_F / ||delta||_F with the factors as stored.
         energy: fraction of ||delta||_F^2 that the kept singular values hold.
+        noise_edge: the largest singular value that rounding to the tuned model's stored dtype is
+            expected to make in the delta; None in a sidecar of an earlier version, as below.
+        noise_share: expected energy of that rounding / ||delta||_F^2. It exceeds 1 where most
+            weights moved by less than half a unit in the last place, and so not at all.
     """
 
     rank: int
     residual: float
     energy: float
+    noise_edge: float | None = None
+    noise_share: float | None = None
 
 
 class Source(_Frozen):

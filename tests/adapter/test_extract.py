@@ -162,10 +162,13 @@ def test_energy_holds_in_every_module(llama, tmp_path):
         module: report["rank"] for module, report in modules.items()}
 
 
-def test_default_rank_is_32(llama, tmp_path):
-    out = extract(llama.base, llama.tuned, tmp_path / "a")
+def test_a_model_in_fp32_gets_rank_32_by_default(llama, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="extend"):
+        out = extract(llama.base, llama.tuned, tmp_path / "a")
     assert read(out / "adapter_config.json")["r"] == 32
-    assert read(out / "manifest.json")["options"]["rank"] == 32
+    assert read(out / "adapter_config.json")["rank_pattern"] == {}
+    assert read(out / "manifest.json")["options"]["rule"] == "noise"
+    assert f"{llama.tuned} is stored in F32" in caplog.text
 
 
 @pytest.mark.parametrize(("options", "message"), [
@@ -310,8 +313,8 @@ def test_reads_one_pair_at_a_time(llama, tmp_path, monkeypatch):
 def test_manifest_records_inputs_and_results(adapter, llama):
     manifest = read(adapter / "manifest.json")
     assert manifest["stage"] == "extract"
-    assert manifest["options"] == {"rank": 8, "energy": None, "embeddings": True,
-                                   "dtype": "float32"}
+    assert manifest["options"] == {"rule": "fixed", "rank": 8, "energy": None, "exact": False,
+                                   "adapter_bytes": None, "embeddings": True, "dtype": "float32"}
     assert manifest["inputs"]["base"]["path"] == str(llama.base)
     assert set(manifest["outputs"]) == FILES - {"manifest.json"}
     sidecar = read(adapter / "extend_sidecar.json")
