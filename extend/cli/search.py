@@ -1,6 +1,7 @@
 """The subcommand that searches a RoPE on the user's own model."""
 
 import json
+import shlex
 from pathlib import Path
 
 import click
@@ -72,7 +73,8 @@ def _tell(path: Path, found: dict, best: str) -> str:
         for axis, d in gain.items()) for name, gain in found["gain"][split].items()]
     lines += ["", f"{found['evaluations_used']} of {found['budget']} evaluations; to use the "
               f"{best} setting:",
-              f"extend rescale {found['model']} {found['chosen'][best]['command_options']} "
+              f"extend rescale {shlex.quote(found['model'])} "
+              f"{found['chosen'][best]['command_options']} "
               "--out DIR", "", str(path)]
     return "\n".join(lines)
 

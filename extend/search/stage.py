@@ -1,11 +1,11 @@
 """The search stage: what goes in, and what is written."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from extend.errors import CheckpointError
+from extend.errors import CheckpointError, RecipeError
 from extend.manifest import Manifest
 from extend.model_config import read_config
 from extend.output import remove_directory, write_json
@@ -54,7 +54,8 @@ def search(model: Path | str, out: Path | str, *, target_len: int, text: Path | 
         The path of search.json.
 
     Raises:
-        RecipeError: an option that is not accepted, or a target not above the native length.
+        RecipeError: an option that is not accepted, a target not above the native length, or an
+            `out` that holds what is read or lies in it.
         DataError: text that is missing, malformed or too short.
         CheckpointError: a model that cannot be read, or an `out` that holds something else.
         CompatibilityError: RoPE that is scaled already, or siblings of another model.
@@ -69,6 +70,7 @@ def search(model: Path | str, out: Path | str, *, target_len: int, text: Path | 
         short_tokens=short_tokens, sibling_tokens=sibling_tokens, drift=drift)
     config = read_config(settings.model)
     settings.check(config)
+    _check_apart(settings.inputs(), out)
     _check_out(out, overwrite)
     from extend.search.session import Session
 
@@ -81,6 +83,15 @@ def search(model: Path | str, out: Path | str, *, target_len: int, text: Path | 
     outcome = session.run(out)
     _write(out, session, outcome, manifest)
     return out / SEARCH_NAME
+
+
+def _check_apart(inputs: Mapping[str, Path], out: Path) -> None:
+    """An `out` over an input would replace it; one in a folder of text would be read as text."""
+    for role, path in inputs.items():
+        for source, target in ((path.resolve(), out.resolve()), (path.absolute(), out.absolute())):
+            if source.is_relative_to(target) or target.is_relative_to(source):
+                raise RecipeError(f"out {out} and {role} {path} lie in one another; choose an out "
+                                  "of its own")
 
 
 def _check_out(out: Path, overwrite: bool) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -193,6 +194,42 @@ def test_a_directory_with_something_else_is_left_alone(base_dir: Path, text_file
     with pytest.raises(CheckpointError, match=r"holds something else than a search"):
         search(base_dir, tmp_path, text=text_file, **SMALL)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def everything(directory: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(("place", "role"), [
+    ("model", "model"), ("model/found", "model"), (".", "model"), ("texts", "text"),
+    ("texts/found", "text"), ("more", "sibling.fine"), ("link", "model"),
+    ("words", "sibling_text.0")])
+def test_nothing_that_is_read_is_replaced(base_dir: Path, sibling_dir: Path, text_file: Path,
+                                          tmp_path: Path, place: str, role: str):
+    shutil.copytree(base_dir, tmp_path / "model")
+    shutil.copytree(sibling_dir, tmp_path / "more" / "fine")
+    for name in ("texts", "words"):
+        (tmp_path / name).mkdir()
+        shutil.copy(text_file, tmp_path / name / "text.txt")
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    before = everything(tmp_path)
+    with pytest.raises(RecipeError, match=rf"out .* and {role} .* lie in one another"):
+        search(tmp_path / "model", tmp_path / place, text=tmp_path / "texts" / "text.txt"
+               if place == "texts" else tmp_path / "texts", siblings=[tmp_path / "more" / "fine"],
+               sibling_text=[tmp_path / "words"], overwrite=True, **SMALL)
+    assert everything(tmp_path) == before
+
+
+def test_the_printed_command_quotes_the_model(base_dir: Path, text_file: Path, tmp_path: Path):
+    shutil.copytree(base_dir, tmp_path / "my model")
+    arguments = ["search", str(tmp_path / "my model"), "--to", "1k", "--text", str(text_file),
+                 "--budget", str(BUDGET), "--rows", str(SMALL["rows"]), "--needles", "2",
+                 "--short-tokens", "1024", "--sibling-tokens", "1024", "--out",
+                 str(tmp_path / "out"), "-q"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    command = next(line for line in result.output.splitlines() if line.startswith("extend rescale"))
+    assert shlex.split(command)[2:5] == [str(tmp_path / "my model"), "--to", "1024"]
 
 
 def test_the_command_prints_the_table_and_how_to_go_on(done: Path, base_dir: Path,
