@@ -32,12 +32,14 @@ from extend.cli.types import LENGTH, ListType
               help="Text that each sibling reads for each candidate.")
 @click.option("--drift", type=float, default=0.005, show_default=True,
               help="Without siblings: relative size of the random deltas that stand in for them.")
+@click.option("--sliding-window", type=click.Choice(["refuse", "keep"]), default="refuse",
+              show_default=True, help="What to do with a window shorter than the target.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @out_option
 @overwrite_option
 @reporting
 def search(model, to, text, siblings, sibling_text, budget, merge_safe, reach, rows, needles,
-           short_tokens, sibling_tokens, drift, seed, out, overwrite):
+           short_tokens, sibling_tokens, drift, sliding_window, seed, out, overwrite):
     """Find the RoPE for a longer context that suits MODEL, without training.
 
     Measures the analytic methods, other thetas and per-pair curves on the model itself: facts found
@@ -52,7 +54,8 @@ def search(model, to, text, siblings, sibling_text, budget, merge_safe, reach, r
     path = stage(model, out, target_len=to, text=text, siblings=siblings,
                  sibling_text=sibling_text, budget=budget, merge_safe=merge_safe, reach=reach,
                  rows=rows, needles=needles, short_tokens=short_tokens,
-                 sibling_tokens=sibling_tokens, drift=drift, seed=seed, overwrite=overwrite)
+                 sibling_tokens=sibling_tokens, drift=drift, sliding_window=sliding_window,
+                 seed=seed, overwrite=overwrite)
     found = json.loads(path.read_text(encoding="utf-8"))
     results = {"output": str(path), **{key: found[key] for key in (
         "chosen", "verdict", "gain", "evaluations_used")}}

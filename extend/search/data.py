@@ -25,6 +25,7 @@ _SIBLING_WINDOW = 2048  # tokens
 _LEAST_WINDOWS = 4  # where the text has them: an interval needs some
 _LIMIT = 64  # characters read for each token of a row: several passages in each half
 _LEAST_LIMIT = 8_000_000
+_SAMPLE = 20_000  # characters that tokenizers are compared on
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +75,20 @@ class SplitData:
                 self.tokenizer, self.haystacks, length, num_rows=self.sizes.rows,
                 num_facts=facts, rng=random.Random(f"{self.seed}/{length}"))
         return self.rows_by_length[length]
+
+
+def read_sample(text: Path) -> str:
+    """The first characters of a text, to compare tokenizers on.
+
+    Raises:
+        DataError: text that is missing or malformed.
+    """
+    sample = ""
+    for document in _read_texts(text):
+        sample += document[:_SAMPLE - len(sample)]
+        if len(sample) >= _SAMPLE:
+            break
+    return sample
 
 
 def build_splits(tokenizer: Any, text: Path, sibling_texts: dict[str, Path | None], *,

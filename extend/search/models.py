@@ -19,6 +19,7 @@ from extend.rope.live import set_rope
 _LOGIT_KEYS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier")
 _SHAPE_KEYS = ("architecture", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
                "vocab_size")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _DELTA_RANK = 8  # like a LoRA's: a delta of full rank and the same norm changes hardly anything
 
 
@@ -88,17 +89,48 @@ def load_model(directory: Path, device: torch.device) -> SearchedModel:
 
 
 def check_sibling(base: ModelConfig, sibling: ModelConfig) -> None:
-    """Raise CompatibilityError unless `sibling` has the shape and the RoPE of `base`."""
+    """Raise CompatibilityError unless `sibling` has the shape, RoPE and window of `base`."""
     for key in _SHAPE_KEYS:
         first, second = getattr(base, key), getattr(sibling, key)
         if first != second:
             raise CompatibilityError(f"{sibling.path}: {key} is {second} but {base.path} has "
                                      f"{first}; give fine-tunes of the model itself")
-    if (base.rope.rope_theta, base.rope.scaling) != (sibling.rope.rope_theta,
-                                                     sibling.rope.scaling):
-        raise CompatibilityError(f"{sibling.path}: its RoPE is {sibling.rope.to_json()} but that "
-                                 f"of {base.path} is {base.rope.to_json()}; give fine-tunes that "
-                                 "were not extended")
+    for what, first, second in (
+            ("RoPE", _rope(base.rope), _rope(sibling.rope)),
+            ("RoPE of other layers",
+             *({kind: _rope(rope) for kind, rope in config.rope_by_layer_type.items()}
+               for config in (base, sibling))),
+            ("sliding window", base.sliding_window, sibling.sliding_window)):
+        if first != second:
+            raise CompatibilityError(f"{sibling.path}: its {what} is {second} but that of "
+                                     f"{base.path} is {first}; give fine-tunes that were not "
+                                     "extended")
+
+
+def _rope(spec: RopeSpec) -> dict[str, Any]:
+    """What decides the frequencies; a sibling may give another length."""
+    return {"rope_theta": spec.rope_theta, "rotary_dim": spec.rotary_dim, **spec.scaling}
+
+
+def check_tokenizer(tokenizer: Any, base: Path, sibling: Path, sample: str) -> None:
+    """Check that a sibling reads a text as the base does; one without tokenizer files may.
+
+    Raises:
+        CheckpointError: the sibling's tokenizer cannot be read.
+        CompatibilityError: it gives other ids for `sample`.
+    """
+    if not any((sibling / name).is_file() for name in _TOKENIZER_FILES):
+        return
+    first, second = (list(t(sample, verbose=False)["input_ids"])
+                     for t in (tokenizer, load_tokenizer(sibling)))
+    if first == second:
+        return
+    place = next((i for i, (a, b) in enumerate(zip(first, second)) if a != b),
+                 min(len(first), len(second)))
+    raise CompatibilityError(
+        f"{sibling}: its tokenizer differs from that of {base}: of {len(sample)} characters of "
+        f"text it makes {second[place:place + 3]} where the other makes {first[place:place + 3]} "
+        f"(token {place}); give fine-tunes with the model's own tokenizer")
 
 
 def make_siblings(base: SearchedModel, names: Sequence[str], drift: float,

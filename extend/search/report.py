@@ -31,10 +31,12 @@ class Outcome:
 
     Args:
         splits: half -> its statistics; held-out is absent when the budget left nothing for it.
+        keeps_window: whether the model has a sliding window that was kept.
     """
 
     def __init__(self, lab: Lab, target_len: int, chosen: Mapping[str, Result],
-                 splits: Mapping[str, Statistics]):
+                 splits: Mapping[str, Statistics], *, keeps_window: bool = False):
+        self.keeps_window = keeps_window
         self.lab, self.target_len, self.chosen, self.splits = lab, target_len, chosen, splits
         self.results = {split: lab.results(target_len, split) for split in splits}
 
@@ -135,8 +137,9 @@ class Outcome:
         """Arguments of `extend rescale` that write this setting."""
         pairs = (f"{key}={json.dumps(value, separators=(',', ':'))}"
                  for key, value in result.candidate.options.items())
+        window = ["--sliding-window", "keep"] if self.keeps_window else []
         return shlex.join(["--to", str(self.target_len), "--method", str(result.candidate.method),
-                           *(part for pair in pairs for part in ("-o", pair))])
+                           *window, *(part for pair in pairs for part in ("-o", pair))])
 
     def table(self) -> str:
         """Every analytic method and every chosen setting, best needle loss first."""

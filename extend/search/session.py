@@ -7,13 +7,14 @@ from pathlib import Path
 from extend.errors import RecipeError
 from extend.model_config import ModelConfig, read_config
 from extend.search.candidates import analytic_candidates
-from extend.search.data import HELD_OUT, SEARCH, Sizes, SplitData, build_splits
+from extend.search.data import HELD_OUT, SEARCH, Sizes, SplitData, build_splits, read_sample
 from extend.search.front import Bootstrap
 from extend.search.goals import Judge
 from extend.search.lab import Lab
 from extend.search.measure import Meter
 from extend.search.models import (
     check_sibling,
+    check_tokenizer,
     choose_device,
     load_model,
     load_tokenizer,
@@ -53,6 +54,7 @@ class Session:
             check_sibling(config, read_config(path))
         self.analytic, self.refused = analytic_candidates(config.rope, settings.target_len)
         tokenizer = load_tokenizer(settings.model)
+        self._check_tokenizers(tokenizer)
         splits = self._build_splits(tokenizer, list(siblings) or _made_names())
         device = choose_device()
         base = load_model(settings.model, device)
@@ -77,6 +79,12 @@ class Session:
                               "few to search and to check with; give more")
         self.fingerprint = self._fingerprint()
 
+    def _check_tokenizers(self, tokenizer: object) -> None:
+        siblings = self.settings.named_siblings()
+        for name, own in self.settings.sibling_texts(list(siblings)).items():
+            check_tokenizer(tokenizer, self.settings.model, siblings[name],
+                            read_sample(own or self.settings.text))
+
     def _fingerprint(self) -> dict[str, object]:
         model = self.meter.base.model
         return {**self.settings.fingerprint(), "rows": self.sizes.rows,
@@ -100,7 +108,8 @@ class Session:
                                                                          split)]
         return Outcome(lab, settings.target_len, chosen, {
             split: Statistics(splits[split], settings.target_len,
-                              lab.results(settings.target_len, split)[0]) for split in measured})
+                              lab.results(settings.target_len, split)[0]) for split in measured},
+            keeps_window=settings.keeps_window)
 
     def _build_splits(self, tokenizer: object, names: list[str]) -> dict[str, SplitData]:
         settings = self.settings

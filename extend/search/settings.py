@@ -4,11 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from extend.errors import RecipeError
+from extend.errors import CompatibilityError, RecipeError
 from extend.manifest import hash_content
 from extend.model_config import ModelConfig
+from extend.registry import lookup
 from extend.rope.factors import extension_factor
 from extend.search.needles import MAX_FACTS
+
+WINDOW_CHOICES = ("refuse", "keep")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,21 +32,42 @@ class Settings:
     short_tokens: int
     sibling_tokens: int
     drift: float
+    sliding_window: str = "refuse"
 
     def check(self, config: ModelConfig) -> None:
         """Check numbers, and that the model can be extended to the target.
 
         Raises:
             RecipeError: a value that is not accepted.
-            CompatibilityError: the model's RoPE is scaled already.
+            CompatibilityError: the model's RoPE is scaled already, or a window hides the target.
         """
         self._check_numbers()
         if extension_factor(config.rope, self.target_len) <= 1:
             raise RecipeError(f"target length {self.target_len} is the native length of "
                               f"{self.model}; give a longer one")
+        self._check_window(config)
         if len(self.sibling_text) not in (0, 1, len(self.siblings)):
             raise RecipeError(f"{len(self.sibling_text)} sibling texts for {len(self.siblings)} "
                               "siblings; give one for each, one for all, or none")
+
+    def _check_window(self, config: ModelConfig) -> None:
+        lookup(dict.fromkeys(WINDOW_CHOICES), self.sliding_window, "sliding_window")
+        window = config.sliding_window
+        if config.raw.get("dual_chunk_attention_config"):
+            raise CompatibilityError(
+                f"{config.path}: dual_chunk_attention_config makes engines ignore the RoPE keys; "
+                "remove it, or start from the checkpoint it was added to")
+        if self.sliding_window == "refuse" and window is not None and window < self.target_len:
+            raise CompatibilityError(
+                f"{config.path}: attention is limited to a sliding window of {window} tokens, "
+                f"below the target length {self.target_len}; choose sliding_window 'keep' to "
+                "search with the window as it is, or search on a checkpoint whose config has "
+                "full attention in every layer")
+
+    @property
+    def keeps_window(self) -> bool:
+        """Whether `extend rescale` must be told so too."""
+        return self.sliding_window == "keep"
 
     def _check_numbers(self) -> None:
         for name, least in (("budget", 1), ("rows", 1), ("needles", 1), ("short_tokens", 1),

@@ -23,7 +23,8 @@ def search(model: Path | str, out: Path | str, *, target_len: int, text: Path | 
            siblings: Sequence[Path | str] = (), sibling_text: Sequence[Path | str] = (),
            budget: int = 80, merge_safe: bool = False, reach: float | None = None, seed: int = 0,
            rows: int | None = None, needles: int | None = None, short_tokens: int = 98304,
-           sibling_tokens: int = 32768, drift: float = 0.005, overwrite: bool = False) -> Path:
+           sibling_tokens: int = 32768, drift: float = 0.005, sliding_window: str = "refuse",
+           overwrite: bool = False) -> Path:
     """Find a RoPE for a longer context on the model itself, without training.
 
     Every evaluation is kept in `out`, so that the same call goes on after an interruption. When all
@@ -49,6 +50,8 @@ def search(model: Path | str, out: Path | str, *, target_len: int, text: Path | 
         short_tokens: about how much native-length text is read.
         sibling_tokens: about how much text each sibling reads.
         drift: norm of the random deltas, relative to each matrix.
+        sliding_window: what to do with an active attention window shorter than `target_len`:
+            "refuse", or "keep", which searches with the window as it is.
 
     Returns:
         The path of search.json.
@@ -58,7 +61,8 @@ def search(model: Path | str, out: Path | str, *, target_len: int, text: Path | 
             `out` that holds what is read or lies in it.
         DataError: text that is missing, malformed or too short.
         CheckpointError: a model that cannot be read, or an `out` that holds something else.
-        CompatibilityError: RoPE that is scaled already, or siblings of another model.
+        CompatibilityError: RoPE that is scaled already, a window that hides the target, or
+            siblings of another model or with another tokenizer.
     """
     from extend.search.settings import Settings
 
@@ -67,7 +71,8 @@ def search(model: Path | str, out: Path | str, *, target_len: int, text: Path | 
         model=Path(model), text=Path(text), siblings=tuple(map(Path, siblings)),
         sibling_text=tuple(map(Path, sibling_text)), target_len=target_len, budget=budget,
         merge_safe=merge_safe, reach=reach, seed=seed, rows=rows, needles=needles,
-        short_tokens=short_tokens, sibling_tokens=sibling_tokens, drift=drift)
+        short_tokens=short_tokens, sibling_tokens=sibling_tokens, drift=drift,
+        sliding_window=sliding_window)
     config = read_config(settings.model)
     settings.check(config)
     _check_apart(settings.inputs(), out)
@@ -79,7 +84,8 @@ def search(model: Path | str, out: Path | str, *, target_len: int, text: Path | 
         remove_directory(out)
     out.mkdir(parents=True, exist_ok=True)
     manifest = Manifest("search", settings.inputs(), {
-        **session.fingerprint, "budget": budget, "merge_safe": merge_safe, "reach": reach}, seed)
+        **session.fingerprint, "budget": budget, "merge_safe": merge_safe, "reach": reach,
+        "sliding_window": sliding_window}, seed)
     outcome = session.run(out)
     _write(out, session, outcome, manifest)
     return out / SEARCH_NAME

@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,10 @@ from extend.search import search
 from extend.search.front import on_front
 from extend.search.lab import AXES
 from extend.search.measure import Meter
+from extend.search.models import check_sibling, check_tokenizer
 from tests.evaluate.conftest import save_model
 from tests.search.conftest import TARGET_LEN
+from tests.tiny_text import make_tokenizer
 
 BUDGET = 34
 SMALL = {"target_len": TARGET_LEN, "budget": BUDGET, "rows": 2, "needles": 2,
@@ -186,6 +189,61 @@ def test_an_extended_model_and_a_foreign_sibling_are_refused(base_dir: Path, tex
     with pytest.raises(CompatibilityError, match=r"hidden_size is 64 but .* has 32"):
         search(base_dir, tmp_path / "out", text=text_file, siblings=[other], **SMALL)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("changes", "told"), [
+    ({"partial_rotary_factor": 0.5}, r"its RoPE is .*'rotary_dim': 4.* but that of"),
+    ({"rope_theta": 1e6}, r"its RoPE is .*'rope_theta': 1000000.0.* but that of"),
+    ({"sliding_window": 64}, r"its sliding window is 64 but that of .* is None")])
+def test_a_sibling_with_another_rope_or_window_is_refused(
+        base_dir: Path, sibling_dir: Path, text_file: Path, tmp_path: Path, changes: dict,
+        told: str):
+    sibling = shutil.copytree(sibling_dir, tmp_path / "fine")
+    config = json.loads((sibling / "config.json").read_text())
+    config["rope_parameters"] |= {k: v for k, v in changes.items() if k != "sliding_window"}
+    config |= {k: v for k, v in changes.items() if k == "sliding_window"}
+    (sibling / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CompatibilityError, match=told):
+        search(base_dir, tmp_path / "out", text=text_file, siblings=[sibling], **SMALL)
+
+
+def test_layers_with_a_rope_of_their_own_must_agree(base_dir: Path):
+    base = read_config(base_dir)
+    others = [replace(base, rope_by_layer_type={"sliding_attention": replace(
+        base.rope, rope_theta=theta)}) for theta in (1e4, 1e5)]
+    check_sibling(others[0], others[0])
+    with pytest.raises(CompatibilityError, match="its RoPE of other layers is .*100000.0"):
+        check_sibling(*others)
+
+
+def test_a_sibling_that_reads_text_otherwise_is_refused(base_dir: Path, sibling_dir: Path,
+                                                        text_file: Path, tmp_path: Path):
+    sibling = shutil.copytree(sibling_dir, tmp_path / "fine")
+    make_tokenizer("bytes").save_pretrained(sibling)  # without the base's BOS
+    with pytest.raises(CompatibilityError, match=r"fine: its tokenizer differs from that of .*"
+                                                 r"\(token 0\); give fine-tunes"):
+        search(base_dir, tmp_path / "out", text=text_file, siblings=[sibling], **SMALL)
+    make_tokenizer("bytes-bos").save_pretrained(sibling)
+    check_tokenizer(make_tokenizer("bytes-bos"), base_dir, sibling, text_file.read_text())
+
+
+def test_a_window_below_the_target_is_refused_or_kept(text_file: Path, tmp_path: Path):
+    model = tmp_path / "mistral"
+    save_model(model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({
+        **config, "architectures": ["MistralForCausalLM"], "model_type": "mistral",
+        "sliding_window": 256}))
+    with pytest.raises(CompatibilityError, match=r"sliding window of 256 tokens, below the target "
+                                                 r"length 1024; choose sliding_window 'keep'"):
+        search(model, tmp_path / "out", text=text_file, **SMALL)
+    assert not (tmp_path / "out").exists()
+    search(model, tmp_path / "out", text=text_file, sliding_window="keep", **SMALL)
+    command = shlex.split(read(tmp_path / "out")["chosen"]["needle"]["command_options"])
+    result = CliRunner().invoke(main, ["rescale", str(model), "--out", str(tmp_path / "to"),
+                                       *command])
+    assert result.exit_code == 0, result.output
+    assert read_config(tmp_path / "to").sliding_window == 256
 
 
 def test_a_directory_with_something_else_is_left_alone(base_dir: Path, text_file: Path,
