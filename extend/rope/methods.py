@@ -278,11 +278,19 @@ def apply_method(method: str, spec: RopeSpec, target_len: int,
     """
     check_method(method, options)
     own = {name: value for name, value in options.items() if name != RESONANCE}
-    new = METHODS[method](spec, target_len, **own)
+    try:
+        new = METHODS[method](spec, target_len, **own)
+    except OverflowError:
+        raise CompatibilityError(
+            f"method {method} leaves the range of numbers from theta {spec.rope_theta:g} and "
+            f"{spec.original_len} tokens to {target_len}; check the native theta and length, or "
+            "give a nearer target") from None
     return resonant(new, target_len) if options.get(RESONANCE) else new
 
 
 def _plain(spec: RopeSpec, rope_theta: float, target_len: int) -> RopeSpec:
+    if math.isinf(rope_theta):  # a product, which overflows without an error
+        raise OverflowError
     return replace(spec, rope_theta=float(rope_theta), original_len=target_len)
 
 

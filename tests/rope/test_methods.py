@@ -314,3 +314,12 @@ def test_wrong_options(method, options, message):
 def test_too_small_a_share():
     with pytest.raises(CompatibilityError, match=r"0\.01 leaves none of 64 pairs turning"):
         call("proportional", LLAMA3, 16384, partial_rotary_factor=0.01)
+
+
+@pytest.mark.parametrize(("method", "theta", "length"), [("critical", 1e4, 7), ("ntk", 1e307, 256),
+                                                        ("gradient-v1", 1e307, 256)])
+def test_a_theta_beyond_all_numbers_is_refused(method, theta, length):
+    spec = RopeSpec(rope_theta=theta, rotary_dim=4, original_len=length)
+    with pytest.raises(CompatibilityError, match=f"method {method} leaves the range of numbers "
+                                                 f"from theta .* and {length} tokens to 2097152"):
+        apply_method(method, spec, 1 << 21, {})
