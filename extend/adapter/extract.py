@@ -65,19 +65,15 @@ def extract(base: Path | str, tuned: Path | str, out: Path | str, *, rank: int |
     _say_limit(rule, pair, linear)
     with atomic_directory(out, overwrite=overwrite) as partial:
         manifest = Manifest("extract", {"base": base, "tuned": tuned}, options, seed)
-        parts = Parts(out, fingerprint(manifest.record, device=torch.device(device).type))
-        found = Extraction(pair, device, store, embeddings, rule, parts)
-        try:
+        mark = fingerprint(manifest.record, device=torch.device(device).type)
+        with Parts(out, mark) as parts:
+            found = Extraction(pair, device, store, embeddings, rule, parts)
             found.take_linear(linear)
             found.take_rest(in_layer_order(set(pair.infos) - set(linear)))
-        except BaseException as error:
-            parts.stop(error)
-            raise
-        found.write(partial, base_name=str(base))
+            found.write(partial, base_name=str(base))
         found.describe(manifest.record, {**options, "seed": seed}).write(partial)
         summary = found.summary((partial / ADAPTER_WEIGHTS).stat().st_size)
         manifest.write(partial, **summary)
-    parts.remove()
     log.info("adapter of %(modules)d modules, %(adapter_bytes)d bytes, mean residual "
              "%(mean_residual).4f, largest %(max_residual).4f", summary)
     return Path(out)

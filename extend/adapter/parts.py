@@ -22,10 +22,6 @@ _FINGERPRINT = "fingerprint.json"
 _REPORT = "report"
 
 
-class NoRoomError(CheckpointError):
-    """The disk lacks the space for a part; those that are there stay of use."""
-
-
 def fingerprint(record: Mapping[str, Any], **more: Any) -> str:
     """The sha256 of what decides the factors.
 
@@ -41,6 +37,9 @@ def fingerprint(record: Mapping[str, Any], **more: Any) -> str:
 
 class Parts:
     """The finished parameters of one extraction.
+
+    A context manager. Parts outlive an interruption, not an error that is reported: bad inputs must
+    change first, and on a full disk they would be in the way.
 
     Args:
         out: the output that they are for; they lie in `.NAME.parts` beside it.
@@ -85,15 +84,12 @@ class Parts:
         """Keep tensors of any names for a parameter, and what is to be said about them.
 
         Raises:
-            NoRoomError: the disk lacks the space.
+            CheckpointError: the disk lacks the space.
             OSError: the disk refuses the file.
         """
         infos = [TensorInfo(key, dtype_name(x.dtype), tuple(x.shape)) for key, x in tensors.items()]
         partial = self.directory / "partial"
-        try:
-            write_safetensors(partial, infos, tensors.__getitem__, {_REPORT: json.dumps(report)})
-        except CheckpointError as error:
-            raise NoRoomError(str(error)) from None
+        write_safetensors(partial, infos, tensors.__getitem__, {_REPORT: json.dumps(report)})
         self.close()  # it may be the part that is replaced
         partial.replace(self.path(name))
 
@@ -106,10 +102,13 @@ class Parts:
     def close(self) -> None:
         self._open = None
 
-    def stop(self, error: BaseException) -> None:
-        """Keep what a later call can go on from; nothing, if `error` is that the inputs are bad."""
-        bad_input = isinstance(error, ExtendError) and not isinstance(error, NoRoomError)
-        if bad_input or not any(self.directory.glob("*.safetensors")):
+    def __enter__(self) -> "Parts":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Delete the parts, unless something cut the work short that is no error of ours."""
+        reported = kind is None or issubclass(kind, (ExtendError, OSError))
+        if reported or not any(self.directory.glob("*.safetensors")):
             self.remove()
 
     def remove(self) -> None:

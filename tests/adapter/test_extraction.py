@@ -256,29 +256,24 @@ def test_unchanged_weights_are_known_after_an_interruption(copies, tmp_path):
     assert len(sidecar["modules"]) == 13
 
 
-@pytest.mark.parametrize("count", [0, 4])
-def test_full_disk_is_one_error_and_does_not_lose_the_work(llama, tmp_path, monkeypatch, count):
-    calls = []
-
-    def require_space(directory, num_bytes):
-        calls.append(num_bytes)
-        if len(calls) > count:
-            raise CheckpointError(f"{directory}: only 7 bytes are free")
-    with monkeypatch.context() as patch:
-        patch.setattr("extend.checkpoint.require_space", require_space)
-        with pytest.raises(CheckpointError, match=r"only 7 bytes are free"):
-            extract(llama.base, llama.tuned, tmp_path / "a", rank=6)
-    assert [path.name for path in tmp_path.iterdir()] == [".a.parts"] * (count > 0)
-    assert len(go_on(llama, tmp_path / "a", rank=6)) == 14 - count
-
-
-def test_refused_writes_are_one_error_and_do_not_lose_the_work(llama, tmp_path, monkeypatch):
-    done, factorize = interrupt_at(3, OSError(28, "No space left on device"))
-    with monkeypatch.context() as patch:
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"),
+                                   CheckpointError("only 7 bytes are free")])
+def test_an_error_that_is_reported_leaves_nothing(llama, tmp_path, error):
+    _, factorize = interrupt_at(3, error)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(
+            CheckpointError, match="no space left on the device|only 7 bytes"):
         patch.setattr(Extraction, "_factorize", factorize)
-        with pytest.raises(CheckpointError, match="cannot be written .no space left on the device"):
-            extract(llama.base, llama.tuned, tmp_path / "a", rank=6)
-    assert len(go_on(llama, tmp_path / "a", rank=6)) == 14 - len(done)
+        extract(llama.base, llama.tuned, tmp_path / "a", rank=6)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interruption_while_files_are_joined_loses_nothing(llama, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("extend.adapter.extraction.stream_adapter", stop)
+        extract(llama.base, llama.tuned, tmp_path / "a", rank=6)
+    assert not go_on(llama, tmp_path / "a", rank=6)
 
 
 def test_factors_do_not_pile_up_in_memory(llama, tmp_path, monkeypatch):
