@@ -12,7 +12,14 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from extend.adapter_format.peft_files import Adapter, shorten, write_adapter
+from extend.adapter_format.peft_files import (
+    Adapter,
+    LoraModule,
+    header_bytes,
+    shorten,
+    stream_adapter,
+    write_adapter,
+)
 from extend.errors import CheckpointError, CompatibilityError
 from tests.adapter_format.tiny_models import build, edit_json, save
 
@@ -193,3 +200,31 @@ def test_pickled_adapter(damaged):
 def test_no_adapter(tmp_path):
     with pytest.raises(CheckpointError, match=r"adapter_config\.json: no such file"):
         Adapter(tmp_path)
+
+
+def test_streaming_writes_the_same_file_one_factor_at_a_time(written, model_dir, tmp_path):
+    weights = load_file(model_dir / "model.safetensors")
+    factors = load_file(written / "adapter_model.safetensors")
+    modules = [LoraModule(name, rank, 1.0, *weights[f"{name}.weight"].shape)
+               for name, rank in RANKS.items()]
+    asked = []
+
+    def read(module: str, factor: str) -> torch.Tensor:
+        asked.append((module, factor))
+        return factors[f"base_model.model.{module}.{factor}.weight"]
+    stream_adapter(tmp_path, modules, "F32", read, base_name=str(model_dir),
+                   all_modules=[n.removesuffix(".weight") for n in weights])
+    assert asked == [(name, f"lora_{x}") for name in sorted(RANKS) for x in "AB"]
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / file).read_bytes() == (written / file).read_bytes()
+
+
+def test_header_bytes_bound_the_file_of_every_lower_rank(written, model_dir):
+    weights = load_file(model_dir / "model.safetensors")
+    factors = load_file(written / "adapter_model.safetensors")
+    rest = ((written / "adapter_model.safetensors").stat().st_size
+            - sum(t.nbytes for t in factors.values()))
+    for rank in (6, 64, 10_000):
+        modules = [LoraModule(name, rank, 1.0, *weights[f"{name}.weight"].shape)
+                   for name in RANKS]
+        assert rest <= header_bytes(modules, "F32") <= rest + 8 + 24 * len(factors)
