@@ -1,7 +1,11 @@
 """The tokens that candidates are measured on: the same for all, one set to search, one to check.
 
 Every document is cut in two, or short ones are dealt out in turn: the search sees one half, and
-what it found is measured again on the other.
+what it found is measured again on the other. Files are read in the order of their names, and no
+further than 8 million characters, or 64 for each token of the target where that is more: what is
+to count must come first. A document that was there before, to the letter, is left out; passages
+that documents share are not found. The filler is the same in both halves, and only the facts that
+are hidden in it differ.
 """
 
 import random
@@ -103,11 +107,11 @@ def build_splits(tokenizer: Any, text: Path, sibling_texts: dict[str, Path | Non
         DataError: text that is missing, malformed or too short.
     """
     limit = max(_LEAST_LIMIT, _LIMIT * target_len)
-    halves = _tokenise(tokenizer, text, limit)
-    filler = Haystack.filler(tokenizer, target_len)
-    own = {name: halves if path is None else _tokenise(tokenizer, path, limit)
-           for name, path in sibling_texts.items()}
     window = min(native_len, _SIBLING_WINDOW)
+    halves = _tokenise(tokenizer, text, limit, target_len)
+    filler = Haystack.filler(tokenizer, target_len)
+    own = {name: halves if path is None else _tokenise(tokenizer, path, limit, window)
+           for name, path in sibling_texts.items()}
     prefix = prefix_ids(tokenizer)
     return {split: SplitData(
         tokenizer, {"text": halves[i], "filler": filler},
@@ -133,19 +137,35 @@ def cut_windows(haystack: Haystack, size: int, num_tokens: int, prefix: Sequence
                          for i in range(count)])
 
 
-def _tokenise(tokenizer: Any, path: Path, limit: int) -> list[Haystack]:
-    """Both halves of a text, for the search and for the check."""
+def _tokenise(tokenizer: Any, path: Path, limit: int, least: int) -> list[Haystack]:
+    """Both halves of a text, for the search and for the check; each needs `least` tokens."""
     halves: tuple[list[str], list[str]] = ([], [])
-    read = 0
-    for number, document in enumerate(_read_texts(path)):
+    documents = _read_once(path, limit)
+    for number, document in enumerate(documents):
         for half, part in zip(halves, _cut(document, number)):
-            if part:
+            if part.strip():
                 half.append(part)
-        read += len(document)
-        if read > limit:
-            break
+    if not all(halves):
+        raise DataError(
+            f"{path}: the text is too short: {sum(map(len, documents)):,} characters in "
+            f"{len(documents)} different documents, of which one half is searched on and the "
+            f"other checks what was found; a document is cut from {_SHORT_DOCUMENT:,} characters "
+            f"on, and each half needs at least {least:,} tokens; give more text")
     return [Haystack.from_texts(tokenizer, half, f"{path} ({split} half)")
             for half, split in zip(halves, SPLITS)]
+
+
+def _read_once(path: Path, limit: int) -> list[str]:
+    """The first documents that hold anything, each once, until there are `limit` characters."""
+    documents: dict[str, None] = {}
+    read = 0
+    for document in _read_texts(path):
+        if document.strip() and document not in documents:
+            documents[document] = None
+            read += len(document)
+        if read > limit:
+            break
+    return list(documents)
 
 
 def _cut(document: str, number: int) -> tuple[str, str]:

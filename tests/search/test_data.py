@@ -125,3 +125,27 @@ def test_a_json_line_without_text_is_named(tmp_path: Path):
     with pytest.raises(DataError, match=r"rows\.jsonl:2: has neither text nor prompt and answer; "
                                         r"it has question"):
         splits_of(path)
+
+
+@pytest.mark.parametrize(("text", "told"), [
+    ("word " * 1400, r"7,000 characters in 1 different documents"),
+    ("\n \n", r"0 characters in 0 different documents"),
+    ("", r"0 characters in 0 different documents")])
+def test_a_text_too_short_to_cut_says_how_long_it_is(tmp_path: Path, text: str, told: str):
+    path = tmp_path / "text.txt"
+    path.write_text(text)
+    with pytest.raises(DataError, match=rf"text\.txt: the text is too short: {told}.* from 8,000 "
+                                        r"characters on, .* at least 1,024 tokens; give more"):
+        splits_of(path)
+
+
+def test_a_document_that_comes_twice_is_in_one_half_only(tmp_path: Path):
+    """Copies at even and at odd places; without them every other document is held out."""
+    documents = [f"document {i:02d} " * 60 for i in range(20)]
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for document in documents
+                            for text in (document, document)))
+    splits, tokenizer = splits_of(path), make_tokenizer("bytes-bos")
+    found = [{w for w in tokenizer.decode(splits[half].haystacks["text"].ids).split()
+              if w.isdigit()} for half in (SEARCH, HELD_OUT)]
+    assert found == [{f"{i:02d}" for i in range(start, 20, 2)} for start in (0, 1)]
