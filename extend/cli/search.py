@@ -69,8 +69,10 @@ def _tell(path: Path, found: dict, best: str) -> str:
     lines += [_count(name, found["verdict"]) for name in found["chosen"]]
     split = list(found["verdict"])[-1]
     choice = found["gain"]["analytic_choice"]
+    behind = found["clusters"][split]
     lines += ["", f"against {choice}, the analytic method with the least needle loss ({split}, "
-              "95 % interval of the difference):"]
+              f"95 % interval of the difference, from {behind['needle']} rows with hidden facts, "
+              f"{behind['short']} windows of short text, {behind['siblings']} of a sibling's):"]
     lines += [f"  {name:<12}" + ", ".join(
         f"{axis} {d['mean']:+.4f} ({d['low']:+.4f} to {d['high']:+.4f})"
         for axis, d in gain.items()) for name, gain in found["gain"][split].items()]

@@ -22,7 +22,10 @@ AXES_TEXT = {
               "the rows real text, half filler; only the answers' logits are computed",
     "short": "nats a token on windows of the native length",
     "siblings": "KL(own RoPE || candidate) in nats a token, mean over the siblings",
-    "interval": "95 %, from a paired bootstrap over rows and their facts, and over windows",
+    "short_kl": "KL(unchanged model || candidate) in nats a token on the windows of short loss; no "
+                "axis of the front, where the siblings' KL is one already and moves with it",
+    "interval": "95 %, from a paired bootstrap over rows and their facts, and over windows, "
+                "widened by Student's t because they are few; clusters tells how many",
 }
 
 
@@ -125,6 +128,7 @@ class Outcome:
                               **{split: self.splits[split].describe(own) for split in self.splits
                                  if (own := self.same(split, r)) is not None}}
                        for name, r in self.chosen.items()},
+            "clusters": {split: own.clusters for split, own in self.splits.items()},
             "gain": self.gain(), "screening": self.screening(rungs),
             "verdict": {split: self.verdict(split) for split in self.splits},
             "comparison": {split: self.comparison(split) for split in self.splits},
@@ -150,7 +154,7 @@ class Outcome:
                 *{r.candidate.key: r for r in self.chosen.values()}.values()]
         unique = {r.candidate.key: r for r in rows}.values()
         lines = [_line("setting", "needle", f"needle, {split}", "short +", f"short +, {split}",
-                       "siblings")]
+                       f"short KL, {split}", "siblings")]
         for result in sorted(unique, key=lambda r: float(r.point(self.target_len)[0])):
             label = result.candidate.name
             if result.candidate.key in names:
@@ -164,13 +168,14 @@ class Outcome:
         needle, short, siblings = result.point(self.target_len)
         base = native.point(self.target_len)[1]
         other, other_native = self.same(split, result), self.same(split, native)
-        checked, excess = "-", "-"
+        checked, excess, kl = "-", "-", "-"
         if other is not None:
-            told = self.splits[split].describe(other)["needle"]
-            checked = f"{told['mean']:.3f} ({told['low']:.2f}-{told['high']:.2f})"
+            told = self.splits[split].describe(other)
+            checked = _interval(told["needle"], 3, 2)
+            kl = _interval(told["short_kl"], 4, 3)
             if other_native is not None:
                 excess = f"{np.mean(other.short_loss) - np.mean(other_native.short_loss):+.4f}"
-        return _line(label, f"{needle:.3f}", checked, f"{short - base:+.4f}", excess,
+        return _line(label, f"{needle:.3f}", checked, f"{short - base:+.4f}", excess, kl,
                      f"{siblings:.4f}")
 
 
@@ -181,9 +186,14 @@ def rope_file(result: Result, target_len: int, model: Path) -> dict[str, Any]:
             "rope": result.candidate.rope.to_json()}
 
 
+def _interval(told: Mapping[str, float], digits: int, fewer: int) -> str:
+    return (f"{told['mean']:.{digits}f} ({max(0.0, told['low']):.{fewer}f}-"
+            f"{told['high']:.{fewer}f})")
+
+
 def _line(*cells: str) -> str:
     first, *others = cells
-    return f"{first:<64.64}" + "".join(f"{cell:>20}" for cell in others)
+    return f"{first:<64.64}" + "".join(f"{cell:>22}" for cell in others)
 
 
 def _spearman(pairs: Sequence[tuple[float, float]]) -> float | None:

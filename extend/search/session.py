@@ -30,8 +30,9 @@ logger = logging.getLogger(__name__)
 
 _ANSWERS = 1.5  # nats a token; digits that are guessed cost 2.3
 _MANY, _ONE = 16, 1  # facts in a row, as a large and as a tiny model can answer them
-_ROW_SQUARES = 2 ** 34  # rows x length squared, what attention costs, where the next line allows it
-_ROWS = {_MANY: (4, 16), _ONE: (16, 32)}  # least and most rows of a length
+_ROW_SQUARES = 2 ** 35  # rows x length squared, what attention costs, where the next line allows it
+_ROWS = {_MANY: (8, 16), _ONE: (16, 32)}  # least and most rows of a length
+_FEW = 4  # rows or windows; fewer say next to nothing of how sure a mean is
 _MADE_SIBLINGS = 2
 
 
@@ -69,6 +70,7 @@ class Session:
         self._use(self.sizes)
         for split in self.meter.splits.values():  # what cannot work is said before hours of work
             split.rows(settings.target_len)
+            _warn_of_few(split)
         self.plan = make_plan(config.rope.original_len, settings.target_len,
                               budget=settings.budget, num_analytic=len(self.analytic),
                               spent=len(self.native_needle))
@@ -151,15 +153,28 @@ class Session:
         return replace(sizes, needles=best, rows=self._rows(best))
 
     def _rows(self, needles: int) -> int:
-        """Rows of a length: as many as cost the same at every target, within bounds."""
-        if self.settings.rows:
-            return self.settings.rows
-        least, most = _ROWS[_ONE if needles == _ONE else _MANY]
-        return min(max(_ROW_SQUARES // self.settings.target_len ** 2, least), most)
+        return self.settings.rows or default_rows(self.settings.target_len, needles)
 
     def _use(self, sizes: Sizes) -> None:
         self.meter.splits = {name: replace(split, sizes=sizes, rows_by_length={})
                              for name, split in self.meter.splits.items()}
+
+
+def default_rows(target_len: int, needles: int) -> int:
+    """Rows of a length: as many as cost the same at every target, within bounds."""
+    least, most = _ROWS[_ONE if needles == _ONE else _MANY]
+    return min(max(_ROW_SQUARES // target_len ** 2, least), most)
+
+
+def _warn_of_few(data: SplitData) -> None:
+    counts = {"rows with hidden facts (give rows, --rows)": data.sizes.rows,
+              "windows of short text (give more text)": len(data.short),
+              **{f"windows of text for {name} (give more)": len(windows)
+                 for name, windows in data.siblings.items()}}
+    for what, count in counts.items():
+        if count < _FEW:
+            logger.warning("only %d %s: intervals rest on fewer than %d and say little", count,
+                           what, _FEW)
 
 
 def _made_names() -> list[str]:

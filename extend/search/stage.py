@@ -43,8 +43,8 @@ def search(model: Path | str, out: Path | str, *, target_len: int, text: Path | 
         merge_safe: look longer for settings that leave siblings alone.
         reach: needle loss, nats a token, that counts as reaching the target; otherwise only what is
             not surely worse than the best does.
-        rows: rows of a length that hide facts, in text and in filler by turns; unless given, 4 of
-            64K tokens and up to 16 shorter ones.
+        rows: rows of a length that hide facts, in text and in filler by turns; unless given, 8 of
+            64K tokens or more and up to 16 shorter ones. Intervals from fewer than 4 say little.
         needles: facts in a row; 16 unless given, or one when the model cannot answer 16 at its
             native length.
         short_tokens: about how much native-length text is read.
@@ -124,7 +124,7 @@ def _write(out: Path, session: "Session", outcome: "Outcome", manifest: Manifest
     best = outcome.chosen["merge-safe" if settings.merge_safe else "compromise"]
     write_json(out / "rope.json", rope_file(best, settings.target_len, settings.model))
     write_json(out / SEARCH_NAME, {
-        "schema": 1, "model": str(settings.model), "native_len": spec.original_len,
+        "schema": 2, "model": str(settings.model), "native_len": spec.original_len,
         "target_len": settings.target_len, "rope": spec.to_json(),
         "native_needle_loss": session.native_needle, "left_out": session.refused,
         "fingerprint": session.fingerprint, **outcome.to_json(session.plan.rungs)})

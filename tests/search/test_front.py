@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from extend.search.front import Bootstrap, on_front
+from extend.search.front import Bootstrap, on_front, student_quantile, widen
 
 
 def brute_force(points: np.ndarray) -> list[bool]:
@@ -39,7 +39,7 @@ def test_items_of_one_cluster_are_drawn_together():
     levels = np.random.default_rng(1).normal(size=20)
     clusters = np.repeat(np.arange(20), 10).tolist()
     means = Bootstrap(clusters, [0] * 200, draws=8000).means(np.repeat(levels, 10))
-    assert means.std() == pytest.approx(levels.std() / 20 ** 0.5, rel=0.04)
+    assert means.std() == pytest.approx(levels.std(ddof=1) / 20 ** 0.5, rel=0.04)
 
 
 def test_strata_keep_their_share():
@@ -65,3 +65,32 @@ def test_an_interval_covers_the_mean_about_as_often_as_it_says():
         Bootstrap.of_items(40, draws=600, seed=i).interval(rng.exponential(1.0, 40))
         for i in range(300))]
     assert 0.88 <= np.mean(hits) <= 0.98  # percentile intervals of skewed data fall a little short
+
+
+@pytest.mark.parametrize(("freedom", "expected"), [
+    (1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (6, 2.4469), (10, 2.2281), (60, 2.0003)])
+def test_quantiles_are_those_of_the_tables(freedom: int, expected: float):
+    assert student_quantile(freedom) == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize(("clusters", "size", "strata", "least"), [
+    (2, 1, 1, 0.87), (4, 1, 1, 0.9), (8, 1, 1, 0.9), (4, 16, 2, 0.9), (8, 16, 2, 0.9)])
+def test_few_clusters_are_covered_too(clusters: int, size: int, strata: int, least: float):
+    """Rows differ as much as the facts of a row do; the mean of all that could be drawn is 0."""
+    rng = np.random.default_rng(clusters + size)
+    owner = np.repeat(np.arange(clusters), size)
+    bootstrap = Bootstrap(owner.tolist(), (owner % strata).tolist(), draws=500)
+    hits = []
+    for _ in range(400):
+        values = rng.normal(size=clusters)[owner] + (size > 1) * rng.normal(size=len(owner))
+        low, high = bootstrap.interval(values)
+        hits.append(low <= 0 <= high)
+    assert np.mean(hits) >= least
+    assert bootstrap.num_clusters == clusters
+
+
+def test_a_widened_interval_keeps_its_centre_and_its_shape():
+    draws = np.linspace(-1, 3, 4001)[:, None] * np.array([1.0, 10.0])
+    low, high = widen(draws, np.array([1.0, 10.0]), np.array([1.0, 2.0]))
+    np.testing.assert_allclose(low, [-0.9, 10 - 2 * 19.0], rtol=1e-9)
+    np.testing.assert_allclose(high, [2.9, 10 + 2 * 19.0], rtol=1e-9)
