@@ -8,7 +8,7 @@ import torch
 from extend.adapter.delta import ModelPair, in_layer_order, is_linear, open_pair
 from extend.adapter.extraction import Extraction
 from extend.adapter.parts import Parts, fingerprint
-from extend.adapter.rank import LIMIT_32_BITS, RankRule, noise_limit
+from extend.adapter.rank import FLOATS_OF_32_BITS, LIMIT_32_BITS, RankRule
 from extend.adapter_format.peft_files import ADAPTER_WEIGHTS, stored_dtype
 from extend.errors import CompatibilityError, RecipeError
 from extend.manifest import Manifest
@@ -24,8 +24,9 @@ def extract(base: Path | str, tuned: Path | str, out: Path | str, *, rank: int |
     """Write the difference of two checkpoints as a LoRA adapter with a sidecar.
 
     Give one of `rank`, `energy` and `adapter_bytes`, or none: then every module gets the singular
-    values that stand out of the rounding noise of the tuned model's stored dtype, at most 512. A
-    tuned model stored in 32 bits has next to no such noise; its modules get at most rank 32.
+    values that stand out of the rounding noise of the tuned model's stored dtype: at most 512, and
+    factors of at most half the matrix's elements. A tuned model stored in 32 bits has next to no
+    such noise; its modules get at most rank 32.
 
     Finished modules are kept in a directory beside `out` until the end. The same call after an
     interruption goes on from there; memory is bounded by the largest tensor.
@@ -81,7 +82,7 @@ def extract(base: Path | str, tuned: Path | str, out: Path | str, *, rank: int |
 
 def _say_limit(rule: RankRule, pair: ModelPair, linear: list[str]) -> None:
     stored = sorted({pair.tuned.infos[name].dtype for name in linear})
-    if rule.name == "noise" and LIMIT_32_BITS in map(noise_limit, stored):
+    if rule.name == "noise" and set(stored) & set(FLOATS_OF_32_BITS):
         log.info("%s is stored in %s, in which rounding hides nothing: ranks end at %d; give a "
                  "rank, an energy or a size in bytes for more", pair.tuned.directory,
                  ", ".join(stored), LIMIT_32_BITS)

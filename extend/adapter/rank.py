@@ -8,7 +8,9 @@
 The noise rule has limits. Where the tuned model is stored in 32 bits, rounding hides nothing:
 nearly every singular value of a full fine-tune is above the edge, and an adapter of all of them is
 larger than the delta. Such a model gets `LIMIT_32_BITS`; whoever wants more of it names a rank, an
-energy or a size. The limit of 16-bit models is the largest rank that a serving engine accepts.
+energy or a size. A model in 16 bits that moved far in every direction is close to that too, so its
+factors take at most half the elements of the matrix, and the rank ends at `LIMIT_16_BITS`, the
+largest that a serving engine accepts.
 
 Source: for one threshold over all layers, PARA (arXiv 2604.27796). For `LIMIT_16_BITS`, the values
 of `max_lora_rank` in vllm/config/lora.py.
@@ -31,6 +33,7 @@ from extend.errors import RecipeError
 
 LIMIT_32_BITS = 32
 LIMIT_16_BITS = 512
+FLOATS_OF_32_BITS = ("F32", "F64")  # differences are taken in fp32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,15 +89,18 @@ class RankRule:
         if self.energy is not None:
             return factorize_to_energy(delta, self.energy, generator, exact=self.exact)
         if self.name == "noise":
-            return factorize_to_edge(delta, noise.edge, noise_limit(dtype), generator,
-                                     exact=self.exact)
+            return factorize_to_edge(delta, noise.edge, noise_limit(dtype, *delta.shape),
+                                     generator, exact=self.exact)
         rank = at_rank if self.rank is None else self.rank
         return factorize_to_rank(delta, rank, generator, exact=self.exact)
 
 
-def noise_limit(dtype: str) -> int:
-    """The largest rank that the noise rule gives to a parameter stored in `dtype`."""
-    return LIMIT_32_BITS if dtype in ("F32", "F64") else LIMIT_16_BITS
+def noise_limit(dtype: str, rows: int, columns: int) -> int:
+    """The largest rank that the noise rule gives to a matrix stored in `dtype`."""
+    if dtype in FLOATS_OF_32_BITS:
+        return LIMIT_32_BITS
+    half = rows * columns // (2 * (rows + columns))
+    return max(LIMIT_32_BITS, min(LIMIT_16_BITS, half))
 
 
 def even_rank(shapes: Iterable[tuple[int, int]], num_bytes: int, element_bytes: int) -> int:

@@ -75,7 +75,7 @@ def factorize_to_rank(delta: torch.Tensor, rank: int, generator: torch.Generator
         exact: decompose the whole Gram matrix, whatever the size.
     """
     rank = min(rank, *delta.shape)
-    return _grow(delta, rank, lambda values, total: rank, generator, exact)
+    return _grow(delta, (rank, rank), lambda values, total: rank, generator, exact)
 
 
 def factorize_to_energy(delta: torch.Tensor, energy: float, generator: torch.Generator, *,
@@ -90,8 +90,8 @@ def factorize_to_energy(delta: torch.Tensor, energy: float, generator: torch.Gen
         energy: in (0, 1]; 1 asks for every rank above rounding.
     """
     share = min(energy, 1 - _ENERGY_FLOOR)
-    return _grow(delta, _FIRST_GUESS, lambda values, total: _rank_reaching(values, share * total),
-                 generator, exact)
+    return _grow(delta, (_FIRST_GUESS, min(delta.shape)),
+                 lambda values, total: _rank_reaching(values, share * total), generator, exact)
 
 
 def factorize_to_edge(delta: torch.Tensor, edge: float, limit: int, generator: torch.Generator, *,
@@ -111,24 +111,25 @@ def factorize_to_edge(delta: torch.Tensor, edge: float, limit: int, generator: t
         above = int((values > edge).sum())
         return None if above == len(values) < limit else max(1, min(above, limit))
 
-    return _grow(delta, min(limit, _FIRST_GUESS), rank_above, generator, exact)
+    return _grow(delta, (min(limit, _FIRST_GUESS), limit), rank_above, generator, exact)
 
 
-def _grow(delta: torch.Tensor, first: int,
+def _grow(delta: torch.Tensor, sizes: tuple[int, int],
           find_rank: Callable[[torch.Tensor, float], int | None], generator: torch.Generator,
           exact: bool) -> Factors:
     """Double the sketch until `find_rank(values, ||delta||_F^2)` finds a rank in its values.
 
+    `sizes` are the first one, and the last, at which there is always a rank to be found.
     A sketch of half the matrix or more costs what the exact decomposition does, which ends it.
     """
     wide, flipped = _wide(delta)
-    total, size = _total_energy(wide), first
+    total, (size, last) = _total_energy(wide), sizes
     while not exact and wide.shape[0] > 2 * (size + OVERSAMPLE):
         spectrum = _randomized(wide, size + OVERSAMPLE, generator)
         rank = find_rank(spectrum.values[:size], total)
         if rank is not None:
             return _split(spectrum, rank, total, flipped)
-        size *= 2
+        size = min(2 * size, last)
     spectrum = _exact(wide)
     # Shares are of what the decomposition found: its own rounding must not cost a rank.
     rank = find_rank(spectrum.values, float(spectrum.values.double().square().sum()))

@@ -68,12 +68,18 @@ def test_options_out_of_range(options, message):
         RankRule(**options)
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [("F32", 32), ("F64", 32), ("BF16", 512),
-                                              ("F16", 512)])
+@pytest.mark.parametrize(("dtype", "shape", "limit"), [
+    ("F32", (600, 700), 32), ("F64", (9000, 9000), 32), ("F32", (8, 8), 32),
+    ("BF16", (600, 700), 161), ("F16", (4096, 14336), 512), ("BF16", (64, 64), 32)])
+def test_limits_of_the_noise_rule(dtype, shape, limit):
+    """161 (600 + 700) is the last multiple of 1300 below half of 600 x 700."""
+    assert noise_limit(dtype, *shape) == limit
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("F32", 32), ("BF16", 161)])
 def test_noise_rule_takes_what_is_above_the_edge_up_to_a_limit(dtype, limit):
     delta = torch.zeros(600, 700)
     delta.diagonal()[:580] = torch.linspace(10, 5, 580)
-    assert noise_limit(dtype) == limit
     for edge, above in ((9.9, 12), (1e3, 1), (1.0, limit)):
         factors = RankRule(exact=True).factorize("w", delta, Noise(0.0, edge, 0.0), dtype, 1)
         assert len(factors.values) == above
