@@ -19,6 +19,7 @@ from extend.errors import CheckpointError, CompatibilityError
 from extend.model_config import ModelConfig, read_config
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_ROUTER_SUFFIX = ".gate.weight"
 _ROWS_BYTES = 2**27  # fp32 scratch of `frobenius` and `residual_norm`
 
 
@@ -106,14 +107,19 @@ def layer_of(name: str) -> int | None:
 def is_linear(info: TensorInfo) -> bool:
     """Whether LoRA factors can hold this delta: a 2-D weight of a decoder layer.
 
+    So is each expert's own weight (`.experts.3.up_proj.weight`), the form in which checkpoints of
+    most mixtures of experts are stored. Their router is not: it is small, serving engines take no
+    LoRA on it, and an approximate one sends tokens to other experts.
+
     Raises:
-        CompatibilityError: a mixture-of-experts weight.
+        CompatibilityError: a weight of more dimensions, such as all experts in one.
     """
-    if len(info.shape) > 2 or ".experts." in info.name:
-        raise CompatibilityError(f"tensor {info.name} {list(info.shape)} belongs to a mixture of "
-                                 "experts; only dense models are supported yet")
-    return len(info.shape) == 2 and layer_of(info.name) is not None and (
-        info.name.endswith(".weight"))
+    if len(info.shape) > 2:
+        raise CompatibilityError(f"tensor {info.name} {list(info.shape)} holds several matrices, "
+                                 "such as all experts of a layer; only weights stored one expert "
+                                 "a tensor (.experts.0.up_proj.weight) are supported yet")
+    return (len(info.shape) == 2 and layer_of(info.name) is not None
+            and info.name.endswith(".weight") and not info.name.endswith(_ROUTER_SUFFIX))
 
 
 def is_vocabulary(name: str) -> bool:

@@ -152,12 +152,22 @@ def test_values_that_are_not_finite_are_refused(copies, value):
         read_delta(open_pair(copies.base, copies.tuned), "model.norm.weight")
 
 
-@pytest.mark.parametrize("name", ["model.layers.0.mlp.experts.gate_up_proj",
-                                  "model.layers.0.mlp.experts.3.up_proj.weight"])
-def test_experts_are_refused(name):
-    shape = (4, 8, 8) if name.endswith("gate_up_proj") else (8, 8)
-    with pytest.raises(CompatibilityError, match="mixture of experts"):
-        is_linear(TensorInfo(name, "F32", shape))
+def test_experts_in_one_tensor_are_refused():
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    with pytest.raises(CompatibilityError, match=r"gate_up_proj \[4, 8, 8\] holds several"):
+        is_linear(TensorInfo(name, "F32", (4, 8, 8)))
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.experts.3.up_proj.weight",
+                                  "model.layers.0.block_sparse_moe.experts.0.w1.weight"])
+def test_experts_of_their_own_are_linear(name):
+    assert is_linear(TensorInfo(name, "F32", (8, 8)))
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.gate.weight",
+                                  "model.layers.0.block_sparse_moe.gate.weight"])
+def test_routers_are_kept_whole(name):
+    assert not is_linear(TensorInfo(name, "F32", (4, 8)))
 
 
 def test_truncated_shard_is_found_before_any_work(copies):
