@@ -38,6 +38,16 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes:,} bytes"
 
 
+def require_new(out: Path | str, *, overwrite: bool = False) -> None:
+    """Raise CheckpointError when `out` is a file, or holds something that may not be replaced."""
+    out = Path(out).absolute()
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out}: is a file; give a directory as --out")
+    if out.exists() and not overwrite and any(out.iterdir()):
+        raise CheckpointError(f"{out}: exists already; give another --out, or --overwrite to "
+                              "replace it")
+
+
 @contextlib.contextmanager
 def atomic_directory(out: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary directory that becomes `out` when the block ends without an error.
@@ -46,11 +56,7 @@ def atomic_directory(out: Path | str, *, overwrite: bool = False) -> Iterator[Pa
         CheckpointError: `out` exists and `overwrite` is false, or the disk refuses a write.
     """
     out = Path(out).absolute()
-    if out.exists() and not out.is_dir():
-        raise CheckpointError(f"{out}: is a file; give a directory as --out")
-    if out.exists() and not overwrite and any(out.iterdir()):
-        raise CheckpointError(f"{out}: exists already; give another --out, or --overwrite to "
-                              "replace it")
+    require_new(out, overwrite=overwrite)
     partial = out.with_name(f".{out.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)

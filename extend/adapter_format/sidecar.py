@@ -84,8 +84,11 @@ def _shape(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
     return str(list(shapes[name])) if name in shapes else "(none)"
 
 
-def tied_copy(config: ModelConfig, checkpoint: Checkpoint) -> str | None:
+def tied_copy(config: ModelConfig, checkpoint: Checkpoint, *,
+              headers_only: bool = False) -> str | None:
     """The embedding that a stored `lm_head.weight` repeats, or None when there is no such copy.
+
+    With `headers_only` the config is believed and the two are not compared.
 
     Raises:
         CompatibilityError: the config ties the two but their values differ.
@@ -95,20 +98,22 @@ def tied_copy(config: ModelConfig, checkpoint: Checkpoint) -> str | None:
     embedding = next((n for n in checkpoint.names if n.endswith(EMBEDDING_SUFFIX)), None)
     if not config.tie_word_embeddings or HEAD_NAME not in checkpoint.infos or embedding is None:
         return None
-    if not torch.equal(checkpoint.read(HEAD_NAME), checkpoint.read(embedding)):
+    if not headers_only and not torch.equal(checkpoint.read(HEAD_NAME), checkpoint.read(embedding)):
         raise CompatibilityError(
             f"{checkpoint.directory}: config.json has tie_word_embeddings true, but the stored "
             f"{HEAD_NAME} differs from {embedding}; set the key to false or drop {HEAD_NAME}")
     return embedding
 
 
-def parameter_infos(config: ModelConfig, checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+def parameter_infos(config: ModelConfig, checkpoint: Checkpoint, *,
+                    headers_only: bool = False) -> dict[str, TensorInfo]:
     """The parameters of a model: its tensors less derived buffers and a tied copy of the head.
 
     Raises:
         CompatibilityError: see `tied_copy`.
     """
-    copy = HEAD_NAME if tied_copy(config, checkpoint) is not None else None
+    head = tied_copy(config, checkpoint, headers_only=headers_only)
+    copy = HEAD_NAME if head is not None else None
     return {name: info for name, info in checkpoint.infos.items()
             if name != copy and not name.endswith(_DERIVED_SUFFIX)}
 

@@ -119,20 +119,27 @@ def extract(base, tuned, rank, energy, adapter_bytes, exact, no_embeddings, dtyp
               help="Long model to take the RoPE from, for an adapter without a sidecar.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default=None,
               help="Dtype of the output; the target's by default.")
+@click.option("--dry-run", is_flag=True,
+              help="Read headers and configs only; list every problem, or what would be written.")
 @out_option
 @overwrite_option
 @reporting
-def merge(adapter, target, weight, no_sidecar, rope_from, dtype, out, overwrite):
+def merge(adapter, target, weight, no_sidecar, rope_from, dtype, dry_run, out, overwrite):
     """Add an adapter to a fine-tune of the same base; write a long-context checkpoint.
 
     \b
     extend merge --adapter ./adapter --target ./my-finetune --out ./my-finetune-128k
     """
     from extend.merge import merge as stage
+    from extend.merge import preview
 
-    path = stage(adapter, target, out, weight=weight, sidecar=not no_sidecar, rope_from=rope_from,
-                 dtype=dtype, overwrite=overwrite)
-    return {"output": str(path)}
+    options = {"weight": weight, "sidecar": not no_sidecar, "rope_from": rope_from, "dtype": dtype,
+               "overwrite": overwrite}
+    if dry_run:
+        found = preview(adapter, target, out, **options)
+        found.raise_if_any()
+        return found.to_json(), found.text()
+    return {"output": str(stage(adapter, target, out, **options))}
 
 
 @main.command()

@@ -1,7 +1,6 @@
 """The stage `merge`: an adapter into any fine-tune of its base, tensor by tensor."""
 
 import logging
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,16 @@ import torch
 from extend.adapter_format.peft_files import Adapter, LoraModule, stored_dtype
 from extend.adapter_format.sidecar import HEAD_NAME, RopeChange, parameter_infos, tied_copy
 from extend.checkpoint import (
-    FLOAT_DTYPES,
     Checkpoint,
     TensorInfo,
     copy_side_files,
-    dtype_name,
     torch_dtype,
     write_checkpoint,
 )
-from extend.errors import CheckpointError, RecipeError
+from extend.errors import CheckpointError
 from extend.manifest import Manifest
 from extend.merge.compat import check_fit, context_change
+from extend.merge.preview import announce, check_weight, out_dtype_name, preview
 from extend.model_config import read_config
 from extend.output import atomic_directory, write_json
 
@@ -32,7 +30,7 @@ _BLOCK_BYTES = 2**27  # fp32 scratch per block of rows
 
 def merge(adapter: Path | str, target: Path | str, out: Path | str, *, weight: float = 1.0,
           sidecar: bool = True, dtype: str | None = None, rope_from: Path | str | None = None,
-          overwrite: bool = False) -> Path:
+          overwrite: bool = False, dry_run: bool = False) -> Path:
     """Give a fine-tune the long context of an adapter.
 
     Each weight becomes W + weight * (scaling * B A, or the sidecar's delta), summed in fp32 and
@@ -50,9 +48,11 @@ def merge(adapter: Path | str, target: Path | str, out: Path | str, *, weight: f
             tensor's own.
         rope_from: for an adapter without a sidecar, the model whose RoPE and lengths to write.
         overwrite: replace `out` if it exists.
+        dry_run: only check, from headers and configs, and log what would be written; raises one
+            CompatibilityError with every problem that `preview` finds.
 
     Returns:
-        `out`.
+        `out`; after a dry run nothing new lies there.
 
     Raises:
         RecipeError: an option out of range.
@@ -60,9 +60,14 @@ def merge(adapter: Path | str, target: Path | str, out: Path | str, *, weight: f
         CheckpointError: a file is missing or damaged, a merged value overflows its dtype, or
             `out` cannot be written.
     """
-    if not isinstance(weight, (int, float)) or not math.isfinite(weight):
-        raise RecipeError(f"weight is {weight!r}; give a finite number")
-    out_dtype = None if dtype is None else dtype_name(stored_dtype(dtype))
+    if dry_run:
+        found = preview(adapter, target, out, weight=weight, sidecar=sidecar, dtype=dtype,
+                        rope_from=rope_from, overwrite=overwrite)
+        found.raise_if_any()
+        log.info("%s", found.text())
+        return Path(out)
+    check_weight(weight)
+    out_dtype = out_dtype_name(dtype)
     lora, config, files = Adapter(adapter), read_config(target), Checkpoint(target)
     change = context_change(lora, config, rope_from)
     infos = parameter_infos(config, files)
@@ -74,8 +79,7 @@ def merge(adapter: Path | str, target: Path | str, out: Path | str, *, weight: f
         manifest = Manifest("merge", inputs,
                             {"weight": weight, "sidecar": sidecar, "dtype": dtype})
         head = tied_copy(config, files)
-        written = [_announce(files.infos[name], out_dtype) for name in files.infos
-                   if name in infos or (name == HEAD_NAME and head)]
+        written = announce(files, infos, out_dtype, head)
         side = lora.sidecar.tensors if lora.sidecar is not None and sidecar and weight else {}
         summed = _Sum(lora, files, weight, frozenset(side), {i.name: i for i in written}, head)
         write_checkpoint(partial, written, summed.read)
@@ -87,12 +91,6 @@ def merge(adapter: Path | str, target: Path | str, out: Path | str, *, weight: f
     log.info("merged %(modules)d modules and %(sidecar_tensors)d sidecar tensors into %(tensors)d "
              "tensors; context %(max_position_embeddings)d tokens", summary)
     return Path(out)
-
-
-def _announce(info: TensorInfo, out_dtype: str | None) -> TensorInfo:
-    if out_dtype is None or info.dtype not in FLOAT_DTYPES:
-        return info
-    return info._replace(dtype=out_dtype)
 
 
 def _config(raw: dict[str, Any], change: RopeChange, dtype: str | None) -> dict[str, Any]:

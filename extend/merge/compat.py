@@ -50,6 +50,16 @@ def check_fit(adapter: Adapter, config: ModelConfig, infos: Mapping[str, TensorI
     Raises:
         CompatibilityError: all problems in one message, each with both values.
     """
+    problems = fit_problems(adapter, config, infos)
+    if problems:
+        raise CompatibilityError(f"{adapter.directory} does not fit {config.path.parent}: "
+                                 f"{'; '.join(problems)}. Merge it into a fine-tune of the "
+                                 "adapter's own base")
+
+
+def fit_problems(adapter: Adapter, config: ModelConfig,
+                 infos: Mapping[str, TensorInfo]) -> list[str]:
+    """What `check_fit` refuses, one line each; empty when the adapter fits."""
     problems: list[str] = []
     if adapter.sidecar is not None:
         target = ModelIdentity.of(config, infos)
@@ -58,10 +68,7 @@ def check_fit(adapter: Adapter, config: ModelConfig, infos: Mapping[str, TensorI
         problems += layer_type_problems(adapter.sidecar.rope, config)
     if not problems:
         problems += module_problems(adapter, config, infos)
-    if problems:
-        raise CompatibilityError(f"{adapter.directory} does not fit {config.path.parent}: "
-                                 f"{'; '.join(problems)}. Merge it into a fine-tune of the "
-                                 "adapter's own base")
+    return problems + dtype_problems(infos)
 
 
 def rope_problems(base: RopeSpec, target: RopeSpec) -> list[str]:
@@ -116,7 +123,11 @@ def module_problems(adapter: Adapter, config: ModelConfig,
         elif infos[name].shape != shape:
             lines.append(f"module {module.name} is adapted at shape {list(shape)}, but the "
                          f"target's is {list(infos[name].shape)}")
-    lines += [f"tensor {name} is {info.dtype} in the target, not one of "
-              f"{', '.join(sorted(FLOAT_DTYPES))}"
-              for name, info in infos.items() if info.dtype not in FLOAT_DTYPES]
     return lines
+
+
+def dtype_problems(infos: Mapping[str, TensorInfo]) -> list[str]:
+    """Tensors of the target that hold no floating-point numbers, one line each."""
+    return [f"tensor {name} is {info.dtype} in the target, not one of "
+            f"{', '.join(sorted(FLOAT_DTYPES))}"
+            for name, info in infos.items() if info.dtype not in FLOAT_DTYPES]
