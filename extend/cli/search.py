@@ -65,7 +65,8 @@ def search(model, to, text, siblings, sibling_text, budget, merge_safe, reach, r
 def _tell(path: Path, found: dict, best: str) -> str:
     """The table, what the chosen settings gain, and how to use them."""
     lines = [path.with_name("table.txt").read_text(encoding="utf-8"),
-             "at least as good on needle and short loss, of so many analytic methods:"]
+             *_not_reached(found["reached"]),
+             "at least as good on needle and short loss, of so many other analytic methods:"]
     lines += [_count(name, found["verdict"]) for name in found["chosen"]]
     split = list(found["verdict"])[-1]
     choice = found["gain"]["analytic_choice"]
@@ -84,8 +85,17 @@ def _tell(path: Path, found: dict, best: str) -> str:
     return "\n".join(lines)
 
 
+def _not_reached(reached: dict) -> list[str]:
+    if reached["any"]:
+        return []
+    return [f"No setting reaches the target: the least needle loss is "
+            f"{reached['least_needle_loss']:.3f} nats a token, above {reached['limit']:g}. What is "
+            "chosen below is only the least bad; train, try a shorter target, or another model.",
+            ""]
+
+
 def _count(name: str, verdicts: dict) -> str:
-    told = [f"{split} {verdict[name]['matched']} of {verdict['analytic_methods']} "
+    told = [f"{split} {verdict[name]['matched']} of {verdict[name]['others']} "
             f"(not surely worse than {verdict[name]['not_surely_worse']})"
             for split, verdict in verdicts.items() if name in verdict]
     return f"  {name:<12}" + ", ".join(told)

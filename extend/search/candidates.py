@@ -26,6 +26,7 @@ _VARIANTS: tuple[tuple[str, dict[str, float]], ...] = (
     ("ntk-by-parts", {"low_freq_factor": 0.5, "high_freq_factor": 2.0}),
     ("yarn", {"attention_factor": 1.0}),
 )
+_UNREADABLE = {"proportional"}  # rope_types that transformers 4, SGLang and llama.cpp do not know
 _SAME = 2e-4  # relative difference of frequencies below which two settings are one
 
 
@@ -56,6 +57,11 @@ class Candidate:
         numbers = [f"{v:.7e}" for v in inv_freq(self.rope).tolist()]
         numbers.append(f"{attention_factor(self.rope):.6f}")
         return hashlib.sha256(",".join(numbers).encode()).hexdigest()[:16]
+
+    @property
+    def may_be_chosen(self) -> bool:
+        """Whether it is a change, and one that engines can read; others are only measured."""
+        return self.origin != "native" and self.rope.rope_type not in _UNREADABLE
 
 
 def native_candidate(spec: RopeSpec) -> Candidate:

@@ -20,6 +20,8 @@ NEEDLE, SHORT, SIBLINGS = 0, 1, 2
 # Added before the logarithm, nats: differences below it do not matter.
 _FLOORS = np.array([0.05, 0.005, 0.001])
 EQUAL = 1e-3  # nats; a loss that is larger by less counts as equal
+MARGIN = 0.05  # nats; needle losses farther than this above the least do not reach the target
+ANSWERS = 1.5  # nats a token; digits that are guessed cost 2.3
 _NEARLY = 0.1  # analytic methods; settings that match so many fewer than the most may be chosen
 
 
@@ -104,21 +106,28 @@ class Judge:
     needle: Bootstrap
     short: Bootstrap
 
-    def reaching(self, results: Sequence[Result]) -> np.ndarray:
-        """bool [n]: below the threshold, or not surely worse than the best.
+    @property
+    def limit(self) -> float:
+        """Needle loss at which the target counts as reached at all."""
+        return ANSWERS if self.threshold is None else self.threshold
 
-        Not surely worse: the 95 % interval of the paired difference to the best holds 0.
+    def reaching(self, results: Sequence[Result]) -> np.ndarray:
+        """bool [n]: below the threshold, or hardly above the best.
+
+        Hardly: the mean is at most `MARGIN` above, and the 95 % interval of the paired difference
+        holds 0. The best itself may be above `limit`; then nothing reaches the target.
         """
         means = np.array([np.mean(r.needle[self.length]) for r in results])
         best = np.array(results[int(means.argmin())].needle[self.length])
         lows = [self.needle.interval(np.array(r.needle[self.length]) - best)[0] for r in results]
-        reached = np.array(lows) <= 0
+        reached = (np.array(lows) <= 0) & (means <= means.min() + MARGIN)
         return reached if self.threshold is None else reached | (means <= self.threshold)
 
     def matches(self, results: Sequence[Result], methods: Sequence[Result]) -> np.ndarray:
         """How many of `methods` each result is at least as good as on both axes, fp64 [n].
 
-        The mean over the resamples, so that a clear lead counts for more than one by a hair.
+        The mean over the resamples, so that a clear lead counts for more than one by a hair. A
+        method is as good as itself, so that it and a setting that matches all count alike.
         """
         def draws(group: Sequence[Result]) -> tuple[np.ndarray, np.ndarray]:
             return (np.stack([self.needle.means(r.needle[self.length]) for r in group]),
@@ -135,21 +144,26 @@ RULES = {
     "compromise": "at least as good on both needle and short loss as the most analytic methods "
                   f"(to {EQUAL:g} nats, mean over resamples); of equals the one with the least "
                   "product of both losses, short loss counted above the unchanged model's",
-    "merge-safe": "the least disturbance of siblings among those that reach the target: the 95 % "
-                  "interval of the paired difference to the least needle loss holds 0, or the "
-                  "needle loss is below the given threshold",
-    "theta": "as compromise, among plain thetas alone, which every loader reads alike",
+    "merge-safe": "the least disturbance of siblings among those that reach the target: needle "
+                  f"loss is at most {MARGIN:g} nats above the least and the 95 % interval of the "
+                  "paired difference holds 0, or it is below the given threshold",
+    "theta": "as compromise, among plain thetas alone, which every loader reads alike; analytic "
+             "methods that only change theta, such as ntk and critical, are among them",
+    "reached": "whether the least needle loss of these settings is at most the given threshold, "
+               f"or {ANSWERS:g} nats a token unless one is given: guessed digits cost 2.3",
+    "never chosen": "the model as it is, and proportional, which most engines cannot read; they "
+                    "are measured",
 }
 
 
 def choose(results: Sequence[Result], judge: Judge) -> dict[str, Result]:
-    """Apply RULES to what was measured at the target; `unchanged` is measured, never chosen."""
+    """Apply RULES to what was measured at the target."""
     native = next(r for r in results if r.candidate.origin == "native")
-    offered = [r for r in results if r is not native]
+    offered = [r for r in results if r.candidate.may_be_chosen]
     points = np.array([r.point(judge.length) for r in offered])
     both = Scale(float(native.point(judge.length)[SHORT]))(points)[:, :SIBLINGS].sum(1)
     plain = np.array([not r.candidate.rope.scaling for r in offered])
-    matches = judge.matches(offered, [r for r in offered if r.candidate.origin == "analytic"])
+    matches = judge.matches(offered, [r for r in results if r.candidate.origin == "analytic"])
     chosen = {"needle": int(points[:, NEEDLE].argmin()),
               "compromise": _least(both, matches >= matches.max() - _NEARLY),
               "merge-safe": _least(points[:, SIBLINGS], judge.reaching(offered))}
@@ -157,6 +171,13 @@ def choose(results: Sequence[Result], judge: Judge) -> dict[str, Result]:
         most = matches[plain].max()
         chosen["theta"] = _least(both, plain & (matches >= most - _NEARLY))
     return {name: offered[i] for name, i in chosen.items()}
+
+
+def best_analytic(results: Sequence[Result], length: int) -> Result:
+    """The analytic method with the least needle loss, of those that engines can read."""
+    methods = [r for r in results
+               if r.candidate.origin == "analytic" and r.candidate.may_be_chosen]
+    return min(methods, key=lambda r: float(r.point(length)[NEEDLE]))
 
 
 def _least(values: np.ndarray, allowed: np.ndarray) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from extend.search.data import HELD_OUT, SEARCH
-from extend.search.goals import EQUAL, RULES
+from extend.search.goals import EQUAL, RULES, best_analytic
 from extend.search.lab import AXES, Lab, Result, describe
 from extend.search.statistics import Statistics
 
@@ -34,12 +34,13 @@ class Outcome:
 
     Args:
         splits: half -> its statistics; held-out is absent when the budget left nothing for it.
+        limit: needle loss at which the target counts as reached.
         keeps_window: whether the model has a sliding window that was kept.
     """
 
     def __init__(self, lab: Lab, target_len: int, chosen: Mapping[str, Result],
-                 splits: Mapping[str, Statistics], *, keeps_window: bool = False):
-        self.keeps_window = keeps_window
+                 splits: Mapping[str, Statistics], limit: float, *, keeps_window: bool = False):
+        self.limit, self.keeps_window = limit, keeps_window
         self.lab, self.target_len, self.chosen, self.splits = lab, target_len, chosen, splits
         self.results = {split: lab.results(target_len, split) for split in splits}
 
@@ -64,7 +65,7 @@ class Outcome:
         return fronts
 
     def comparison(self, split: str) -> dict[str, dict[str, Any]]:
-        """Chosen setting -> analytic method -> paired differences, and whether it is matched.
+        """Chosen setting -> each other analytic method -> differences, and whether it is matched.
 
         Matched: needle loss and short loss are both no larger, to `EQUAL`. Not surely worse:
         neither interval lies above that.
@@ -76,6 +77,8 @@ class Outcome:
                 continue
             table[name] = {}
             for other in self.of(split, "analytic"):
+                if other.candidate.key == own.candidate.key:
+                    continue
                 difference = self.splits[split].difference(own, other)
                 both = [difference[axis] for axis in AXES[:2]]
                 table[name][other.candidate.name] = {
@@ -84,13 +87,14 @@ class Outcome:
         return table
 
     def verdict(self, split: str) -> dict[str, Any]:
-        """How many analytic methods the chosen settings match on needle and short loss."""
+        """How many other analytic methods the chosen settings match on needle and short loss."""
         comparison = self.comparison(split)
         methods = [r.candidate.name for r in self.of(split, "analytic")]
         told: dict[str, Any] = {"analytic_methods": len(methods)}
         for name, rows in comparison.items():
-            told[name] = {kind: sum(row[kind] for row in rows.values())
-                          for kind in ("matched", "not_surely_worse")}
+            told[name] = {"others": len(rows), **{
+                kind: sum(row[kind] for row in rows.values())
+                for kind in ("matched", "not_surely_worse")}}
         found = self.of(split, "theta", "curve")
         points = [r.point(self.target_len)[:2] for r in found]
         told["matched_by_some_setting"] = sum(
@@ -100,8 +104,7 @@ class Outcome:
 
     def gain(self) -> dict[str, Any]:
         """The chosen settings against the analytic method with the least needle loss."""
-        best = min(self.of(SEARCH, "analytic"),
-                   key=lambda r: float(r.point(self.target_len)[0]))
+        best = best_analytic(self.results[SEARCH], self.target_len)
         told: dict[str, Any] = {"analytic_choice": best.candidate.name}
         for split in self.splits:
             other = self.same(split, best)
@@ -110,6 +113,11 @@ class Outcome:
                 for name, result in self.chosen.items()
                 if (own := self.same(split, result)) is not None}
         return told
+
+    def reached(self) -> dict[str, Any]:
+        """Whether any setting that may be chosen reaches the target."""
+        least = float(self.chosen["needle"].point(self.target_len)[0])
+        return {"any": least <= self.limit, "least_needle_loss": least, "limit": self.limit}
 
     def screening(self, rungs: Sequence[int]) -> dict[str, Any]:
         """Rank correlation of needle loss at a screening length with that at the target."""
@@ -123,7 +131,7 @@ class Outcome:
     def to_json(self, rungs: Sequence[int]) -> dict[str, Any]:
         return {
             "axes": AXES_TEXT, "counting": COUNTING, "rules": RULES,
-            "evaluations_used": self.lab.used, "budget": self.lab.budget,
+            "reached": self.reached(), "evaluations_used": self.lab.used, "budget": self.lab.budget,
             "chosen": {name: {**describe(r.candidate), "command_options": self.command(r),
                               **{split: self.splits[split].describe(own) for split in self.splits
                                  if (own := self.same(split, r)) is not None}}

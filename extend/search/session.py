@@ -9,7 +9,7 @@ from extend.model_config import ModelConfig, read_config
 from extend.search.candidates import analytic_candidates
 from extend.search.data import HELD_OUT, SEARCH, Sizes, SplitData, build_splits, read_sample
 from extend.search.front import Bootstrap
-from extend.search.goals import Judge
+from extend.search.goals import ANSWERS, Judge
 from extend.search.lab import Lab
 from extend.search.measure import Meter
 from extend.search.models import (
@@ -28,7 +28,6 @@ from extend.search.strategy import Strategy, least_budget, make_plan
 
 logger = logging.getLogger(__name__)
 
-_ANSWERS = 1.5  # nats a token; digits that are guessed cost 2.3
 _MANY, _ONE = 16, 1  # facts in a row, as a large and as a tiny model can answer them
 _ROW_SQUARES = 2 ** 35  # rows x length squared, what attention costs, where the next line allows it
 _ROWS = {_MANY: (8, 16), _ONE: (16, 32)}  # least and most rows of a length
@@ -111,7 +110,7 @@ class Session:
         return Outcome(lab, settings.target_len, chosen, {
             split: Statistics(splits[split], settings.target_len,
                               lab.results(settings.target_len, split)[0]) for split in measured},
-            keeps_window=settings.keeps_window)
+            judge.limit, keeps_window=settings.keeps_window)
 
     def _build_splits(self, tokenizer: object, names: list[str]) -> dict[str, SplitData]:
         settings = self.settings
@@ -143,10 +142,10 @@ class Session:
             self.native_needle[needles] = sum(losses) / len(losses)
             logger.info("native length %d, %d facts a row: needle loss %.3f", native_len,
                         len(losses) // rows, self.native_needle[needles])
-            if self.native_needle[needles] <= _ANSWERS:
+            if self.native_needle[needles] <= ANSWERS:
                 break
         best = min(self.native_needle, key=lambda needles: self.native_needle[needles])
-        if self.native_needle[best] > _ANSWERS:
+        if self.native_needle[best] > ANSWERS:
             logger.warning("the model answers hidden facts with a loss of %.2f nats a token at its "
                            "own length (guessing costs 2.3): needle losses at the target will say "
                            "little", self.native_needle[best])

@@ -1,9 +1,11 @@
 """The options of a search, checked before anything is loaded."""
 
+import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from extend import __version__
 from extend.errors import CompatibilityError, RecipeError
 from extend.manifest import hash_content
 from extend.model_config import ModelConfig
@@ -106,8 +108,10 @@ class Settings:
         return dict(zip(names, texts, strict=True))
 
     def fingerprint(self) -> dict[str, object]:
-        """What decides an evaluation's values, contents by their hashes."""
+        """What decides an evaluation's values, contents by their hashes, code by its versions."""
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
         hashes = {role: hash_content(path)[:16] for role, path in self.inputs().items()}
-        return {"schema": 1, **hashes, "target_len": self.target_len, "seed": self.seed,
-                "short_tokens": self.short_tokens, "sibling_tokens": self.sibling_tokens,
+        return {"schema": 1, "extend": __version__, **versions, **hashes,
+                "target_len": self.target_len, "seed": self.seed, "short_tokens": self.short_tokens,
+                "sibling_tokens": self.sibling_tokens,
                 "drift": None if self.siblings else self.drift}

@@ -23,6 +23,7 @@ from extend.search.goals import (
     Goal,
     Judge,
     Scale,
+    best_analytic,
     choose,
     goal_compromise,
     goal_cover,
@@ -114,8 +115,8 @@ class Strategy:
         try:
             self._search_thetas()
             self._search_curves()
-            while self.lab.left > self.plan.reserve:
-                self._try_next()
+            while self.lab.left > self.plan.reserve and self._try_next():
+                pass
         except BudgetSpentError:
             logger.info("the budget is spent")
         chosen = choose(self.lab.results(self.target_len), self.judge)
@@ -125,7 +126,8 @@ class Strategy:
     def _check(self, chosen: dict[str, Result]) -> None:
         """Measure what was chosen, and the analytic methods, on text and facts not seen so far."""
         ranked = sorted(self.analytic, key=lambda c: self._distance_to_front(c))
-        wanted = [*(r.candidate for r in chosen.values()), self.native, *ranked]
+        best = best_analytic(self.lab.results(self.target_len), self.target_len).candidate
+        wanted = [*(r.candidate for r in chosen.values()), self.native, best, *ranked]
         for candidate in wanted:
             if self.lab.left > 0:
                 self.lab.measure(candidate, self.target_len, HELD_OUT)
@@ -203,8 +205,12 @@ class Strategy:
         self.units[candidate.key] = unit
         return candidate
 
-    def _try_next(self) -> None:
-        """Measure the curve that promises most for the goal whose turn it is."""
+    def _try_next(self) -> bool:
+        """Measure the curve that promises most for the goal whose turn it is.
+
+        Returns:
+            Whether there was one unlike all that were measured.
+        """
         results = self.lab.results(self.target_len)
         scaled = self._scaled(results)
         goal = self._next_goal(results, scaled)
@@ -215,13 +221,20 @@ class Strategy:
         shortfall = goal.shortfall(guesses)
         nearest = np.sqrt(((pool[:, None] - x[None]) ** 2).mean(-1)).min(1)
         shortfall[nearest < _SAME_FEATURES] = np.inf
-        self._within_budget(self._curve(units[int(shortfall.argmin())]), self.target_len)
+        chosen = self._curve(units[int(shortfall.argmin())])
+        if not np.isfinite(shortfall).any() or self.lab.is_known(chosen, self.target_len):
+            logger.info("every curve is like one that was measured; the search ends early")
+            return False
+        self._within_budget(chosen, self.target_len)
+        return True
 
     def _next_goal(self, results: list[Result], scaled: np.ndarray) -> Goal:
         analytic = np.array([r.candidate.origin == "analytic" for r in results])
         made = np.array([r.candidate.origin != "native" for r in results])
+        offered = np.array([r.candidate.may_be_chosen for r in results])
         compromise = goal_compromise(scaled[made], analytic[made])
-        safe = goal_merge_safe(scaled[made], self.judge.reaching(results)[made])
+        safe = goal_merge_safe(scaled[offered], self.judge.reaching(
+            [r for r in results if r.candidate.may_be_chosen]))
         turns = [compromise, goal_cover(scaled[made], analytic[made]) or compromise,
                  goal_gentle(scaled[made], analytic[made]), goal_needle(scaled[made]), safe]
         if self.merge_safe:

@@ -1,6 +1,7 @@
 """The whole stage on a tiny model: files, resumption, reproducing what was chosen, bad input."""
 
 import json
+import re
 import shlex
 import shutil
 from dataclasses import replace
@@ -71,7 +72,9 @@ def test_the_front_is_that_of_the_table(done: Path):
     assert {row["name"] for row in found["front"]["all_axes"]} == expected
     assert all(0 <= row["share_of_resamples"] <= 1 for row in found["front"]["all_axes"])
     for row in found["table"]["search"].values():
-        assert all(row[axis]["low"] <= row[axis]["mean"] <= row[axis]["high"] for axis in AXES)
+        assert all(row[axis]["low"] <= row[axis]["mean"] <= row[axis]["high"]
+                   for axis in (*AXES, "short_kl"))
+    assert found["clusters"]["search"] == {"needle": 2, "short": 4, "siblings": 4, "short_kl": 4}
 
 
 def test_comparisons_are_differences_of_the_table(done: Path):
@@ -146,15 +149,29 @@ def test_evaluations_of_another_search_are_refused(done: Path, base_dir: Path, s
     assert (done / "evaluations.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["torch", "transformers", "extend", "device"])
+def test_evaluations_of_other_versions_are_refused(done: Path, base_dir: Path, sibling_dir: Path,
+                                                   text_file: Path, tmp_path: Path, name: str):
+    out = shutil.copytree(done, tmp_path / "out")
+    first, *others = (out / "evaluations.jsonl").read_text().splitlines()
+    fingerprint = json.loads(first)["fingerprint"]
+    was, fingerprint[name] = fingerprint[name], "other"
+    (out / "evaluations.jsonl").write_text("\n".join(
+        [json.dumps({"fingerprint": fingerprint}), *others]) + "\n")
+    with pytest.raises(CheckpointError, match=rf"{name} was 'other' and is '{re.escape(was)}'"):
+        search(base_dir, out, text=text_file, siblings=[sibling_dir], **SMALL)
+
+
 def test_without_siblings_two_are_made(base_dir: Path, text_file: Path, tmp_path: Path):
     search(base_dir, tmp_path / "out", text=text_file, merge_safe=True, reach=50.0, **SMALL)
     found = read(tmp_path / "out")
     row = found["table"]["search"]["ntk"]
     assert set(row["by_sibling"]) == {"delta 1", "delta 2"}
     assert row["siblings"]["mean"] == pytest.approx(np.mean(list(row["by_sibling"].values())))
-    # Everything is below 50 nats: the least disturbance of all.
+    # Everything is below 50 nats: the least disturbance of all that engines can read.
+    assert found["reached"]["any"] and found["reached"]["limit"] == 50.0
     least = min((r["siblings"]["mean"], n) for n, r in found["table"]["search"].items()
-                if n != "unchanged")
+                if n != "unchanged" and not n.startswith("proportional"))
     assert found["chosen"]["merge-safe"]["name"] == least[1]
     assert json.loads((tmp_path / "out" / "rope.json").read_text())["options"] == (
         found["chosen"]["merge-safe"]["options"])
@@ -301,6 +318,10 @@ def test_the_command_prints_the_table_and_how_to_go_on(done: Path, base_dir: Pat
     assert table.strip() in result.output
     assert all(name in table for name in ("linear", "ntk", "critical", "yarn", "<- needle"))
     assert f"extend rescale {base_dir} --to 1024" in result.output
+    # Random weights guess: about 10 nats a token.
+    assert "No setting reaches the target: the least needle loss is" in result.output
+    assert "from 2 rows with hidden facts, 4 windows of short text, 4 of a sibling's" in (
+        result.output)
     told = json.loads(CliRunner().invoke(main, [*arguments, "--json"]).stdout)
     assert told["output"] == str(done / "search.json")
     assert set(told["chosen"]) >= {"needle", "compromise", "merge-safe"}

@@ -8,10 +8,11 @@ import pytest
 
 from extend.errors import CompatibilityError
 from extend.model_config import RopeSpec
+from extend.search import strategy as strategy_module
 from extend.search.candidates import Candidate, analytic_candidates
 from extend.search.data import HELD_OUT, SEARCH
 from extend.search.front import Bootstrap
-from extend.search.goals import Judge, choose
+from extend.search.goals import Judge, best_analytic, choose
 from extend.search.lab import BudgetSpentError, Lab, Result
 from extend.search.store import EvaluationStore
 from extend.search.strategy import Strategy, least_budget, make_plan, screening_lengths
@@ -52,6 +53,8 @@ def test_the_budget_is_never_exceeded(tmp_path: Path, budget: int):
                      spent=lab.spent)
     searched = sum(e.split == SEARCH for e in lab.evaluations())
     assert searched == budget - lab.spent - plan.reserve
+    best = best_analytic(lab.results(TARGET_LEN), TARGET_LEN)
+    assert best.candidate.key in {r.candidate.key for r in lab.results(TARGET_LEN, HELD_OUT)}
     checked = [r for r in lab.results(TARGET_LEN, HELD_OUT) if r.candidate.origin == "analytic"]
     assert len(checked) >= plan.held_out
     halves = {result.candidate.key for result in lab.results(TARGET_LEN, HELD_OUT)}
@@ -107,12 +110,14 @@ def test_it_finds_a_setting_no_worse_than_every_analytic_method(tmp_path: Path):
 def test_the_merge_safe_setting_reaches_the_target_and_disturbs_least(tmp_path: Path):
     lab = make_lab(tmp_path / "e.jsonl", FakeMeter())
     chosen = run(lab, merge_safe=True)
-    offered = [r for r in lab.results(TARGET_LEN) if r.candidate.origin != "native"]
+    offered = [r for r in lab.results(TARGET_LEN) if r.candidate.origin != "native"
+               and r.candidate.method != "proportional"]
     needle = np.array([r.point(TARGET_LEN)[0] for r in offered])
     best = offered[int(needle.argmin())]
     bootstrap = Bootstrap.of_items(ITEMS, draws=300)
-    reaching = [r for r in offered if bootstrap.interval(
-        np.subtract(r.needle[TARGET_LEN], best.needle[TARGET_LEN]))[0] <= 0]
+    reaching = [r for r in offered if r.point(TARGET_LEN)[0] <= needle.min() + 0.05
+                and bootstrap.interval(np.subtract(r.needle[TARGET_LEN],
+                                                   best.needle[TARGET_LEN]))[0] <= 0]
     expected = min(reaching, key=lambda r: r.disturbance)
     assert chosen["merge-safe"].candidate.key == expected.candidate.key
     assert chosen["needle"].candidate.key == best.candidate.key
@@ -202,3 +207,33 @@ def test_of_settings_that_match_all_methods_the_least_product_is_the_compromise(
     chosen = choose(results, Judge(TARGET_LEN, None, boot, boot))
     assert {n: r.candidate.name for n, r in chosen.items()} == {
         "needle": "one axis", "compromise": "close", "merge-safe": "one axis"}
+
+
+def test_a_search_ends_when_every_curve_was_measured(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(strategy_module, "_SAME_FEATURES", 1e9)
+    lab = make_lab(tmp_path / "e.jsonl", FakeMeter())
+    chosen = run(lab)
+    assert lab.used < lab.budget and set(chosen) >= {"needle", "compromise", "merge-safe"}
+
+
+def test_what_engines_cannot_read_is_measured_and_never_chosen():
+    boot = Bootstrap.of_items(ITEMS, draws=20)
+    results = [make_result("unchanged", 9.0, 3.0, 0.0), make_result("a1", 1.0, 3.5, 1.0),
+               make_result("proportional", 0.1, 3.0, 0.0)]
+    results[2] = replace(results[2], candidate=replace(results[2].candidate, origin="analytic"))
+    judge = Judge(TARGET_LEN, None, boot, boot)
+    assert {r.candidate.name for r in choose(results, judge).values()} == {"a1"}
+    assert best_analytic(results, TARGET_LEN).candidate.name == "a1"
+
+
+def test_a_loss_that_is_not_surely_worse_but_farther_than_the_margin_does_not_reach():
+    """Alternating items: the difference is noise of 1 nat, so its interval holds 0."""
+    boot = Bootstrap.of_items(ITEMS, draws=300)
+    best = make_result("a1", 1.0, 3.5, 1.0)
+    noisy = [replace(best, needle={TARGET_LEN: [1.0 + mean + (-1) ** i for i in range(ITEMS)]})
+             for mean in (0.04, 0.06)]
+    for result in noisy:
+        assert boot.interval(np.subtract(result.needle[TARGET_LEN], 1.0))[0] < 0
+    judge = Judge(TARGET_LEN, None, boot, boot)
+    assert judge.reaching([best, *noisy]).tolist() == [True, True, False]
+    assert judge.limit == 1.5 and Judge(TARGET_LEN, 0.3, boot, boot).limit == 0.3
