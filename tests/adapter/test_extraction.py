@@ -241,6 +241,21 @@ def test_a_damaged_part_is_made_again(interrupted, llama, tmp_path):
     assert hashes(out) == hashes(extract(llama.base, llama.tuned, tmp_path / "whole", rank=6))
 
 
+def test_a_budget_goes_on_where_it_looks_further(copies, tmp_path):
+    base, tuned = (load_file(d / "model.safetensors") for d in (copies.base, copies.tuned))
+    name = "model.layers.1.mlp.up_proj.weight"
+    tuned[name] = base[name] + 1000 * (tuned[name] - base[name])
+    save_file(tuned, copies.tuned / "model.safetensors", metadata={"format": "pt"})
+    options = {"adapter_bytes": 35_000}
+    whole = extract(copies.base, copies.tuned, tmp_path / "whole", **options)
+    _, factorize = interrupt_at(15, KeyboardInterrupt())
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Extraction, "_factorize", factorize)
+        extract(copies.base, copies.tuned, tmp_path / "a", **options)
+    assert set(go_on(copies, tmp_path / "a", **options)) == {name}
+    assert hashes(tmp_path / "a") == hashes(whole)
+
+
 def test_unchanged_weights_are_known_after_an_interruption(copies, tmp_path):
     base, tuned = (load_file(d / "model.safetensors") for d in (copies.base, copies.tuned))
     name = "model.layers.0.mlp.down_proj.weight"  # the first of all
