@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_SHARD_BYTES = 5_000_000_000
+_MAX_PROBLEMS = 8  # of one message
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1,
                "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}
@@ -137,13 +138,26 @@ class Checkpoint:
         self._open: dict[str, object] = {}
         self.infos: dict[str, TensorInfo] = {}
         self._file_of: dict[str, str] = {}
+        problems: list[str] = []
         for file in sorted(set(self._files)):
-            for name, info in read_header(self.directory / file).items():
-                if name in self.infos:
-                    raise CheckpointError(f"{self.directory}: tensor {name!r} is in both "
-                                          f"{self._file_of[name]} and {file}")
-                self.infos[name], self._file_of[name] = info, file
-        self._check_index()
+            problems += self._add_shard(file)
+        if not problems:
+            problems = self._index_problems()
+        if problems:
+            more = len(problems) - _MAX_PROBLEMS
+            raise CheckpointError("; ".join(problems[:_MAX_PROBLEMS])
+                                  + (f"; and {more} problems more" if more > 0 else ""))
+
+    def _add_shard(self, file: str) -> list[str]:
+        try:
+            header = read_header(self.directory / file)
+        except CheckpointError as error:
+            return [str(error)]
+        twice = [f"{self.directory}: tensor {name!r} is in both {self._file_of[name]} and {file}"
+                 for name in header if name in self.infos]
+        self.infos.update(header)
+        self._file_of.update(dict.fromkeys(header, file))
+        return twice
 
     def _locate(self) -> list[str]:
         if (self.directory / INDEX_NAME).is_file():
@@ -164,19 +178,22 @@ class Checkpoint:
         raise CheckpointError(f"{self.directory}: holds no {SINGLE_NAME} and no {INDEX_NAME}; only "
                               "safetensors weights are read, convert the checkpoint first")
 
-    def _check_index(self) -> None:
-        for name, file in self._weight_map.items():
-            if self._file_of.get(name) != file:
-                raise CheckpointError(f"{self.directory / INDEX_NAME}: puts tensor {name!r} in "
-                                      f"{file}, but it is in {self._file_of.get(name, 'no shard')}")
-        extra = [n for n in self.infos if self._weight_map and n not in self._weight_map]
-        if extra:
-            raise CheckpointError(f"{self.directory}: the shards hold {extra[0]!r}, which the "
-                                  "index does not list")
+    def _index_problems(self) -> list[str]:
+        lines = [f"{self.directory / INDEX_NAME}: puts tensor {name!r} in {file}, but it is in "
+                 f"{self._file_of.get(name, 'no shard')}"
+                 for name, file in self._weight_map.items() if self._file_of.get(name) != file]
+        return lines + [f"{self.directory}: the shards hold {name!r}, which the index does not list"
+                        for name in self.infos
+                        if self._weight_map and name not in self._weight_map]
 
     @property
     def names(self) -> list[str]:
         return sorted(self.infos)
+
+    @property
+    def file_of(self) -> dict[str, str]:
+        """Tensor name -> name of its file."""
+        return dict(self._file_of)
 
     @property
     def files(self) -> list[Path]:
@@ -240,27 +257,32 @@ def _tensor_bytes(tensor: "torch.Tensor", info: TensorInfo) -> memoryview:
 
 def write_checkpoint(directory: Path, infos: Sequence[TensorInfo],
                      read: Callable[[str], "torch.Tensor"], *,
-                     max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+                     max_shard_bytes: int = MAX_SHARD_BYTES,
+                     file_of: Mapping[str, str] | None = None) -> None:
     """Write the weights of a checkpoint: one file, or shards and their index.
 
     `directory` should come from `atomic_directory`. Memory is bounded by the largest tensor.
+
+    Args:
+        file_of: tensor name -> name of its file, to shard like another checkpoint; without it
+            a file is filled up to `max_shard_bytes`.
     """
     require_space(directory, sum(info.num_bytes for info in infos))
-    shards = _plan_shards(infos, max_shard_bytes)
-    if len(shards) == 1:
-        write_safetensors(directory / SINGLE_NAME, shards[0], read)
-        return
+    shards = _plan_shards(infos, max_shard_bytes) if file_of is None else {
+        file: [info for info in infos if file_of[info.name] == file]
+        for file in sorted({file_of[info.name] for info in infos})}
     weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    for file, shard in shards.items():
         write_safetensors(directory / file, shard, read)
         weight_map.update({info.name: file for info in shard})
+    if set(shards) == {SINGLE_NAME}:
+        return
     total = sum(info.num_bytes for info in infos)
     write_json(directory / INDEX_NAME,
                {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _plan_shards(infos: Sequence[TensorInfo], max_shard_bytes: int) -> list[list[TensorInfo]]:
+def _plan_shards(infos: Sequence[TensorInfo], max_shard_bytes: int) -> dict[str, list[TensorInfo]]:
     shards: list[list[TensorInfo]] = [[]]
     filled = 0
     for info in infos:
@@ -269,7 +291,10 @@ def _plan_shards(infos: Sequence[TensorInfo], max_shard_bytes: int) -> list[list
             filled = 0
         shards[-1].append(info)
         filled += info.num_bytes
-    return shards
+    if len(shards) == 1:
+        return {SINGLE_NAME: shards[0]}
+    return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard
+            for number, shard in enumerate(shards, start=1)}
 
 
 _SIDE_PATTERNS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*",

@@ -237,6 +237,44 @@ def test_tensor_in_two_shards(sharded):
         Checkpoint(sharded)
 
 
+def test_every_damaged_shard_and_every_misplaced_tensor_is_named(sharded):
+    write_index(sharded, {"a": "gone.safetensors", "b": "two.safetensors", "c": "lost.safetensors"})
+    (sharded / "two.safetensors").write_bytes(b"short")
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint(sharded)
+    for part in ("gone.safetensors: no such file", "lost.safetensors: no such file",
+                 "two.safetensors: not a safetensors file"):
+        assert str(caught.value).count(part) == 1
+    save_file({"b": torch.ones(3)}, sharded / "two.safetensors")
+    write_index(sharded, {"b": "two.safetensors",
+                          **{f"x{i}": "two.safetensors" for i in range(10)}})
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint(sharded)
+    assert str(caught.value).count("but it is in no shard") == 8
+    assert str(caught.value).endswith("and 2 problems more")
+
+
+@pytest.mark.parametrize("file_of", [
+    {"a": "x.safetensors", "b": "y.safetensors", "c": "x.safetensors"},
+    {"a": "x.safetensors", "b": "x.safetensors", "c": "x.safetensors"},
+    {"a": FILE, "b": FILE, "c": FILE}], ids=["two", "one", "single"])
+def test_sharded_like_another(file_of, tmp_path):
+    data = {"a": torch.ones(2), "b": torch.ones(3, dtype=torch.float16), "c": torch.ones(1, 2)}
+    write_checkpoint(tmp_path, infos_of(data), data.__getitem__, max_shard_bytes=1, file_of=file_of)
+    assert {f.name for f in tmp_path.glob("*.safetensors")} == set(file_of.values())
+    for file in set(file_of.values()):
+        stored = load_file(tmp_path / file)
+        assert set(stored) == {name for name in file_of if file_of[name] == file}
+        for name, value in stored.items():
+            assert value.dtype == data[name].dtype
+            assert torch.equal(value, data[name])
+    assert (tmp_path / INDEX).exists() == (FILE not in file_of.values())
+    if (tmp_path / INDEX).exists():
+        assert json.loads((tmp_path / INDEX).read_text()) == {
+            "metadata": {"total_size": 8 + 6 + 8}, "weight_map": file_of}
+    assert Checkpoint(tmp_path).file_of == file_of
+
+
 def test_directories_without_weights(tmp_path):
     with pytest.raises(CheckpointError, match="absent: no such directory"):
         Checkpoint(tmp_path / "absent")

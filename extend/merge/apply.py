@@ -82,7 +82,7 @@ def merge(adapter: Path | str, target: Path | str, out: Path | str, *, weight: f
         written = announce(files, infos, out_dtype, head)
         side = lora.sidecar.tensors if lora.sidecar is not None and sidecar and weight else {}
         summed = _Sum(lora, files, weight, frozenset(side), {i.name: i for i in written}, head)
-        write_checkpoint(partial, written, summed.read)
+        write_checkpoint(partial, written, summed.read, file_of=files.file_of)
         write_json(partial / "config.json", _config(config.raw, change, dtype))
         copy_side_files(files.directory, partial, max_len=change.max_position_embeddings_after)
         summary = _summary(lora, summed, change)

@@ -228,11 +228,18 @@ def test_sharded_target(llama, tmp_path):
         torch.testing.assert_close(merged[name], value, rtol=0, atol=0)
 
 
-def test_sharded_output(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("extend.checkpoint.write_checkpoint.__kwdefaults__",
-                        {"max_shard_bytes": 40_000})
-    out = merge(llama.adapter, llama.models.target, tmp_path / "out")
-    assert (out / "model.safetensors.index.json").is_file()
+@pytest.mark.parametrize(("dtype", "factor"), [(None, 1), ("bfloat16", 0.5)])
+def test_output_is_sharded_like_the_target(llama, tmp_path, dtype, factor):
+    model = AutoModelForCausalLM.from_pretrained(llama.models.target)
+    model.save_pretrained(tmp_path / "target", max_shard_size="40KB")
+    write_tokenizer(tmp_path / "target")
+    out = merge(llama.adapter, tmp_path / "target", tmp_path / "out", dtype=dtype)
+    index = "model.safetensors.index.json"
+    before, after = read(tmp_path / "target" / index), read(out / index)
+    assert after["weight_map"] == before["weight_map"]
+    assert after["metadata"]["total_size"] == factor * before["metadata"]["total_size"]
+    assert {f.name for f in out.glob("*.safetensors")} == set(before["weight_map"].values())
+    assert Checkpoint(out).file_of == before["weight_map"]
     _, loading = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
 
