@@ -2,7 +2,7 @@
 
 Reading opens files by memory map and checks every header against the file's size, so a truncated
 shard is found before any work. Writing puts the header first (all sizes are known) and then the
-bodies one by one, so memory is bounded by the largest tensor.
+bodies one by one, whole or in blocks of rows, so memory is bounded by the largest of these.
 """
 
 import contextlib
@@ -10,9 +10,9 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 from extend.errors import CheckpointError
 from extend.model_config import read_json
@@ -145,8 +145,8 @@ class Checkpoint:
             problems = self._index_problems()
         if problems:
             more = len(problems) - _MAX_PROBLEMS
-            raise CheckpointError("; ".join(problems[:_MAX_PROBLEMS])
-                                  + (f"; and {more} problems more" if more > 0 else ""))
+            problems[_MAX_PROBLEMS:] = [f"and {more} problems more"] if more > 0 else []
+            raise CheckpointError("; ".join(problems))
 
     def _add_shard(self, file: str) -> list[str]:
         try:
@@ -220,13 +220,14 @@ class Checkpoint:
 
 
 def write_safetensors(path: Path, infos: Sequence[TensorInfo],
-                      read: Callable[[str], "torch.Tensor"],
+                      read: "Callable[[str], torch.Tensor | Iterator[torch.Tensor]]",
                       metadata: dict[str, str] | None = None) -> None:
     """Write one safetensors file, tensor by tensor.
 
     Args:
         infos: every tensor in the order of the file.
-        read: called once per name, in order; must return the dtype and shape announced.
+        read: called once per name, in order; must return the dtype and shape announced, or
+            blocks of rows that make up such a tensor, so that memory is bounded by a block.
     """
     require_space(path.parent, sum(info.num_bytes for info in infos))
     header: dict[str, object] = {"__metadata__": metadata or {"format": "pt"}}
@@ -240,9 +241,21 @@ def write_safetensors(path: Path, infos: Sequence[TensorInfo],
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for info in infos:
-            file.write(_tensor_bytes(read(info.name), info))
+            _write_body(file, read(info.name), info)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _write_body(file: IO[bytes], value: "torch.Tensor | Iterator[torch.Tensor]",
+                info: TensorInfo) -> None:
+    rows = 0
+    for block in value if isinstance(value, Iterator) else [value]:
+        shape = (block.shape[0], *info.shape[1:]) if info.shape and block.dim() else info.shape
+        file.write(_tensor_bytes(block, info._replace(shape=shape)))
+        rows += block.shape[0] if block.dim() else 1
+    if rows != (info.shape[0] if info.shape else 1):
+        raise CheckpointError(f"tensor {info.name!r} was announced as {info.dtype} "
+                              f"{info.shape} but came with {rows} rows")
 
 
 def _tensor_bytes(tensor: "torch.Tensor", info: TensorInfo) -> memoryview:
@@ -256,7 +269,7 @@ def _tensor_bytes(tensor: "torch.Tensor", info: TensorInfo) -> memoryview:
 
 
 def write_checkpoint(directory: Path, infos: Sequence[TensorInfo],
-                     read: Callable[[str], "torch.Tensor"], *,
+                     read: "Callable[[str], torch.Tensor | Iterator[torch.Tensor]]", *,
                      max_shard_bytes: int = MAX_SHARD_BYTES,
                      file_of: Mapping[str, str] | None = None) -> None:
     """Write the weights of a checkpoint: one file, or shards and their index.

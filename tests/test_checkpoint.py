@@ -128,6 +128,26 @@ def test_a_tensor_other_than_announced_is_refused(tmp_path):
         write_safetensors(tmp_path / FILE, [TensorInfo("w", "F32", (2,))], lambda _: torch.zeros(3))
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5, 9])
+def test_blocks_of_rows_make_up_a_tensor(rows, tmp_path):
+    data = {"w": torch.randn(5, 3), "v": torch.randn(5).half(), "s": torch.tensor(2.0)}
+    write_safetensors(tmp_path / FILE, infos_of(data), lambda name: iter(
+        data[name].split(rows) if data[name].dim() else [data[name]]))
+    for name, value in load_file(tmp_path / FILE).items():
+        assert value.dtype == data[name].dtype
+        assert torch.equal(value, data[name])
+
+
+@pytest.mark.parametrize(("blocks", "message"), [
+    ([torch.zeros(2, 3)], r"F32 \(5, 3\) but came with 2 rows"), ([], "came with 0 rows"),
+    ([torch.zeros(5, 3), torch.zeros(1, 3)], "came with 6 rows"),
+    ([torch.zeros(5, 2)], r"F32 \(5, 3\) but is torch.float32 \(5, 2\)"),
+    ([torch.zeros(5, 3).half()], r"F32 \(5, 3\) but is torch.float16")])
+def test_blocks_that_make_up_another_tensor_are_refused(blocks, message, tmp_path):
+    with pytest.raises(CheckpointError, match=message):
+        write_safetensors(tmp_path / FILE, [TensorInfo("w", "F32", (5, 3))], lambda _: iter(blocks))
+
+
 def test_dtype_names():
     for name in DTYPE_BYTES:
         if name not in ("U16", "U32", "U64"):

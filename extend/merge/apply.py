@@ -1,13 +1,16 @@
 """The stage `merge`: an adapter into any fine-tune of its base, tensor by tensor."""
 
 import logging
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import torch
 
-from extend.adapter_format.peft_files import Adapter, LoraModule, stored_dtype
+from extend.adapter_format.peft_files import Adapter, stored_dtype
 from extend.adapter_format.sidecar import HEAD_NAME, RopeChange, parameter_infos, tied_copy
 from extend.checkpoint import (
     Checkpoint,
@@ -26,6 +29,7 @@ from extend.output import atomic_directory, write_json
 log = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 2**27  # fp32 scratch per block of rows
+_Rows = slice | EllipsisType
 
 
 def merge(adapter: Path | str, target: Path | str, out: Path | str, *, weight: float = 1.0,
@@ -127,33 +131,39 @@ class _Sum:
     written: dict[str, TensorInfo]
     head: str | None
 
-    def read(self, name: str) -> torch.Tensor:
-        """The merged tensor in its announced dtype.
+    def read(self, name: str) -> Iterator[torch.Tensor]:
+        """The merged tensor in its announced dtype, block of rows by block of rows.
 
         A weight that nothing is added to is not touched: x + 0 would turn -0.0 into 0.0.
         """
         source = self.head if name == HEAD_NAME and self.head else name
         base, dtype = self.target.read(source), torch_dtype(self.written[name].dtype)
+        delta = self._delta(source)
+        for rows in _row_blocks(base):
+            merged = base[rows].to(dtype) if delta is None else (
+                delta(rows).add_(base[rows]).to(dtype))
+            if merged.is_floating_point() and not bool(torch.isfinite(merged).all()):
+                raise CheckpointError(f"tensor {name} holds infinite or NaN values once merged as "
+                                      f"{dtype}; check the target, or give --dtype bf16 or fp32")
+            yield merged
+
+    def _delta(self, source: str) -> Callable[[_Rows], torch.Tensor] | None:
+        """Rows -> their fp32 delta, a tensor of its own; None where nothing is added."""
         module = self.lora.modules.get(source.removesuffix(".weight"))
         if module is not None and self.weight:
-            merged = self._add_factors(base, module, dtype)
-        elif source in self.side:
-            delta = self.lora.read_side_delta(source)
-            merged = delta.mul(self.weight).add_(base).to(dtype)
-        else:
-            merged = base.to(dtype)
-        if merged.is_floating_point() and not bool(torch.isfinite(merged).all()):
-            raise CheckpointError(f"tensor {name} holds infinite or NaN values once merged as "
-                                  f"{dtype}; check the target, or give --dtype bf16 or fp32")
-        return merged
+            lora_a, lora_b = self.lora.read_factors(module.name)
+            scale = self.weight * module.scaling
+            return lambda rows: (lora_b[rows] @ lora_a).mul_(scale)
+        if source in self.side:
+            whole = self.lora.read_side_delta(source)
+            return lambda rows: whole[rows].mul(self.weight)
+        return None
 
-    def _add_factors(self, base: torch.Tensor, module: LoraModule,
-                     dtype: torch.dtype) -> torch.Tensor:
-        lora_a, lora_b = self.lora.read_factors(module.name)
-        merged = torch.empty(base.shape, dtype=dtype)
-        rows = max(1, _BLOCK_BYTES // (4 * module.in_features))
-        for start in range(0, module.out_features, rows):
-            block = slice(start, start + rows)
-            delta = lora_b[block] @ lora_a
-            merged[block] = delta.mul_(self.weight * module.scaling).add_(base[block])
-        return merged
+
+def _row_blocks(x: torch.Tensor) -> list[_Rows]:
+    """Indices that together take every row of `x` once."""
+    if x.dim() == 0:
+        return [...]
+    row_bytes = 4 * math.prod(x.shape[1:])
+    rows = max(1, _BLOCK_BYTES // max(1, row_bytes))
+    return [slice(start, start + rows) for start in range(0, x.shape[0], rows)]
