@@ -74,15 +74,20 @@ def _tell(path: Path, found: dict, best: str) -> str:
     lines += ["", f"against {choice}, the analytic method with the least needle loss ({split}, "
               f"95 % interval of the difference, from {behind['needle']} rows with hidden facts, "
               f"{behind['short']} windows of short text, {behind['siblings']} of a sibling's):"]
-    lines += [f"  {name:<12}" + ", ".join(
-        f"{axis} {d['mean']:+.4f} ({d['low']:+.4f} to {d['high']:+.4f})"
-        for axis, d in gain.items()) for name, gain in found["gain"][split].items()]
+    lines += [f"  {name:<12}" + (_differences(gain) if found["chosen"][name]["name"] != choice
+                                 else "is that method")
+              for name, gain in found["gain"][split].items()]
     lines += ["", f"{found['evaluations_used']} of {found['budget']} evaluations; to use the "
               f"{best} setting:",
               f"extend rescale {shlex.quote(found['model'])} "
               f"{found['chosen'][best]['command_options']} "
               "--out DIR", "", str(path)]
     return "\n".join(lines)
+
+
+def _differences(gain: dict) -> str:
+    return ", ".join(f"{axis} {d['mean']:+.4f} ({d['low']:+.4f} to {d['high']:+.4f})"
+                     for axis, d in gain.items())
 
 
 def _not_reached(reached: dict) -> list[str]:

@@ -4,9 +4,9 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from extend.errors import RecipeError
+from extend.errors import CompatibilityError, RecipeError
 from extend.model_config import ModelConfig, read_config
-from extend.search.candidates import analytic_candidates
+from extend.search.candidates import Candidate, analytic_candidates
 from extend.search.data import HELD_OUT, SEARCH, Sizes, SplitData, build_splits, read_sample
 from extend.search.front import Bootstrap
 from extend.search.goals import ANSWERS, Judge
@@ -125,10 +125,17 @@ class Session:
         for candidate in list(self.analytic):
             try:
                 self.meter.base.use(candidate.rope, self.settings.target_len)
+            except CompatibilityError as error:  # the config of this family cannot hold it
+                if len(self.analytic) == 1:
+                    raise
+                self._leave_out(candidate, str(error))
             except (KeyError, ValueError, TypeError, AttributeError) as error:
-                self.analytic.remove(candidate)
-                self.refused[candidate.name] = f"transformers cannot compute it ({error!r})"
-                logger.info("%s left out: %s", candidate.name, self.refused[candidate.name])
+                self._leave_out(candidate, f"transformers cannot compute it ({error!r})")
+
+    def _leave_out(self, candidate: Candidate, reason: str) -> None:
+        self.analytic.remove(candidate)
+        self.refused[candidate.name] = reason
+        logger.info("%s left out: %s", candidate.name, reason)
 
     def _choose_sizes(self) -> Sizes:
         """Ask the model at its native length: 16 facts a row, or one when it cannot answer 16."""

@@ -1,5 +1,6 @@
 """Measurements against transformers' own forward with all logits."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from extend.model_config import read_config, write_rope
+from extend.rope.live import set_rope
 from extend.rope.methods import apply_method
 from extend.search.data import HELD_OUT, SEARCH, Sizes, build_splits
 from extend.search.measure import Meter
@@ -104,3 +106,20 @@ def test_made_siblings_drift_as_asked(base_dir: Path):
     again = make_siblings(base, ["a"], 0.01, seed=3)["a"].model.state_dict()
     for name, value in made["a"].model.state_dict().items():
         torch.testing.assert_close(value, again[name], rtol=0, atol=0)
+
+
+def test_keys_for_other_engines_are_not_told_of_every_candidate(base_dir: Path, caplog):
+    """transformers warns of short_mscale, which is written for vLLM and SGLang."""
+    model = load_model(base_dir, CPU)
+    rope = apply_method("longrope", model.own, TARGET_LEN, {
+        "long_factor": [2.0] * (model.own.rotary_dim // 2), "attention_factor": 1.1})
+    log = logging.getLogger("transformers.modeling_rope_utils")
+    log.addHandler(caplog.handler)
+    try:
+        set_rope(model.model, model.config.raw, rope, TARGET_LEN, CPU)
+        assert "short_mscale" in caplog.text
+        caplog.clear()
+        model.use(rope, TARGET_LEN)
+        assert not caplog.records
+    finally:
+        log.removeHandler(caplog.handler)
