@@ -35,14 +35,15 @@ def search(model: Path | str, out: Path | str, *, target_len: int, text: Path | 
         model: checkpoint directory with plain RoPE.
         target_len: tokens.
         text: file or folder of text like what the model will read; one half of it is searched on,
-            the other checks what was found.
+            the other checks what was found. Files are read in the order of their names, the first 8
+            million characters, or 64 for each token of the target where that is more.
         siblings: fine-tunes of the model; without any, disturbance is measured on two copies with
             small random deltas.
         sibling_text: text of the siblings, one for each or one for all; otherwise `text`.
         budget: most evaluations; one is a candidate at one length on one half of the text.
         merge_safe: look longer for settings that leave siblings alone.
         reach: needle loss, nats a token, that counts as reaching the target; otherwise only what is
-            not surely worse than the best does.
+            at most 0.05 nats above the best and not surely worse does, and nothing above 1.5.
         rows: rows of a length that hide facts, in text and in filler by turns; unless given, 8 of
             64K tokens or more and up to 16 shorter ones. Intervals from fewer than 4 say little.
         needles: facts in a row; 16 unless given, or one when the model cannot answer 16 at its
