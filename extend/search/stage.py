@@ -43,7 +43,8 @@ def search(model: Path | str, out: Path | str, *, target_len: int, text: Path | 
         budget: most evaluations; one is a candidate at one length on one half of the text.
         merge_safe: look longer for settings that leave siblings alone.
         reach: needle loss, nats a token, that counts as reaching the target; otherwise only what is
-            at most 0.05 nats above the best and not surely worse does, and nothing above 1.5.
+            at most 0.05 nats above the best and not surely worse does. Where the best is above it,
+            or above 1.5 when none is given, the output says that nothing reaches the target.
         rows: rows of a length that hide facts, in text and in filler by turns; unless given, 8 of
             64K tokens or more and up to 16 shorter ones. Intervals from fewer than 4 say little.
         needles: facts in a row; 16 unless given, or one when the model cannot answer 16 at its
