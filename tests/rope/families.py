@@ -55,9 +55,14 @@ class Families:
 def installed() -> Families:
     """All families, and those left out by reason."""
     found = Families([])
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    for name in sorted(CONFIG_MAPPING):
-        _add(name, found)
+    log = logging.getLogger("transformers")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        for name in sorted(CONFIG_MAPPING):
+            _add(name, found)
+    finally:
+        log.setLevel(level)
     return found
 
 

@@ -116,6 +116,7 @@ def test_keys_for_other_engines_are_not_told_of_every_candidate(base_dir: Path, 
         "long_factor": [2.0] * (model.own.rotary_dim // 2), "attention_factor": 1.1})
     log = logging.getLogger("transformers.modeling_rope_utils")
     monkeypatch.setattr(log, "filters", [])  # the command line has one of its own
+    caplog.set_level(logging.WARNING, log.name)
     log.addHandler(caplog.handler)
     try:
         set_rope(model.model, model.config.raw, rope, TARGET_LEN, CPU)
