@@ -8,10 +8,10 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from extend.errors import CheckpointError
+from extend.errors import CheckpointError, RecipeError
 
 
 def write_json(path: Path, data: object) -> None:
@@ -46,6 +46,28 @@ def require_new(out: Path | str, *, overwrite: bool = False) -> None:
     if out.exists() and not overwrite and any(out.iterdir()):
         raise CheckpointError(f"{out}: exists already; give another --out, or --overwrite to "
                               "replace it")
+
+
+def require_apart(out: Path, inputs: Mapping[str, Path]) -> None:
+    """Refuse an `out` that would replace an input, or that an input folder would then hold.
+
+    Args:
+        inputs: role, for the message, to path.
+
+    Raises:
+        RecipeError: one of them lies in `out`, or `out` in it.
+    """
+    for role, path in inputs.items():
+        if overlap(path, out):
+            raise RecipeError(f"out {out} and {role} {path} lie in one another; choose an out of "
+                              "its own")
+
+
+def overlap(path: Path, other: Path) -> bool:
+    """Whether one lies in the other or is it, as they are written or where links lead."""
+    return any(
+        a.is_relative_to(b) or b.is_relative_to(a)
+        for a, b in ((path.resolve(), other.resolve()), (path.absolute(), other.absolute())))
 
 
 @contextlib.contextmanager

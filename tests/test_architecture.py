@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "extend"
 LAYERS = [
     {"errors"},
-    {"registry", "model_config", "documents", "options", "output"},
+    {"registry", "model_config", "documents", "options", "output", "tokenizer"},
     {"checkpoint", "haystack"},
     {"manifest"},
     {"adapter_format"},

@@ -12,9 +12,9 @@ import torch
 from torch.nn import functional
 
 import extend
-from extend.evaluate.load import load_tokenizer
 from extend.model_config import RopeSpec, read_config
 from extend.rope.frequencies import inv_freq, turns
+from extend.tokenizer import load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))  # as when the script itself is run
 

@@ -11,7 +11,7 @@ from extend.doctor.files import FILE_NAMES, Patient
 from extend.doctor.reading import FULL, ModelFiles
 from extend.errors import CheckpointError
 from extend.model_config import write_rope
-from extend.output import atomic_directory, copy_or_link, write_json
+from extend.output import atomic_directory, copy_or_link, overlap, write_json
 
 KEPT_SUFFIX = ".before-doctor"
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
@@ -117,8 +117,7 @@ def write_copy(patient: Patient, files: ModelFiles, out: Path, *, overwrite: boo
         CheckpointError: `out` exists and `overwrite` is false, lies in the directory or holds it,
             or the disk refuses.
     """
-    source, target = patient.directory.resolve(), out.resolve()
-    if source.is_relative_to(target) or target.is_relative_to(source):
+    if overlap(patient.directory, out):
         raise CheckpointError(f"out {out} and {patient.directory} lie in one another; choose an "
                               "out of its own, or leave --out away to change the files in place")
     with atomic_directory(out, overwrite=overwrite) as partial:

@@ -17,12 +17,12 @@ from extend.evaluate.load import (
     choose_device,
     choose_dtype,
     load_model,
-    load_tokenizer,
 )
 from extend.evaluate.plan import PlannedTask
 from extend.evaluate.rows import RowStore
 from extend.evaluate.score import mean_and_error, proportion
 from extend.evaluate.tasks.task import Cell, Prompt, Task
+from extend.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 _DIGITS = 6  # of stored losses: more would differ from one number of threads to another

@@ -110,7 +110,7 @@ def _check_prompts(model: Path | str, planned: Sequence[PlannedTask], seed: int)
     """Build one prompt of each length: what cannot work is said before hours of work."""
     from dataclasses import replace
 
-    from extend.evaluate.load import load_tokenizer
+    from extend.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     for entry in planned:

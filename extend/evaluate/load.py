@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from extend.checkpoint import Checkpoint
 from extend.errors import CheckpointError, CompatibilityError, RecipeError
@@ -53,18 +53,6 @@ def choose_chunk(chunk: int | None, device: torch.device) -> int:
     if chunk is not None:
         return chunk
     return _CHUNK.get(device.type, _CHUNK["cpu"])
-
-
-def load_tokenizer(model: Path | str) -> Any:
-    """The tokenizer in a checkpoint directory.
-
-    Raises:
-        CheckpointError: there is none, or it cannot be read.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(str(model), local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise CheckpointError(f"{model}: its tokenizer cannot be loaded ({error})") from error
 
 
 def load_model(model: Path | str, *, adapter: Path | str | None = None, device: torch.device,

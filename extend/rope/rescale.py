@@ -16,7 +16,7 @@ from extend.checkpoint import INDEX_NAME, Checkpoint, copy_side_files, write_che
 from extend.errors import CompatibilityError, RecipeError
 from extend.manifest import Manifest
 from extend.model_config import ModelConfig, RopeSpec, read_config, write_rope
-from extend.output import atomic_directory, copy_or_link, write_json
+from extend.output import atomic_directory, copy_or_link, require_apart, write_json
 from extend.registry import lookup
 from extend.rope.engines import differing_engines
 from extend.rope.factors import describe_extension
@@ -68,7 +68,7 @@ def rescale(model: Path | str, out: Path | str, *, target_len: int, method: str 
     raw = write_rope(_widened(config, target_len, widen), rope, target_len)
     checkpoint = Checkpoint(model)
     check_shapes(checkpoint, config)
-    _check_apart(model, out)
+    require_apart(out, {"model": model})
     with atomic_directory(out, overwrite=overwrite) as partial:
         manifest = Manifest("rescale", {"model": model}, {
             "target_len": target_len, "method": method, "sliding_window": sliding_window,
@@ -211,14 +211,6 @@ def _keep_window(config: ModelConfig, target_len: int) -> dict[str, Any]:
     logger.warning("sliding window of %d tokens kept: its layers do not see all %d tokens",
                    config.sliding_window, target_len)
     return dict(config.raw)
-
-
-def _check_apart(model: Path, out: Path) -> None:
-    """Writing into the source, or over a directory that holds it, would destroy the input."""
-    model, out = model.resolve(), out.resolve()
-    if model.is_relative_to(out) or out.is_relative_to(model):
-        raise RecipeError(f"out {out} and model {model} lie in one another; choose an out of its "
-                          "own")
 
 
 def _write_weights(checkpoint: Checkpoint, directory: Path) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from extend.errors import CheckpointError, CompatibilityError
 from extend.model_config import ModelConfig, RopeSpec, read_config
 from extend.ring.hf_attention import register_ring_attention
 from extend.rope.live import set_rope
+from extend.tokenizer import load_tokenizer
 
 _LOGIT_KEYS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier")
 _SHAPE_KEYS = ("architecture", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
@@ -48,18 +49,6 @@ class SearchedModel:
 
 def choose_device() -> torch.device:
     return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-
-
-def load_tokenizer(model: Path) -> Any:
-    """The tokenizer of a checkpoint directory.
-
-    Raises:
-        CheckpointError: there is none, or it cannot be read.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(str(model), local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise CheckpointError(f"{model}: its tokenizer cannot be loaded ({error})") from error
 
 
 def load_model(directory: Path, device: torch.device) -> SearchedModel:

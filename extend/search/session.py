@@ -17,7 +17,6 @@ from extend.search.models import (
     check_tokenizer,
     choose_device,
     load_model,
-    load_tokenizer,
     make_siblings,
 )
 from extend.search.report import Outcome
@@ -25,6 +24,7 @@ from extend.search.settings import Settings
 from extend.search.statistics import Statistics, needle_bootstrap
 from extend.search.store import EVALUATIONS_NAME, EvaluationStore
 from extend.search.strategy import Strategy, least_budget, make_plan
+from extend.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 

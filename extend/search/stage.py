@@ -1,14 +1,14 @@
 """The search stage: what goes in, and what is written."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from extend.errors import CheckpointError, RecipeError
+from extend.errors import CheckpointError
 from extend.manifest import Manifest
 from extend.model_config import read_config
-from extend.output import remove_directory, write_json
+from extend.output import remove_directory, require_apart, write_json
 
 if TYPE_CHECKING:
     from extend.search.report import Outcome
@@ -77,7 +77,7 @@ def search(model: Path | str, out: Path | str, *, target_len: int, text: Path | 
         sliding_window=sliding_window)
     config = read_config(settings.model)
     settings.check(config)
-    _check_apart(settings.inputs(), out)
+    require_apart(out, settings.inputs())
     _check_out(out, overwrite)
     from extend.search.session import Session
 
@@ -91,15 +91,6 @@ def search(model: Path | str, out: Path | str, *, target_len: int, text: Path | 
     outcome = session.run(out)
     _write(out, session, outcome, manifest)
     return out / SEARCH_NAME
-
-
-def _check_apart(inputs: Mapping[str, Path], out: Path) -> None:
-    """An `out` over an input would replace it; one in a folder of text would be read as text."""
-    for role, path in inputs.items():
-        for source, target in ((path.resolve(), out.resolve()), (path.absolute(), out.absolute())):
-            if source.is_relative_to(target) or target.is_relative_to(source):
-                raise RecipeError(f"out {out} and {role} {path} lie in one another; choose an out "
-                                  "of its own")
 
 
 def _check_out(out: Path, overwrite: bool) -> None:

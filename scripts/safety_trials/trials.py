@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import transformers
 
-from extend.evaluate.load import load_tokenizer
 from extend.evaluate.score import proportion
 from extend.evaluate.tasks.task import Prompt
 from extend.model_config import read_config
 from extend.output import write_json
+from extend.tokenizer import load_tokenizer
 
 from .diagnostics import add_noise, closed_form
 from .longs import LongModel, LongPlan, PasskeyTest

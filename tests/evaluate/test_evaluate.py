@@ -12,9 +12,9 @@ from extend.errors import CheckpointError, DataError, ExtendError, RecipeError
 from extend.evaluate import cells as cells_module
 from extend.evaluate import evaluate
 from extend.evaluate.cells import Job
-from extend.evaluate.load import load_tokenizer
 from extend.evaluate.tasks import TASKS
 from extend.evaluate.workers import count_processes, score_in_processes
+from extend.tokenizer import load_tokenizer
 
 GRID = {"lengths": [256, 768], "depths": 2, "trials": 2}
 

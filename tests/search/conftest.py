@@ -5,18 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.evaluate.conftest import save_model
+from tests.evaluate.conftest import one_thread, save_model  # noqa: F401  # for every test
 from tests.tiny_text import write_text
 
 NATIVE_LEN, TARGET_LEN = 512, 1024
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

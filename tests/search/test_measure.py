@@ -13,7 +13,8 @@ from extend.rope.live import set_rope
 from extend.rope.methods import apply_method
 from extend.search.data import HELD_OUT, SEARCH, Sizes, build_splits
 from extend.search.measure import Meter
-from extend.search.models import load_model, load_tokenizer, make_siblings
+from extend.search.models import load_model, make_siblings
+from extend.tokenizer import load_tokenizer
 from tests.search.conftest import NATIVE_LEN, TARGET_LEN
 
 CPU = torch.device("cpu")
