@@ -14,6 +14,7 @@ LAYERS = [
     {"checkpoint", "haystack"},
     {"manifest"},
     {"adapter_format"},
+    {"delta"},
     {"ring", "rope"},
     {"train", "adapter", "merge", "evaluate", "plan", "search", "doctor"},
     {"recipe"},

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from extend.adapter.delta import ModelPair, in_layer_order, is_linear, open_pair
 from extend.adapter.extraction import Extraction
 from extend.adapter.parts import Parts, fingerprint
 from extend.adapter.rank import FLOATS_OF_32_BITS, LIMIT_32_BITS, RankRule
 from extend.adapter_format.peft_files import ADAPTER_WEIGHTS, stored_dtype
+from extend.delta.pair import ModelPair, in_layer_order, is_linear, open_pair
 from extend.errors import CompatibilityError, RecipeError
 from extend.manifest import Manifest
 from extend.output import atomic_directory

@@ -9,16 +9,6 @@ from typing import Any
 
 import torch
 
-from extend.adapter.delta import (
-    ModelPair,
-    frobenius,
-    is_vocabulary,
-    layer_of,
-    read_delta,
-    read_linear_delta,
-    residual_norm,
-)
-from extend.adapter.noise import Noise
 from extend.adapter.parts import Parts
 from extend.adapter.rank import RankRule, even_rank, ranks_within
 from extend.adapter_format.peft_files import LoraModule, header_bytes, stream_adapter
@@ -31,6 +21,16 @@ from extend.adapter_format.sidecar import (
     TensorReport,
 )
 from extend.checkpoint import TensorInfo, dtype_name, write_safetensors
+from extend.delta.noise import Noise
+from extend.delta.pair import (
+    ModelPair,
+    frobenius,
+    is_vocabulary,
+    layer_of,
+    read_delta,
+    read_linear_delta,
+    residual_norm,
+)
 from extend.errors import CheckpointError, CompatibilityError
 
 log = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 import torch
 
-from extend.adapter.noise import Noise
-from extend.adapter.svd import (
+from extend.delta.noise import Noise
+from extend.delta.svd import (
     Factors,
     factorize_to_edge,
     factorize_to_energy,

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from extend.adapter.noise import Noise
 from extend.adapter.rank import RankRule, even_rank, noise_limit, ranks_within
+from extend.delta.noise import Noise
 from extend.errors import RecipeError
 
 SHAPES = {"a": (10, 20), "b": (40, 60), "c": (10, 20)}

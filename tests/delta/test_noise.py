@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from extend.adapter.noise import rounding_noise
+from extend.delta.noise import rounding_noise
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -42,7 +42,7 @@ def test_fp64_counts_as_the_fp32_it_is_read_in():
 def test_blocks_do_not_change_the_mean(monkeypatch):
     x = torch.randn(7, 9, generator=torch.Generator().manual_seed(0))
     whole = rounding_noise(x, x, "BF16")
-    monkeypatch.setattr("extend.adapter.noise._BLOCK", 5)
+    monkeypatch.setattr("extend.delta.noise._BLOCK", 5)
     assert rounding_noise(x, x, "BF16").sigma == pytest.approx(whole.sigma, rel=1e-12)
 
 

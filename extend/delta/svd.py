@@ -8,7 +8,7 @@ projection, so errors in small singular values do no harm.
 
 Source: Halko, Martinsson, Tropp, "Finding structure with randomness" (2011), algorithms 4.4 and
 5.1. With the oversampling and the power iterations below, the residual stays within 0.5 % of the
-optimum, flat noise spectra included (tests/adapter/test_svd.py).
+optimum, flat noise spectra included (tests/delta/test_svd.py).
 """
 
 import hashlib

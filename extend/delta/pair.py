@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from extend.adapter.noise import Noise, rounding_noise
 from extend.adapter_format.sidecar import (
     EMBEDDING_SUFFIX,
     HEAD_NAME,
@@ -15,6 +14,7 @@ from extend.adapter_format.sidecar import (
     parameter_infos,
 )
 from extend.checkpoint import FLOAT_DTYPES, Checkpoint, TensorInfo
+from extend.delta.noise import Noise, rounding_noise
 from extend.errors import CheckpointError, CompatibilityError
 from extend.model_config import ModelConfig, read_config
 

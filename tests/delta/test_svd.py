@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from extend.adapter import svd
-from extend.adapter.svd import (
+from extend.delta import svd
+from extend.delta.svd import (
     factorize_to_edge,
     factorize_to_energy,
     factorize_to_rank,

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from extend.adapter.delta import (
+from extend.checkpoint import TensorInfo
+from extend.delta.pair import (
     frobenius,
     in_layer_order,
     is_linear,
@@ -14,7 +15,6 @@ from extend.adapter.delta import (
     read_delta,
     residual_norm,
 )
-from extend.checkpoint import TensorInfo
 from extend.errors import CheckpointError, CompatibilityError
 from tests.adapter_format.tiny_models import edit_json, make_models
 
@@ -60,7 +60,7 @@ def test_layers_sort_by_number():
 
 
 def test_norms_of_blocks_equal_those_of_the_whole(monkeypatch):
-    monkeypatch.setattr("extend.adapter.delta._ROWS_BYTES", 4 * 20 * 3)
+    monkeypatch.setattr("extend.delta.pair._ROWS_BYTES", 4 * 20 * 3)
     generator = torch.Generator().manual_seed(0)
     delta = torch.randn(10, 20, generator=generator)
     lora_a = torch.randn(2, 20, generator=generator)
