@@ -26,10 +26,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from extend.errors import RecipeError
+from extend.option_types import Options
 from extend.options import (
     STAGES,
     EvalOptions,
-    Options,
     RescaleOptions,
     RopeOptions,
     TrainOptions,

@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).parents[1] / "extend"
 LAYERS = [
     {"errors"},
-    {"registry", "model_config", "documents", "options", "output", "tokenizer"},
-    {"checkpoint", "haystack"},
-    {"manifest", "retrieval", "loading"},
+    {"registry", "model_config", "documents", "option_types", "output", "tokenizer"},
+    {"checkpoint", "haystack", "transfer_options"},
+    {"manifest", "retrieval", "loading", "options"},
     {"adapter_format"},
     {"delta"},
     {"ring", "rope"},
