@@ -1,6 +1,7 @@
 """The stages that learn how to merge, or what a merge lost, from prompts without answers."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -54,6 +55,12 @@ def _checked(name: str, values: dict[str, Any]) -> Any:
         raise RecipeError("; ".join(lines)) from None
 
 
+def _results(directory: Path, name: str) -> dict[str, Any]:
+    from extend.model_config import read_json
+
+    return {"output": str(directory), "scores": read_json(directory / name)["scores"]}
+
+
 @main.command()
 @click.option("--target", required=True, metavar="DIR", help="A fine-tune of the same base.")
 @click.option("--adapter", metavar="DIR", default=None, help="An adapter of `extend extract`.")
@@ -83,14 +90,14 @@ def fit(out, overwrite, **options):
     """
     from extend.transfer import fit as stage
 
-    return {"output": str(stage(_checked("fit", options), out, overwrite=overwrite))}
+    return _results(stage(_checked("fit", options), out, overwrite=overwrite), "fit.json")
 
 
 @main.command()
 @click.argument("merged")
 @click.option("--reference", required=True, metavar="DIR", help="The target before the merge.")
 @click.option("--steps", type=int, default=100, show_default=True)
-@click.option("--lr", type=float, default=1e-5, show_default=True)
+@click.option("--lr", type=float, default=None, help="1e-5, or 2e-4 with a rank, by default.")
 @click.option("--rank", type=int, default=None,
               help="Train a LoRA of this rank; all weights of the layers by default.")
 @lesson_options
@@ -108,4 +115,4 @@ def repair(out, overwrite, **options):
     """
     from extend.transfer import repair as stage
 
-    return {"output": str(stage(_checked("repair", options), out, overwrite=overwrite))}
+    return _results(stage(_checked("repair", options), out, overwrite=overwrite), "repair.json")

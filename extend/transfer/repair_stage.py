@@ -25,6 +25,7 @@ from extend.transfer_options import RepairOptions
 
 log = logging.getLogger(__name__)
 RESULTS_NAME = "repair.json"
+_LR_FULL, _LR_LORA = 1e-5, 2e-4
 
 
 def repair(options: RepairOptions, out: Path | str, *, overwrite: bool = False) -> Path:
@@ -61,9 +62,10 @@ def repair(options: RepairOptions, out: Path | str, *, overwrite: bool = False) 
         lesson = make_lesson(target, tokenizer, options, config.max_position_embeddings)
         del target
         model = load_causal_lm(options.merged, config, device=device, dtype=torch.float32)
+        lr = options.lr or (_LR_FULL if options.rank is None else _LR_LORA)
         done = repair_model(model, lesson, rank=options.rank, seed=options.seed,
-                            settings=LearnSettings(steps=options.steps, lr=options.lr,
-                                                   keep=options.keep, check_every=10))
+                            settings=LearnSettings(steps=options.steps, lr=lr, keep=options.keep,
+                                                   check_every=10))
         done = _round(model, done, files, lesson)
         _write(partial, options, config, files, model, done)
         scores = {name: s.to_json() for name, s in done.scores.items()}

@@ -51,9 +51,11 @@ def _choose_prompts(tokenizer: Any, options: LessonOptions) -> list[list[int]]:
     if options.prompts is None:
         return []
     prompts = read_prompts(tokenizer, options.prompts)
+    # A prompt given twice could be learnt from and judged by.
+    distinct = list({tuple(prompt): prompt for prompt in prompts}.values())
     chosen = random.Random(f"{options.seed}/prompts").sample(
-        prompts, min(len(prompts), options.max_prompts))
-    log.info("%d of %d prompts of %s", len(chosen), len(prompts), options.prompts)
+        distinct, min(len(distinct), options.max_prompts))
+    log.info("%d of %d distinct prompts of %s", len(chosen), len(distinct), options.prompts)
     return chosen
 
 
