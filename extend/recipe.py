@@ -26,11 +26,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from extend.errors import RecipeError
+from extend.option_types import Options
 from extend.options import (
     STAGES,
     EvalOptions,
     MergeOptions,
-    Options,
     RescaleOptions,
     RopeOptions,
     TrainOptions,

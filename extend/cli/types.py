@@ -10,7 +10,7 @@ class _LengthType(click.ParamType):
     name = "length"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        from extend.options import parse_length
+        from extend.option_types import parse_length
 
         try:
             return parse_length(value)
@@ -64,7 +64,7 @@ def parse_pairs(pairs: tuple[str, ...], reserved: Collection[str] = ()) -> dict[
     import yaml
 
     from extend.errors import RecipeError
-    from extend.options import parse_number
+    from extend.option_types import parse_number
 
     found = {}
     for pair in pairs:
