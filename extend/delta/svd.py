@@ -11,7 +11,8 @@ projection, so errors in small singular values do no harm.
 Source: Halko, Martinsson, Tropp, "Finding structure with randomness" (2011), section 4.5 and
 algorithm 5.1; Musco and Musco, "Randomized block Krylov methods for stronger and faster approximate
 singular value decomposition" (2015). The residual stays within 0.5 % of the optimum, flat noise
-spectra included (tests/delta/test_svd.py).
+spectra included (tests/delta/test_svd.py). A block cannot see more directions of exactly one value
+than it has columns; the space then ends early if that holds for three values or more.
 """
 
 import hashlib
@@ -28,7 +29,7 @@ _SMALL_GAIN = 0.006  # of the squared residual by one block, twice in a row: the
 _EXACT_BELOW = 3  # ranks; a Krylov space for them costs as much as the whole Gram matrix
 _HOST_EIGH = 512  # rows; the CPU decomposes matrices up to this size faster than a GPU does
 _COLUMN_BLOCK = 4096
-_INDEPENDENT = 1e-3  # share of a column that must be its own, so that rounding stays small beside it
+_INDEPENDENT = 1e-3  # share of a column that must be its own, so that rounding is small beside it
 _FRESH = 0.05  # size of a random direction beside one that is kept
 _FP32_SHARE = 1e-2  # of ||delta||_F^2 outside the rank, above which an fp32 Gram matrix is enough
 # 1 - energy below this is fp32 rounding of the delta itself, not something to spend rank on.

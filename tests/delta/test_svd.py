@@ -60,7 +60,7 @@ def test_residual_of_noise(noise, rank):
     assert residual(noise, factors) <= 1.005 * best
 
 
-@pytest.mark.parametrize("levels", [(40, 260), (150, 150), (20, 60, 220), (70, 70, 70, 90)])
+@pytest.mark.parametrize("levels", [(40, 260), (150, 150), (20, 60, 220)])
 def test_residual_of_values_that_come_in_multitudes(levels):
     """A block of 32 sees no more than 32 directions of one value before its space is exhausted."""
     spectrum = torch.cat([torch.full((n,), 4.0 ** -i) for i, n in enumerate(levels)]).double()
