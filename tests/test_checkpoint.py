@@ -306,3 +306,23 @@ def test_directories_without_weights(tmp_path):
 def test_unknown_tensor(sharded):
     with pytest.raises(CheckpointError, match="holds no tensor 'z'"):
         Checkpoint(sharded).read("z")
+
+
+@pytest.mark.parametrize(("max_shard_bytes", "why"), [
+    (40, "model.safetensors.index.json does not list it"),
+    (10**9, "a model without an index does not list it")])
+def test_a_shard_that_is_not_listed_is_named_and_not_read(tmp_path, caplog, max_shard_bytes, why):
+    """As of an earlier save, or the same weights under another scheme of names."""
+    data = {"a": torch.ones(10), "b": torch.zeros(10)}
+    write_checkpoint(tmp_path, infos_of(data), data.__getitem__, max_shard_bytes=max_shard_bytes)
+    Checkpoint(tmp_path)
+    assert not caplog.records
+    save_file({"a": torch.full((10,), 7.0), "old": torch.ones(1)},
+              tmp_path / "consolidated.safetensors")
+    found = Checkpoint(tmp_path)
+    assert found.names == ["a", "b"]
+    same_bits(found.read("a"), data["a"])
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage() == (f"{tmp_path}: consolidated.safetensors is not read, because "
+                                   f"{why}; delete what is left of another save")

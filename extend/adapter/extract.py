@@ -1,6 +1,7 @@
 """The stage `extract`: long model minus base model -> LoRA adapter and sidecar."""
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -8,12 +9,20 @@ import torch
 from extend.adapter.extraction import Extraction
 from extend.adapter.parts import Parts, fingerprint
 from extend.adapter.rank import FLOATS_OF_32_BITS, LIMIT_32_BITS, RankRule
+from extend.adapter.workers import Workers, pick_devices
 from extend.adapter_format.peft_files import ADAPTER_WEIGHTS, stored_dtype
 from extend.adapter_format.vocabulary import write_adapter_vocabulary
-from extend.delta.pair import ModelPair, in_layer_order, is_linear, is_vocabulary, open_pair
+from extend.delta.pair import (
+    ModelPair,
+    in_layer_order,
+    is_experts,
+    is_linear,
+    is_vocabulary,
+    open_pair,
+)
 from extend.errors import CompatibilityError, RecipeError
 from extend.manifest import Manifest
-from extend.output import atomic_directory
+from extend.output import atomic_directory, stamp_files
 from extend.tokenizer import read_vocabulary
 
 log = logging.getLogger(__name__)
@@ -47,7 +56,8 @@ def extract(base: Path | str, tuned: Path | str, out: Path | str, *, rank: int |
             norms; the merged model then differs from the long one by them.
         dtype: of the stored factors: float32, bfloat16 or float16. The sidecar is always fp32.
         seed: of the random sketches.
-        device: cpu, cuda, or auto (cuda where there is one).
+        device: cpu, cuda, a list such as `cuda:0,cuda:1`, or auto (every CUDA device there is).
+            Matrices go to whichever is free; what comes out does not depend on their number.
         overwrite: replace `out` if it exists.
 
     Returns:
@@ -61,7 +71,7 @@ def extract(base: Path | str, tuned: Path | str, out: Path | str, *, rank: int |
     rule = RankRule(rank=rank, energy=energy, adapter_bytes=adapter_bytes, exact=exact, seed=seed)
     options = {"rule": rule.name, "rank": rank, "energy": energy, "adapter_bytes": adapter_bytes,
                "exact": exact, "embeddings": embeddings, "dtype": dtype}
-    store, device = stored_dtype(dtype), _pick_device(device)
+    store, devices = stored_dtype(dtype), pick_devices(device)
     pair = open_pair(base, tuned)
     linear = in_layer_order(name for name, info in pair.infos.items() if is_linear(info))
     _check_rank(rank, pair, linear)
@@ -69,14 +79,14 @@ def extract(base: Path | str, tuned: Path | str, out: Path | str, *, rank: int |
     inputs = {"base": base, "tuned": tuned}
     with atomic_directory(out, overwrite=overwrite, inputs=inputs) as partial:
         manifest = Manifest("extract", inputs, options, seed)
-        mark = fingerprint(manifest.record, device=torch.device(device).type)
-        with Parts(out, mark) as parts:
-            found = Extraction(pair, device, store, embeddings, rule, parts)
-            found.take_linear(linear)
-            found.take_rest(in_layer_order(set(pair.infos) - set(linear)))
-            found.write(partial, base_name=str(base))
-        _write_vocabulary(partial, found)
-        found.describe(manifest.record, {**options, "seed": seed}).write(partial)
+        mark = fingerprint(stamp_files(inputs), options, seed, torch.device(devices[0]).type)
+        with Parts(out, mark) as parts, Workers(devices) as workers:
+            found = Extraction(pair, workers, store, embeddings, rule, parts)
+            _take(found, linear, partial)
+            found.write_adapter(partial, base_name=str(base))
+            _write_vocabulary(partial, found)
+            # Parts stay until here, so that what fails late has not lost them.
+            found.describe(manifest.record, {**options, "seed": seed}).write(partial)
         summary = found.summary((partial / ADAPTER_WEIGHTS).stat().st_size)
         manifest.write(partial, **summary)
     log.info("adapter of %(modules)d modules, %(adapter_bytes)d bytes, mean residual "
@@ -91,23 +101,24 @@ def _write_vocabulary(directory: Path, found: Extraction) -> None:
         write_adapter_vocabulary(directory, tokens)
 
 
+def _take(found: Extraction, linear: list[str], partial: Path) -> None:
+    """Take every parameter; the sidecar is written while the linear weights are factorized."""
+    infos = found.pair.infos
+    experts = in_layer_order(name for name, info in infos.items() if is_experts(info))
+    found.take_rest(in_layer_order(set(infos) - {*linear, *experts}))
+    found.take_experts(experts, linear)
+    with ThreadPoolExecutor(1, "sidecar") as background:
+        written = background.submit(found.write_sidecar, partial)
+        found.take_linear(linear)
+        written.result()
+
+
 def _say_limit(rule: RankRule, pair: ModelPair, linear: list[str]) -> None:
     stored = sorted({pair.tuned.infos[name].dtype for name in linear})
     if rule.name == "noise" and set(stored) & set(FLOATS_OF_32_BITS):
         log.info("%s is stored in %s, in which rounding hides nothing: ranks end at %d; give a "
                  "rank, an energy or a size in bytes for more", pair.tuned.directory,
                  ", ".join(stored), LIMIT_32_BITS)
-
-
-def _pick_device(device: str) -> str:
-    available = torch.cuda.is_available()
-    if device == "auto":
-        return "cuda" if available else "cpu"
-    if device.split(":")[0] not in ("cpu", "cuda"):
-        raise RecipeError(f"device: unknown {device!r}; choose one of auto, cpu, cuda")
-    if device.startswith("cuda") and not available:
-        raise RecipeError(f"device is {device!r} but torch sees no CUDA device; choose cpu or auto")
-    return device
 
 
 def _check_rank(rank: int | None, pair: ModelPair, linear: list[str]) -> None:

@@ -6,6 +6,7 @@ Tensors are mapped into memory whole, or read in blocks of rows into memory of t
 
 import contextlib
 import json
+import logging
 import math
 import os
 import struct
@@ -18,6 +19,8 @@ from extend.model_config import read_json
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger(__name__)
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -139,7 +142,14 @@ class StoredTensor:
         self._file: int | None = None
 
     def __getitem__(self, rows: slice | EllipsisType) -> "torch.Tensor":
+        """See `read`."""
+        return self.read(rows)
+
+    def read(self, rows: slice | EllipsisType = ..., *, pin: bool = False) -> "torch.Tensor":
         """Rows `start:stop` of the tensor, or all of it; in its dtype, a tensor of its own.
+
+        Args:
+            pin: into pinned memory, from which a GPU copies faster and while others work.
 
         Raises:
             CheckpointError: the file cannot be read, or became shorter.
@@ -153,7 +163,7 @@ class StoredTensor:
             start, stop, _ = rows.indices(shape[0])
             shape = (max(0, stop - start), *shape[1:])
         size = math.prod(shape) * DTYPE_BYTES[self.info.dtype]
-        data = torch.empty(size, dtype=torch.uint8)
+        data = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
         self._fill(memoryview(data.numpy()), self._begin + start * row_bytes)
         return data.view(torch_dtype(self.info.dtype)).view(shape)
 
@@ -210,6 +220,16 @@ class Checkpoint:
             more = len(problems) - _MAX_PROBLEMS
             problems[_MAX_PROBLEMS:] = [f"and {more} problems more"] if more > 0 else []
             raise CheckpointError("; ".join(problems))
+        self._say_stale()
+
+    def _say_stale(self) -> None:
+        """Name weights that lie beside those that are read, such as a shard of an earlier save."""
+        stale = sorted(path.name for path in self.directory.glob("*.safetensors")
+                       if path.name not in self._files)
+        if stale:
+            index = INDEX_NAME if self._weight_map else "a model without an index"
+            log.warning("%s: %s is not read, because %s does not list it; delete what is left of "
+                        "another save", self.directory, ", ".join(stale), index)
 
     def _add_shard(self, file: str) -> list[str]:
         try:

@@ -147,7 +147,8 @@ class AdapterDelta:
     def beside(self) -> frozenset[str]:
         """What the adapter changes beside linear weights, also where `sidecar` leaves it out."""
         kept = {n for n in self.adapter.absolutes if not self._is_tied_head(n)}
-        side = self.adapter.sidecar.tensors if self.adapter.sidecar else ()
+        sidecar = self.adapter.sidecar
+        side = {*sidecar.tensors, *sidecar.experts} if sidecar is not None else ()
         return frozenset({*side, *self.adapter.embeddings, *self.adapter.biases, *kept})
 
     @cached_property
@@ -178,7 +179,8 @@ class AdapterDelta:
             return (module.in_features, module.out_features)
         if name in self.adapter.biases or name in self.adapter.absolutes:
             return self.adapter.stored_shape(name)
-        return self.adapter.sidecar.tensors[name].shape
+        sidecar = self.adapter.sidecar
+        return (sidecar.tensors if name in sidecar.tensors else sidecar.experts)[name].shape
 
     def read(self, name: str, device: str = "cpu") -> RowsDelta:
         """See `DeltaSource`; factors are held, or else the whole delta of the sidecar is mapped."""
@@ -194,6 +196,8 @@ class AdapterDelta:
             return lambda rows: (lora_a.T[rows] @ lora_b.T).mul_(scaling)
         if name in adapter.absolutes:
             return self._read_absolute(name, device)
+        if adapter.sidecar is not None and name in adapter.sidecar.experts:
+            return self._read_experts(name, device)
         whole = adapter.read_bias(name) if name in adapter.biases else adapter.read_side_delta(name)
         return lambda rows: whole[rows].to(device, torch.float32, copy=True)
 
@@ -211,6 +215,17 @@ class AdapterDelta:
                 f"{self.adapter.directory}: the factors of lm_head and of the embedding make "
                 "different deltas, but the base ties the two; give the base that the adapter was "
                 "made from")
+
+    def _read_experts(self, name: str, device: str) -> RowsDelta:
+        """Here the rows are experts, [experts, rows, columns]."""
+        count = self.adapter.sidecar.experts[name].shape[0]
+
+        def read(rows: Rows) -> torch.Tensor:
+            chosen = range(*rows.indices(count)) if isinstance(rows, slice) else range(count)
+            factors = [self.adapter.read_expert_factors(name, expert) for expert in chosen]
+            lora_a, lora_b = (torch.stack(group).to(device) for group in zip(*factors, strict=True))
+            return lora_b @ lora_a
+        return read
 
     def _read_absolute(self, name: str, device: str) -> RowsDelta:
         whole = self.adapter.read_absolute(name)
