@@ -10,6 +10,7 @@ from extend.adapter.parts import Parts, fingerprint
 from extend.adapter.rank import FLOATS_OF_32_BITS, LIMIT_32_BITS, RankRule
 from extend.adapter_format.peft_files import ADAPTER_WEIGHTS, stored_dtype
 from extend.delta.pair import ModelPair, in_layer_order, is_linear, open_pair
+from extend.delta.sample import write_sample
 from extend.errors import CompatibilityError, RecipeError
 from extend.manifest import Manifest
 from extend.output import atomic_directory
@@ -72,6 +73,7 @@ def extract(base: Path | str, tuned: Path | str, out: Path | str, *, rank: int |
             found.take_linear(linear)
             found.take_rest(in_layer_order(set(pair.infos) - set(linear)))
             found.write(partial, base_name=str(base))
+        write_sample(pair.base, pair.infos, partial)
         found.describe(manifest.record, {**options, "seed": seed}).write(partial)
         summary = found.summary((partial / ADAPTER_WEIGHTS).stat().st_size)
         manifest.write(partial, **summary)

@@ -56,21 +56,27 @@ def positions(name: str, shape: tuple[int, ...], count: int) -> torch.Tensor:
     return torch.from_numpy((drawn % np.uint64(elements)).astype(np.int64))
 
 
-def write_sample(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo], directory: Path) -> Path:
-    """Write the sample of a model into an adapter's directory, and return its path.
+def take_sample(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> Sample:
+    """The sample of a model; only the pages that hold its values are read.
 
     Args:
         infos: the model's `parameter_infos`.
     """
     count = min(_VALUES, max(_LEAST, _TOTAL // max(1, len(infos))))
-    at = {name: positions(name, info.shape, count) for name, info in sorted(infos.items())}
-    metadata = {"format": "pt", "schema": _SCHEMA,
-                "shapes": json.dumps({name: infos[name].shape for name in at})}
-    write_safetensors(
-        directory / SAMPLE_NAME,
-        [TensorInfo(name, infos[name].dtype, (len(index),)) for name, index in at.items()],
-        lambda name: checkpoint.read(name).reshape(-1)[at[name]], metadata)
-    return directory / SAMPLE_NAME
+    values = {name: checkpoint.read(name).reshape(-1)[positions(name, info.shape, count)]
+              for name, info in sorted(infos.items())}
+    return Sample({name: infos[name] for name in values}, values, str(checkpoint.directory))
+
+
+def write_sample(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo], directory: Path) -> Path:
+    """Write `take_sample` into an adapter's directory, and return the file's path."""
+    sample, path = take_sample(checkpoint, infos), directory / SAMPLE_NAME
+    metadata = {"format": "pt", "schema": _SCHEMA, "shapes": json.dumps(
+        {name: info.shape for name, info in sample.infos.items()})}
+    stored = [info._replace(shape=tuple(sample.values[name].shape))
+              for name, info in sample.infos.items()]
+    write_safetensors(path, stored, sample.values.__getitem__, metadata)
+    return path
 
 
 def read_sample(directory: Path) -> Sample | None:

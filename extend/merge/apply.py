@@ -23,6 +23,7 @@ from extend.errors import CheckpointError
 from extend.manifest import Manifest
 from extend.merge.compat import check_fit, context_change
 from extend.merge.preview import announce, check_weight, out_dtype_name, preview
+from extend.merge.related import require_related
 from extend.model_config import read_config
 from extend.output import atomic_directory, write_json
 
@@ -76,6 +77,7 @@ def merge(adapter: Path | str, target: Path | str, out: Path | str, *, weight: f
     change = context_change(lora, config, rope_from)
     infos = parameter_infos(config, files)
     check_fit(lora, config, infos)
+    related = require_related([lora.directory] if weight else [], None, files, infos)
     inputs = {"adapter": adapter, "target": target}
     if rope_from is not None:
         inputs["rope_from"] = Path(rope_from) / "config.json"
@@ -91,7 +93,7 @@ def merge(adapter: Path | str, target: Path | str, out: Path | str, *, weight: f
         copy_side_files(files.directory, partial, max_len=change.max_position_embeddings_after)
         summary = _summary(lora, summed, change)
         summary["dropped_buffers"] = sorted(set(files.infos) - {info.name for info in written})
-        manifest.write(partial, **summary)
+        manifest.write(partial, **summary, lineage=related)
     log.info("merged %(modules)d modules and %(sidecar_tensors)d sidecar tensors into %(tensors)d "
              "tensors; context %(max_position_embeddings)d tokens", summary)
     return Path(out)
