@@ -3,18 +3,15 @@
 from pathlib import Path
 
 from extend.adapter_format.peft_files import Adapter
-from extend.adapter_format.sidecar import parameter_infos
-from extend.checkpoint import Checkpoint
 from extend.delta.conflict import measure_conflict
 from extend.delta.lineage import Lineage, compare
 from extend.delta.sample import SAMPLE_NAME, compare_with_sample, read_sample
-from extend.delta.sources import AdapterDelta, DeltaSource, ModelDelta
+from extend.delta.sources import AdapterDelta, BaseModel, DeltaSource, ModelDelta
 from extend.errors import CheckpointError, RecipeError
 from extend.lineage.plot import draw_lineage
 from extend.lineage.report import Report
 from extend.manifest import Manifest
-from extend.model_config import read_config
-from extend.output import atomic_directory, require_apart, write_json
+from extend.output import atomic_directory, write_json
 
 LINEAGE_NAME = "lineage.json"
 PLOT_NAME = "lineage.png"
@@ -45,22 +42,21 @@ def lineage(target: Path | str, base: Path | str | None = None, *, tuned: Path |
                           "delta; leave one of them out")
     if rank < 1:
         raise RecipeError(f"lineage: rank is {rank}; give at least 1")
-    config, files = read_config(target), Checkpoint(target)
-    infos = parameter_infos(config, files)
+    model = BaseModel.open(target)
     inputs = {role: Path(path) for role, path in (
         ("base", base), ("target", target), ("tuned", tuned), ("adapter", adapter)) if path}
     options = {"rank": rank, "seed": seed}
     if base is None:
-        return Report(inputs, options, _from_sample(adapter, files, infos))
-    base_files = Checkpoint(base)
-    found = compare(base_files, parameter_infos(read_config(base), base_files), files, infos)
-    source = _source(base, tuned, adapter)
+        return Report(inputs, options, _from_sample(adapter, model))
+    start = BaseModel.open(base)
+    found = compare(start.files, start.infos, model.files, model.infos)
+    source = _source(start, tuned, adapter)
     conflict = None if source is None else measure_conflict(
-        found, source, base_files, files, rank=rank, seed=seed)
+        found, source, start.files, model.files, rank=rank, seed=seed)
     return Report(inputs, options, found, conflict)
 
 
-def _from_sample(adapter: Path | str | None, files: Checkpoint, infos: dict) -> Lineage:
+def _from_sample(adapter: Path | str | None, target: BaseModel) -> Lineage:
     if adapter is None:
         raise RecipeError("lineage: base is missing; give it, or an adapter of `extend extract`, "
                           "which keeps a sample of it")
@@ -68,14 +64,14 @@ def _from_sample(adapter: Path | str | None, files: Checkpoint, infos: dict) -> 
     if sample is None:
         raise CheckpointError(f"{adapter}: holds no {SAMPLE_NAME}, the sample of its base; give "
                               "the base itself (--base DIR), or extract the adapter again")
-    return compare_with_sample(sample, files, infos)
+    return compare_with_sample(sample, target.files, target.infos)
 
 
-def _source(base: Path | str, tuned: Path | str | None,
+def _source(base: BaseModel, tuned: Path | str | None,
             adapter: Path | str | None) -> DeltaSource | None:
     if adapter is not None:
-        return AdapterDelta(Adapter(adapter))
-    return None if tuned is None else ModelDelta.open(base, tuned)
+        return AdapterDelta(Adapter(adapter), base=base)
+    return None if tuned is None else ModelDelta.open(base.files.directory, tuned)
 
 
 def write_lineage(report: Report, out: Path | str, *, overwrite: bool = False) -> Path:
@@ -85,9 +81,8 @@ def write_lineage(report: Report, out: Path | str, *, overwrite: bool = False) -
         CheckpointError: `out` exists or cannot be written.
         RecipeError: `out` holds an input, which `overwrite` would destroy.
     """
-    require_apart(Path(out), report.inputs)
-    manifest = Manifest("lineage", report.inputs, report.options)
-    with atomic_directory(out, overwrite=overwrite) as partial:
+    with atomic_directory(out, overwrite=overwrite, inputs=report.inputs) as partial:
+        manifest = Manifest("lineage", report.inputs, report.options)
         write_json(partial / LINEAGE_NAME, report.to_json())
         draw_lineage(report, partial / PLOT_NAME)
         manifest.write(partial, **report.lineage.summary())

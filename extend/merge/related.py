@@ -5,12 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from extend.adapter_format.sidecar import parameter_infos
 from extend.checkpoint import Checkpoint, TensorInfo
 from extend.delta.lineage import REFUSED, VERDICTS, WARNED
 from extend.delta.sample import Sample, compare_with_sample, read_sample, take_sample
+from extend.delta.sources import BaseModel
 from extend.errors import CompatibilityError
-from extend.model_config import read_config
 
 log = logging.getLogger(__name__)
 
@@ -36,14 +35,10 @@ def require_related(adapters: Sequence[Path], base: Path | str | None, target: C
     """
     samples = {str(path): sample for path in adapters if (sample := read_sample(Path(path)))}
     if base is not None:
-        samples[str(base)] = _sample_of(base)
+        start = BaseModel.open(base, headers_only=True)
+        samples[str(base)] = take_sample(start.files, start.infos)
     return {label: _check(label if label == str(base) else f"the base of {label}", sample, target,
                           infos) for label, sample in samples.items()}
-
-
-def _sample_of(base: Path | str) -> Sample:
-    files = Checkpoint(base)
-    return take_sample(files, parameter_infos(read_config(base), files, headers_only=True))
 
 
 def _check(whose: str, sample: Sample, target: Checkpoint,
