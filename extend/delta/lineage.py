@@ -152,7 +152,7 @@ class Lineage:
     def verdict(self) -> str:
         """What the target is, with the numbers, in a sentence or two."""
         cosine, drift = self.overall.cosine(), self.overall.drift()
-        text = (f"{VERDICTS[self.kind][0]} (cosine {cosine.text()}, drift {drift.text(3)}, "
+        text = (f"{VERDICTS[self.kind][0]} (cosine {cosine.text(6)}, drift {drift.text(3)}, "
                 f"{_percent(self.everything)} of the elements equal)")
         parts = self.unrelated_parts() if self.kind == "part" else []
         if parts:

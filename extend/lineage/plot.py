@@ -18,6 +18,7 @@ def draw_lineage(report: "Report", path: Path) -> None:
     """Write a PNG: one panel each for drift, cosine and, where it was measured, conflict."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     panels = 2 + (report.conflict is not None)
     figure = Figure(figsize=(9, 2.6 * panels + 0.9), layout="constrained")
@@ -30,6 +31,7 @@ def draw_lineage(report: "Report", path: Path) -> None:
     if report.conflict is not None:
         _draw_conflict(axes[2], report, layers)
     axes[-1].set_xlabel("layer")
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     for ax in axes:
         ax.grid(True, color="#eeeeee")
         ax.set_axisbelow(True)
@@ -64,9 +66,11 @@ def _draw_conflict(ax: Any, report: "Report", layers: dict[int, list[str]]) -> N
                               ("left", "energy in left subspace", _BLUE),
                               ("right", "energy in right subspace", _ORANGE)):
         points = [(i, t[key]) for i, t in zip(layers, totals) if t[key] is not None]
-        ax.plot(*zip(*points), marker="o", markersize=3, color=color, label=label) if points else 0
-        chance = [(i, t.get(f"{key}_chance")) for i, t in zip(layers, totals)]
-        if chance[0][1] is not None:
+        if points:
+            ax.plot(*zip(*points), marker="o", markersize=3, color=color, label=label)
+        chance = [(i, t[f"{key}_chance"]) for i, t in zip(layers, totals)
+                  if t.get(f"{key}_chance") is not None]
+        if chance:
             ax.plot(*zip(*chance), linestyle=":", color=color, label=f"{key}, by chance")
     ax.set_ylabel("long delta")
 

@@ -86,7 +86,7 @@ class Report:
         if found.sampled:
             cosine, drift = found.overall.cosine(), found.overall.drift()
             parts.insert(1, f"estimated from the adapter's sample of its base, 95 % intervals: "
-                            f"cosine {cosine.text(5)}, drift {drift.text(3)}")
+                            f"cosine {cosine.text(6)}, drift {drift.text(3)}")
         if self.conflict is not None:
             parts[-1] += "\n" + _CONFLICT_LEGEND.format(rank=self.options["rank"])
         parts += [f"only in the {side}: {_listed(names)}" for side, names in (
