@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1] / "extend"
 LAYERS = [
     {"errors"},
-    {"registry", "model_config", "documents", "option_types", "output", "tokenizer"},
-    {"checkpoint", "haystack", "transfer_options"},
+    {"registry", "model_config", "documents", "option_types", "output"},
+    {"checkpoint", "haystack", "tokenizer", "transfer_options"},
     {"manifest", "retrieval", "loading", "options"},
     {"adapter_format"},
     {"delta"},

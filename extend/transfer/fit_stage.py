@@ -7,7 +7,7 @@ import torch
 
 from extend.adapter_format.peft_files import Adapter
 from extend.adapter_format.sidecar import RopeChange
-from extend.delta.sources import AdapterDelta, DeltaSource, ModelDelta
+from extend.delta.sources import AdapterDelta, BaseModel, DeltaSource, ModelDelta
 from extend.errors import CompatibilityError, RecipeError
 from extend.loading import choose_device, choose_dtype, load_causal_lm
 from extend.manifest import Manifest
@@ -16,7 +16,7 @@ from extend.output import atomic_directory, require_new, write_json
 from extend.tokenizer import load_tokenizer
 from extend.transfer.fit import Fit, fit_weights
 from extend.transfer.learn import LearnSettings
-from extend.transfer.setup import check_tokenizers, describe_inputs, make_lesson
+from extend.transfer.setup import check_tokens, describe_inputs, make_lesson
 from extend.transfer.sums import Delta, LowRank
 from extend.transfer_options import FitOptions
 
@@ -52,8 +52,8 @@ def fit(options: FitOptions, out: Path | str, *, overwrite: bool = False) -> Pat
     change = _context_change(options, source, config)
     context = change.max_position_embeddings_after
     tokenizer = load_tokenizer(options.target)
-    if options.tuned is not None:
-        check_tokenizers(load_tokenizer(options.tuned), tokenizer, options.tuned, options.target)
+    if source.vocabulary is not None:
+        check_tokens(source.vocabulary, tokenizer.get_vocab(), source.label, options.target)
     device = choose_device(options.device)
     dtype = choose_dtype("auto", device)
     with atomic_directory(out, overwrite=overwrite) as partial:
@@ -78,9 +78,10 @@ def fit(options: FitOptions, out: Path | str, *, overwrite: bool = False) -> Pat
 
 def open_source(options: FitOptions) -> DeltaSource:
     """The delta that the options name."""
-    if options.adapter is not None:
-        return AdapterDelta(Adapter(options.adapter))
-    return ModelDelta.open(options.base, options.tuned)
+    if options.adapter is None:
+        return ModelDelta.open(options.base, options.tuned)
+    base = BaseModel.open(options.base) if options.base is not None else None
+    return AdapterDelta(Adapter(options.adapter), base=base)
 
 
 def _context_change(options: FitOptions, source: DeltaSource, target: ModelConfig) -> RopeChange:
@@ -105,7 +106,7 @@ def load_deltas(source: DeltaSource, device: torch.device) -> dict[str, Delta]:
             factors = source.adapter.read_factors(module.name)
             deltas[name] = LowRank(*(f.to(device) for f in factors), module.scaling)
         else:
-            delta = source.read(name)(...).to(device)
+            delta = source.read(name, str(device))(...)
             if bool(delta.any()):
                 deltas[name] = delta
     if not deltas:

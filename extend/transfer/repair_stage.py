@@ -20,7 +20,7 @@ from extend.tokenizer import load_tokenizer
 from extend.transfer.learn import LearnSettings
 from extend.transfer.objective import Lesson, judge
 from extend.transfer.repair import Repair, repair_model
-from extend.transfer.setup import check_tokenizers, describe_inputs, make_lesson
+from extend.transfer.setup import check_tokens, describe_inputs, make_lesson
 from extend.transfer_options import RepairOptions
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,8 @@ def _check_pair(options: RepairOptions, config: ModelConfig, reference: ModelCon
         raise CompatibilityError(f"{options.merged} was not merged from {options.reference}: "
                                  f"{'; '.join(problems)}; give the target of the merge")
     tokenizer = load_tokenizer(options.reference)
-    check_tokenizers(load_tokenizer(options.merged), tokenizer, options.merged, options.reference)
+    check_tokens(load_tokenizer(options.merged).get_vocab(), tokenizer.get_vocab(), options.merged,
+                 options.reference)
     return tokenizer
 
 
