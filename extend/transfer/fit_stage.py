@@ -17,7 +17,7 @@ from extend.tokenizer import load_tokenizer
 from extend.transfer.fit import Fit, fit_weights
 from extend.transfer.learn import LearnSettings
 from extend.transfer.setup import check_tokens, describe_inputs, make_lesson
-from extend.transfer.sums import Delta, LowRank
+from extend.transfer.sums import Delta, LowRank, check_fit
 from extend.transfer_options import FitOptions
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,7 @@ def fit(options: FitOptions, out: Path | str, *, overwrite: bool = False) -> Pat
         manifest = Manifest("fit", describe_inputs(options, _ROLES),
                             options.model_dump(mode="json"), options.seed)
         target = load_causal_lm(options.target, config, device=device, dtype=dtype)
+        check_fit(target, {name: source.shape(name) for name in sorted(source.names)})
         lesson = make_lesson(target, tokenizer, options, context)
         del target
         long_config = parse_config(change.apply(config.raw), config.path)

@@ -59,6 +59,7 @@ def repair(options: RepairOptions, out: Path | str, *, overwrite: bool = False) 
                             options.model_dump(mode="json"), options.seed)
         target = load_causal_lm(options.reference, reference, device=device,
                                 dtype=choose_dtype("auto", device))
+        _check_names(target, files)
         lesson = make_lesson(target, tokenizer, options, config.max_position_embeddings)
         del target
         model = load_causal_lm(options.merged, config, device=device, dtype=torch.float32)
@@ -91,6 +92,14 @@ def _check_pair(options: RepairOptions, config: ModelConfig, reference: ModelCon
     check_tokens(load_tokenizer(options.merged).get_vocab(), tokenizer.get_vocab(), options.merged,
                  options.reference)
     return tokenizer
+
+
+def _check_names(model: PreTrainedModel, files: Checkpoint) -> None:
+    for name, _ in model.named_parameters():
+        if name not in files.infos:
+            raise CompatibilityError(
+                f"{files.directory}: the files hold no {name}, which the loaded model has; "
+                "checkpoints that transformers converts while loading are not supported yet")
 
 
 @torch.no_grad()
