@@ -16,6 +16,7 @@ from extend.output import atomic_directory, require_new, write_json
 from extend.tokenizer import load_tokenizer
 from extend.transfer.fit import Fit, fit_weights
 from extend.transfer.learn import LearnSettings
+from extend.transfer.plot import draw_course
 from extend.transfer.setup import check_tokens, describe_inputs, make_lesson
 from extend.transfer.sums import Delta, LowRank, check_fit
 from extend.transfer_options import FitOptions
@@ -23,6 +24,7 @@ from extend.transfer_options import FitOptions
 log = logging.getLogger(__name__)
 WEIGHTS_NAME = "weights.json"
 RESULTS_NAME = "fit.json"
+PICTURE_NAME = "fit.png"
 _ROLES = ("target", "adapter", "tuned", "base", "rope_from")
 
 
@@ -34,7 +36,7 @@ def fit(options: FitOptions, out: Path | str, *, overwrite: bool = False) -> Pat
 
     Args:
         options: whose delta, whose skill, and how.
-        out: directory to create, for `weights.json`, `fit.json` and the manifest.
+        out: directory to create, for `weights.json`, `fit.json`, `fit.png` and the manifest.
         overwrite: replace `out` if it exists.
 
     Returns:
@@ -123,3 +125,5 @@ def _write(directory: Path, found: Fit) -> None:
         "schema": 1, "groups": found.groups, "start": found.start,
         "scores": {name: scores.to_json() for name, scores in found.scores.items()},
         "history": found.history})
+    draw_course(directory / PICTURE_NAME,
+                {f"from {start}": looks for start, looks in found.history.items()}, found.groups)
