@@ -1,0 +1,1 @@
+"""Merges that learn from a few unlabelled prompts: fitted weights, and a short repair."""
