@@ -66,7 +66,7 @@ def run_share(args: argparse.Namespace, stage: str) -> None:
     """What one process does of a stage: whatever no other process has begun."""
     import torch
     from transfer_lab.bench import Bench
-    from transfer_lab.prepare import make_longs, make_targets
+    from transfer_lab.prepare import make_factors, make_longs, make_targets
     from transfer_lab.units import Clock, run_units
     from transformers.utils.logging import disable_progress_bar
 
@@ -79,6 +79,7 @@ def run_share(args: argparse.Namespace, stage: str) -> None:
     bench = Bench(args.level, level, args.out, args.skills_dir, args.seed, args.commit, device)
     if stage == "train":
         make_targets(bench, clock)
+        make_factors(bench)
     else:
         run_units(bench, clock, args.groups)
 

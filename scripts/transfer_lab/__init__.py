@@ -1,1 +1,1 @@
-"""Parts of scripts/transfer_trials.py: what of a long context survives a merge, and what it costs."""
+"""Parts of scripts/transfer_trials.py: what of a long context a merge keeps, and its price."""

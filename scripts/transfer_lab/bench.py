@@ -1,5 +1,6 @@
 """One model in memory, the targets and the long models on disk, and what is measured of a merge."""
 
+import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from safety_trials.longs import LONGS, LongModel, PasskeyTest, read_long
 from safety_trials.scoring import (
     Batch,
@@ -66,6 +67,24 @@ class Change:
     finish: Callable[["Case"], Mapping[str, Any]] | None = None
 
 
+def write_factors(path: Path, factors: Mapping[str, Factors]) -> None:
+    parts = {f"{name}:{key}": tensor.contiguous() for name, f in factors.items()
+             for key, tensor in zip(Factors._fields, (*f[:3], torch.tensor(f.total).double()),
+                                    strict=True)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    save_file(parts, partial)
+    partial.replace(path)
+
+
+def read_factors(path: Path, device: torch.device) -> dict[str, Factors]:
+    parts: dict[str, dict[str, Tensor]] = {}
+    for label, tensor in load_file(path, device=str(device)).items():
+        name, _, key = label.rpartition(":")
+        parts.setdefault(name, {})[key] = tensor
+    return {name: Factors(**{**f, "total": float(f["total"])}) for name, f in parts.items()}
+
+
 class Retrieval:
     """Passkeys in filler and in text; prompts of a length are made when it is first asked for."""
 
@@ -104,7 +123,7 @@ class Bench:
 
     def __init__(self, level_name: str, level: Level, out: Path, skills: Path, seed: int,
                  commit: str, device: torch.device):
-        self.level, self.out, self.device = level, out, device
+        self.level_name, self.level, self.out, self.device = level_name, level, out, device
         self.seed, self.commit = seed, commit
         self.skills = skills / level_name
         config = read_config(level.model)
@@ -120,7 +139,6 @@ class Bench:
         self.tests: dict[str, list[Batch]] = {}
         self._longs: dict[str, LongModel] = {}
         self._factors: dict[str, dict[str, Factors]] = {}
-        self._subspaces: dict[str, Subspaces] = {}
         self._deltas: dict[Target, dict[str, Tensor]] = {}
         self._known: Known | None = None
 
@@ -137,11 +155,20 @@ class Bench:
             self._longs[name] = read_long(name, self.long_folder(name), self.subject)
         return self._longs[name]
 
-    def factors(self, name: str) -> dict[str, Factors]:
-        """The largest rank of a long model's delta."""
+    def factors(self, of: Target | str) -> dict[str, Factors]:
+        """The largest rank of a target's or of a long model's delta; made once, kept on disk."""
+        name = of if isinstance(of, str) else of.name
         if name not in self._factors:
-            self._factors[name] = factorize(self.long(name).delta, max(RANKS))
+            path = self.factor_file(of)
+            if not path.exists():
+                delta = self.long(of).delta if isinstance(of, str) else self.target_delta(of)
+                write_factors(path, factorize(delta, max(RANKS)))
+            self._factors[name] = read_factors(path, self.device)
         return self._factors[name]
+
+    def factor_file(self, of: Target | str) -> Path:
+        name = of if isinstance(of, str) else of.name
+        return self.out / "factors" / f"{folder_name(name)}.safetensors"
 
     def target_delta(self, target: Target) -> dict[str, Tensor]:
         """What its fine-tuning did to the base."""
@@ -153,11 +180,7 @@ class Bench:
 
     def subspaces(self, of: Target | str) -> Subspaces:
         """Leading subspaces of a target's or of a long model's delta."""
-        if isinstance(of, str):
-            return Subspaces(self.factors(of))
-        if of.name not in self._subspaces:
-            self._subspaces[of.name] = Subspaces(factorize(self.target_delta(of), max(RANKS)))
-        return self._subspaces[of.name]
+        return Subspaces(self.factors(of))
 
     def examples(self, target: Target, part: str, limit: int | None = None) -> list[Prompt]:
         return read_examples(self.tokenizer, self.skills / target.skill / f"{part}.jsonl", limit)
@@ -204,7 +227,8 @@ class Bench:
 
     def about(self) -> dict[str, Any]:
         cuda = self.device.type == "cuda"
-        return {"device": torch.cuda.get_device_name(0) if cuda else platform.machine(),
+        return {"model": "/".join(self.level.model.parts[-2:]),
+                "device": torch.cuda.get_device_name(0) if cuda else platform.machine(),
                 "torch": torch.__version__, "transformers": transformers.__version__,
                 "native_len": self.native.original_len, "rope_theta": self.native.rope_theta,
                 "seed": self.seed, "commit": self.commit}

@@ -60,11 +60,12 @@ class Level:
         long_text: text that the long models are trained on.
         prompt_text: text that prompts of no skill are cut from; None: made-up prose.
         prompts: unlabelled prompts that learned merges are given.
+        max_new: most tokens of an answer that the target writes to a prompt.
         keep_length: tokens of the rows by which learned merges keep the long context.
         limit: examples that a skill is scored on.
         batch_tokens: tokens of a forward in scoring.
-        long_seconds, step_seconds, row_seconds: what a long model, a step of a fine-tune and a trial
-            are expected to take.
+        long_seconds, step_seconds, row_seconds: what a long model, a step of a fine-tune and a
+            trial are expected to take.
     """
 
     model: Path
@@ -84,6 +85,7 @@ class Level:
     long_text: Path
     prompt_text: Path | None
     prompts: int
+    max_new: int
     keep_length: int
     limit: int
     batch_tokens: int
@@ -96,12 +98,14 @@ LEVELS = {
     "tiny": Level(
         model=ROOT / "assets/demo/base",
         longs=(LongSpec("by-parts 1-4 x4", "by-parts 1-4 x4"),
-               LongSpec("critical x4", "critical x4"), LongSpec("theta x128", "theta x128"),
+               LongSpec("critical x4", "critical x4"), LongSpec("theta x160", "theta x128"),
                LongSpec("by-parts 1-4 x4, embeddings", "by-parts 1-4 x4", True)),
-        skills=("reverse", "record"), steps=(10, 100, 1000), lr=1e-3, step_tokens=1024,
-        length=1024, far=(2048,), depths=10, text=ROOT / "data/skills/tiny/text.txt", windows=16,
-        window=192, stride=4, heldout=None, long_text=ROOT / "assets/demo/notes.jsonl",
-        prompt_text=None, prompts=32, keep_length=1024, limit=100, batch_tokens=8192, long_seconds=35, step_seconds=0.02, row_seconds=1.5),
+        skills=("reverse", "record"), steps=(10, 100, 1000), lr=2e-3, step_tokens=1024,
+        length=1024, far=(2048,), depths=10, text=ROOT / "data/skills/tiny/text.txt",
+        windows=16, window=192, stride=4, heldout=None,
+        long_text=ROOT / "assets/demo/notes.jsonl",
+        prompt_text=None, prompts=32, max_new=40, keep_length=512, limit=100,
+        batch_tokens=8192, long_seconds=35, step_seconds=0.02, row_seconds=1.5),
     "smollm2": Level(
         model=ROOT / "data/smollm2-135m-instruct",
         longs=(LongSpec("by-parts 1-32 x16", "by-parts 1-32 x16"),
@@ -113,8 +117,9 @@ LEVELS = {
         text=ROOT / "data/text/heldout-prose/jargon-000-jargon-jargon.txt", windows=24, window=1024,
         stride=4,
         heldout=ROOT / "data/text/heldout-docs/linux-012-core-api-asm-annotations.txt",
-        long_text=ROOT / "data/text/train/python-doc", prompt_text=ROOT / "data/text/train/handbook",
-        prompts=48, keep_length=16384, limit=200, batch_tokens=32768,
+        long_text=ROOT / "data/text/train/python-doc",
+        prompt_text=ROOT / "data/text/train/handbook", prompts=48, max_new=64,
+        keep_length=16384, limit=200, batch_tokens=32768,
         long_seconds=75, step_seconds=0.09, row_seconds=7),
 }
 
@@ -152,20 +157,22 @@ def list_units(level: Level) -> Iterator[Unit]:
     yield from (Unit("mergers", strong[0], long) for long in (every_pair, gentle, far_theta))
     yield from (Unit("rank", target, gentle) for target in (base, strong[0]))
     yield from (Unit("learned", target, long) for target in strong[:2]
-                for long in (every_pair, gentle))
+                for long in (every_pair, far_theta))
     yield from (Unit("main", target, long) for target in milder for long in plain[:3])
     yield from (Unit("ablations", strong[0], long) for long in (every_pair, gentle))
     yield from (Unit("embeddings", target, long.name) for target in (base, strong[0])
                 for long in level.longs if long.embeddings)
+    yield from (Unit("learned", strong[0], gentle), Unit("learned-other", strong[0], every_pair))
     yield from (Unit("mergers", target, long) for target in strong[1:]
                 for long in (every_pair, gentle))
-    yield from (Unit("far", strong[0], long) for long in (gentle, every_pair))
+    yield from (Unit("far", strong[0], long) for long in (every_pair, gentle))
     yield from (Unit("main", target, long) for long in plain[3:] for target in (*strong, base))
     yield from (Unit("rank", target, long) for target, long in
                 ((strong[1], gentle), (strong[0], every_pair), (base, every_pair)))
     yield from (Unit("ablations", strong[1], long) for long in (every_pair, gentle))
-    yield from (Unit("learned", target, far_theta) for target in strong[:2])
     yield from (Unit("learned", target, every_pair) for target in strong[2:])
+    yield from (Unit("learned-other", target, long) for target, long in
+                ((strong[1], every_pair), (strong[0], gentle)))
 
 
 def say(message: str) -> None:

@@ -80,6 +80,17 @@ def fine_tune_on(bench: Bench, skill: str) -> None:
             write_delta(bench, targets[step])
 
 
+def make_factors(bench: Bench) -> None:
+    """Decompose the deltas that are there and that no other process has begun on."""
+    longs = [spec.name for spec in bench.level.longs if bench.long_folder(spec).exists()]
+    targets = [target for skill in bench.level.skills for target in stations(bench.level, skill)
+               if bench.target_file(target).exists()]
+    for of in (*longs, *targets):
+        path = bench.factor_file(of)
+        if not path.exists() and claim(bench.out, path.name):
+            bench.factors(of)
+
+
 def write_delta(bench: Bench, target: Target) -> None:
     """Write what the model, as it is now, differs by; under its own name once it is complete."""
     path = bench.target_file(target)

@@ -164,7 +164,8 @@ def repaired(case: Case, source: str, before: Make = whole) -> Change:
 
 def fitted(case: Case, source: str) -> Change:
     """The delta with a weight for each group of parameters, fitted on unlabelled prompts."""
-    return Change(*learned.fit(case, source))
+    delta, numbers = learned.fit(case, source)
+    return Change(delta, numbers=numbers)
 
 
 # ---- the groups ----------------------------------------------------------------------------------
@@ -199,11 +200,12 @@ GROUPS: dict[str, dict[str, Make]] = {
                 "orthogonal 32, right": partial(orthogonal, rank=32, side="right"),
                 "TIES 0.5": partial(ties, density=0.5), "DARE 0.5": partial(dare, density=0.5)},
     "learned": {"repair, own prompts": partial(repaired, source="own"),
-                "repair, other prompts": partial(repaired, source="other"),
                 "fit, own prompts": partial(fitted, source="own"),
-                "fit, other prompts": partial(fitted, source="other"),
                 "orthogonal 32 + repair, own prompts":
                     partial(repaired, source="own", before=partial(orthogonal, rank=32))},
+    "learned-other": {"repair, other prompts": partial(repaired, source="other"),
+                      "repair, no prompts": partial(repaired, source="none"),
+                      "fit, other prompts": partial(fitted, source="other")},
     "far": {"whole": whole, "RoPE alone": rope_alone,
             "orthogonal 32": partial(orthogonal, rank=32),
             "repair, own prompts": partial(repaired, source="own")},

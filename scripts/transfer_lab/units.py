@@ -70,8 +70,9 @@ def run_unit(bench: Bench, unit: Unit, clock: Clock) -> None:
     path = unit_path(bench.out, unit)
     found = read_unit(path) if path.exists() else {
         "schema": 1, "group": unit.group, "target": unit.target.name,
-        "skill": unit.target.skill, "steps": unit.target.steps, "long": unit.long,
+        "skill_name": unit.target.skill, "steps": unit.target.steps, "long": unit.long,
         "about": bench.about(), "rows": []}
+    path.parent.mkdir(exist_ok=True)
     done = {row["merge"] for row in found["rows"]}
     for name in unit_rows(unit):
         if name in done:
@@ -93,7 +94,9 @@ def run_unit(bench: Bench, unit: Unit, clock: Clock) -> None:
 def seconds_of(level: Level, group: str) -> float:
     """What a row is expected to take; the units' own preparation is spread over their rows."""
     far = sum((length / level.length) ** 2 for length in level.far) / 2
-    return level.row_seconds * {"learned": 5.0, "far": 1 + far}.get(group, 1.0)
+    learning = 5.0
+    return level.row_seconds * {"learned": learning, "learned-other": learning,
+                                "far": 1 + far}.get(group, 1.0)
 
 
 def lengths(level: Level, group: str) -> tuple[int, ...]:
