@@ -20,6 +20,7 @@ from extend.delta.pair import (
     is_vocabulary,
     open_pair,
 )
+from extend.delta.sample import write_sample
 from extend.errors import CompatibilityError, RecipeError
 from extend.manifest import Manifest
 from extend.output import atomic_directory, stamp_files
@@ -85,6 +86,7 @@ def extract(base: Path | str, tuned: Path | str, out: Path | str, *, rank: int |
             _take(found, linear, partial)
             found.write_adapter(partial, base_name=str(base))
             _write_vocabulary(partial, found)
+            write_sample(pair.base, pair.infos, partial)
             # Parts stay until here, so that what fails late has not lost them.
             found.describe(manifest.record, {**options, "seed": seed}).write(partial)
         summary = found.summary((partial / ADAPTER_WEIGHTS).stat().st_size)
