@@ -169,19 +169,21 @@ def roles(request: Request, method: MergekitMethod) -> tuple[list[str], str | No
 
 
 def _check_count(request: Request, method: MergekitMethod) -> None:
-    """Let mergekit judge the number of models, on the paths that it will be given."""
+    """Let mergekit judge the number of models, and that no two of them are one."""
     models, base = roles(request, method)
     if base is None and method.base == "required":
         raise RecipeError(f"{request.method} merges what models changed in their base; give --base")
-    paths = {TARGET: request.target, BASE: request.base, **request.longs}
+    # An adapter becomes a checkpoint of its own, so that its role is as good as a path.
+    paths = {TARGET: request.target, BASE: request.base, **request.longs,
+             **dict(zip(request.longs, map(Path, [*request.longs][:len(request.adapters)])))}
     ids = [str(paths[role].resolve()) for role in models]
     base_id = None if base is None else str(paths[base].resolve())
+    extra = [base_id] if base_id not in (None, *ids) else []
     try:
-        method.registered.validate_inputs(
-            [*ids, *([base_id] if base_id not in (None, *ids) else [])], base_id)
+        method.registered.validate_inputs([*ids, *extra], base_id)
     except ValueError as error:
-        raise RecipeError(f"{request.method} of {', '.join((*models, *([base] if base else [])))}: "
-                          f"{error}") from None
+        given = ", ".join(dict.fromkeys((*models, *([base] if base else []))))
+        raise RecipeError(f"{request.method} of {given}: {error}") from None
 
 
 def _check_models(request: Request, models: Mapping[str, Model], problems: Problems) -> None:
@@ -214,8 +216,8 @@ def _check_adapters(adapters: Sequence[Adapter], base: Model | None, problems: P
 
 
 def _rope_change(request: Request, models: Mapping[str, Model],
-                 adapters: Sequence[Adapter]) -> RopeChange:
-    """The change that all long models made; there is no RoPE between two of them."""
+                 adapters: Sequence[Adapter]) -> RopeChange | None:
+    """The change that all long models made, None without any; two RoPEs have none between them."""
     if request.rope_from is not None and all(a.sidecar is not None for a in adapters):
         raise RecipeError(f"rope_from is {request.rope_from}, but every long model says which RoPE "
                           "it has; leave rope_from out")
@@ -225,7 +227,7 @@ def _rope_change(request: Request, models: Mapping[str, Model],
     if "tuned" in models:
         changes[str(request.tuned)] = RopeChange.between(target, models["tuned"].config)
     if not changes:
-        raise CompatibilityError("no long model could be opened, so the RoPE is not known")
+        return None
     (first, change), *others = changes.items()
     for label, other in others:
         for key in ("after", "max_position_embeddings_after"):

@@ -194,33 +194,32 @@ def _check_weights(method: MergekitMethod, options: Mapping[str, Any], longs: Se
 
 def _check_value(method: MergekitMethod, key: str, definition: Any, value: Any) -> None:
     """Refuse what mergekit would refuse later, or take for something else without a word."""
-    for scalar in _scalars(value):
+    where = f"{PREFIX}{method.name}: option {key}"
+    for scalar in _scalars(value, where):
         try:
             number = definition.validate(scalar)
         except ValueError as error:
             reason = error.errors()[0]["msg"] if hasattr(error, "errors") else str(error)
-            raise RecipeError(f"{PREFIX}{method.name}: option {key} is {scalar!r}; "
-                              f"{reason}") from None
+            raise RecipeError(f"{where} is {scalar!r}; {reason}") from None
         if isinstance(number, float) and not math.isfinite(number):
-            raise RecipeError(f"{PREFIX}{method.name}: option {key} is {scalar!r}; give a finite "
-                              "number")
+            raise RecipeError(f"{where} is {scalar!r}; give a finite number")
         if definition.name == "density" and not 0 < number <= 1:
-            raise RecipeError(f"{PREFIX}{method.name}: option {key} is {scalar!r}; it is the "
-                              "fraction to keep, above 0 and at most 1")
+            raise RecipeError(f"{where} is {scalar!r}; it is the fraction to keep, above 0 and at "
+                              "most 1")
 
 
-def _scalars(setting: Any) -> Iterator[Any]:
+def _scalars(setting: Any, where: str) -> Iterator[Any]:
     """Every value in a setting: itself, of a list over the layers, or of filtered entries."""
     if isinstance(setting, Mapping):
         if not {"value"} <= set(setting) <= {"value", "filter"}:
-            raise RecipeError(f"a setting for some tensors is a mapping with value and filter; it "
-                              f"has {', '.join(map(str, setting)) or 'no keys'}")
-        yield from _scalars(setting["value"])
+            raise RecipeError(f"{where} holds a mapping with {', '.join(map(str, setting))}; an "
+                              "entry for some tensors has filter and value")
+        yield from _scalars(setting["value"], where)
     elif isinstance(setting, list):
         if not setting:
-            raise RecipeError("a list over the layers is empty; give at least one value")
+            raise RecipeError(f"{where} is an empty list; give a value for each part of the layers")
         for item in setting:
-            yield from _scalars(item)
+            yield from _scalars(item, where)
     else:
         yield setting
 
