@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1] / "extend"
 LAYERS = [
     {"errors"},
-    {"registry", "model_config", "documents", "options", "output", "tokenizer"},
-    {"checkpoint", "haystack"},
+    {"registry", "model_config", "documents", "options", "output"},
+    {"checkpoint", "haystack", "tokenizer"},
     {"manifest"},
     {"adapter_format"},
     {"delta"},
