@@ -87,7 +87,8 @@ def merge(adapter: Paths, target: Path | str, out: Path | str, *, weight: Weight
         log.info("%s", line)
     with atomic_directory(out, overwrite=overwrite, inputs=request.inputs(),
                           mark=_mark(request, device)) as partial:
-        manifest = Manifest("merge", request.inputs(), request.settings())
+        manifest = Manifest("merge", request.inputs(), request.settings(),
+                            getattr(plan.method, "seed", None))
         _write_weights(partial, plan, device)
         write_json(partial / "config.json", _config(plan.config.raw, plan.change, dtype))
         copy_side_files(plan.files.directory, partial,

@@ -4,7 +4,7 @@ The drift of a target is target - base: what its own fine-tuning did. A delta of
 collides with it costs the target its skill; the methods here give way where the target moved.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from extend.errors import RecipeError
 
 Pairs = Iterable[tuple[torch.Tensor, torch.Tensor]]
+MERGEKIT_PREFIX = "mergekit:"
 _STEEPNESS = 12.0
 
 
@@ -25,6 +26,16 @@ class Method:
 
     needs_base = False
     by_rows = True
+
+    def settle(self, weights: Sequence[float], *, layered: bool) -> None:
+        """Take the weights of the deltas, before anything is read.
+
+        Args:
+            layered: whether there are weights for single parameters, too.
+
+        Raises:
+            RecipeError: the method cannot combine so many deltas, or has no such weights.
+        """
 
     def measure(self, name: str, pairs: Pairs) -> None:
         """Look at a parameter before it is adjusted in blocks.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from extend.errors import RecipeError
-from extend.merge.methods import METHODS, Method
+from extend.merge.methods import MERGEKIT_PREFIX, METHODS, Method
 from extend.registry import check_options, lookup
 
 Paths = Path | str | Sequence[Path | str] | None
@@ -77,6 +77,7 @@ class Request:
         if made.needs_base and self.base is None:
             raise RecipeError(f"method {self.method} looks at what the target's own tuning "
                               "changed; give --base, the model that the target was tuned from")
+        made.settle(self.weights, layered=self.layer_weights is not None)
         return made
 
     def inputs(self) -> dict[str, Path]:
@@ -109,6 +110,10 @@ def make_method(name: str, options: Mapping[str, Any]) -> Method:
     Raises:
         RecipeError: no such method, or an option that it does not take.
     """
+    if name.startswith(MERGEKIT_PREFIX):
+        from extend.merge.mergekit import Mergekit
+
+        return Mergekit(name, options)
     found = lookup(METHODS, name, "method")
     check_options(found.__init__, options, f"method {name}")
     return found(**options)
