@@ -1,8 +1,7 @@
 """A base model with an adapter added in memory, as `extend merge` would write it."""
 
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from extend.adapter_format.peft_files import Adapter
 from extend.adapter_format.sidecar import ModelIdentity, parameter_infos
@@ -10,7 +9,6 @@ from extend.checkpoint import Checkpoint
 from extend.delta.sources import AdapterDelta
 from extend.errors import CompatibilityError
 from extend.model_config import ModelConfig, parse_config, read_config
-from extend.output import write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,15 +34,6 @@ def adapted_config(model: Path | str, adapter: Path | str | None) -> ModelConfig
                                  f"{'; '.join(problems)}; give the base it was extracted from or a "
                                  "fine-tune of it")
     return parse_config(sidecar.rope.apply(config.raw), config.path)
-
-
-def load_hf_config(config: ModelConfig) -> Any:
-    """The transformers config of a `ModelConfig`, whose keys may differ from the file's."""
-    from transformers import AutoConfig
-
-    with tempfile.TemporaryDirectory() as directory:
-        write_json(Path(directory) / "config.json", dict(config.raw))
-        return AutoConfig.from_pretrained(directory, local_files_only=True)
 
 
 def add_adapter(model: "PreTrainedModel", directory: Path | str) -> None:

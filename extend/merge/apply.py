@@ -15,8 +15,8 @@ from extend.adapter_format.sidecar import RopeChange
 from extend.checkpoint import copy_side_files, write_checkpoint
 from extend.errors import RecipeError
 from extend.manifest import Manifest, versions
+from extend.merge.dry_run import preview
 from extend.merge.prepare import Plan, Problems, prepare
-from extend.merge.preview import preview
 from extend.merge.request import Paths, Request, Weights
 from extend.merge.total import Total
 from extend.output import atomic_directory, stamp_files, write_json

@@ -2,16 +2,21 @@
 
 The drift of a target is target - base: what its own fine-tuning did. A delta of another model that
 collides with it costs the target its skill; the methods here give way where the target moved.
+
+Importing this imports no torch, so that recipes can be checked without it.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Literal
-
-import torch
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 from extend.errors import RecipeError
+from extend.registry import check_options, lookup
 
-Pairs = Iterable[tuple[torch.Tensor, torch.Tensor]]
+if TYPE_CHECKING:
+    import torch
+
+    Pairs = Iterable[tuple[torch.Tensor, torch.Tensor]]
+
 MERGEKIT_PREFIX = "mergekit:"
 _STEEPNESS = 12.0
 
@@ -37,15 +42,15 @@ class Method:
             RecipeError: the method cannot combine so many deltas, or has no such weights.
         """
 
-    def measure(self, name: str, pairs: Pairs) -> None:
+    def measure(self, name: str, pairs: "Pairs") -> None:
         """Look at a parameter before it is adjusted in blocks.
 
         Args:
             pairs: (target, base) of every block of rows, fp32.
         """
 
-    def adjust(self, name: str, delta: torch.Tensor, target: torch.Tensor,
-               base: torch.Tensor | None) -> torch.Tensor:
+    def adjust(self, name: str, delta: "torch.Tensor", target: "torch.Tensor",
+               base: "torch.Tensor | None") -> "torch.Tensor":
         """The delta to add to the target, to be scaled by the merge's weights.
 
         Args:
@@ -72,12 +77,14 @@ class DriftAware(Method):
     def __init__(self) -> None:
         self._largest: dict[str, float] = {}
 
-    def measure(self, name: str, pairs: Pairs) -> None:
+    def measure(self, name: str, pairs: "Pairs") -> None:
         self._largest[name] = max((float((t - b).abs().max()) for t, b in pairs if t.numel()),
                                   default=0.0)
 
-    def adjust(self, name: str, delta: torch.Tensor, target: torch.Tensor,
-               base: torch.Tensor | None) -> torch.Tensor:
+    def adjust(self, name: str, delta: "torch.Tensor", target: "torch.Tensor",
+               base: "torch.Tensor | None") -> "torch.Tensor":
+        import torch
+
         drift = (target - base).abs_()
         largest = self._largest.get(name)
         if largest is None:
@@ -120,8 +127,10 @@ class Orthogonal(Method):
             raise RecipeError(f"orthogonal: side is {side!r}; choose one of both, left, right")
         self.rank, self.energy, self.side = rank, energy, side
 
-    def adjust(self, name: str, delta: torch.Tensor, target: torch.Tensor,
-               base: torch.Tensor | None) -> torch.Tensor:
+    def adjust(self, name: str, delta: "torch.Tensor", target: "torch.Tensor",
+               base: "torch.Tensor | None") -> "torch.Tensor":
+        import torch
+
         if delta.dim() != 2:
             return delta
         drift = target - base
@@ -136,7 +145,7 @@ class Orthogonal(Method):
             delta = delta - (delta @ vt.T) @ vt
         return delta
 
-    def _count(self, values: torch.Tensor) -> int:
+    def _count(self, values: "torch.Tensor") -> int:
         if self.rank is not None:
             return min(self.rank, int((values > 0).sum()))
         squares = values.double().square().cumsum(0)
@@ -145,3 +154,18 @@ class Orthogonal(Method):
 
 METHODS: dict[str, type[Method]] = {
     "add": Method, "drift-aware": DriftAware, "orthogonal": Orthogonal}
+
+
+def make_method(name: str, options: Mapping[str, Any]) -> Method:
+    """One of `METHODS`, or of mergekit's as `mergekit:NAME`, with its options.
+
+    Raises:
+        RecipeError: no such method, or an option that it does not take.
+    """
+    if name.startswith(MERGEKIT_PREFIX):
+        from extend.merge.mergekit import Mergekit
+
+        return Mergekit(name, options)
+    found = lookup(METHODS, name, "method")
+    check_options(found.__init__, options, f"method {name}")
+    return found(**options)

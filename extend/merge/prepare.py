@@ -134,15 +134,17 @@ def prepare(request: Request, problems: Problems) -> Plan:
     attempt(request.check)
     plan.method = attempt(request.make_method) or Method()
     plan.layer_weights = attempt(lambda: LayerWeights(request.layer_weights)) or LayerWeights(None)
-    _open_target(request, plan, problems)
     if request.base is not None:
         plan.base = attempt(lambda: BaseModel.open(request.base, headers_only=problems.collect))
-        _check_base(request, plan, problems)
     sources = _open_sources(request, plan.base, attempt)
+    _open_target(request, plan, problems)
     if plan.config is not None:
         plan.change = attempt(lambda: context_change([source for source, _ in sources],
                                                      plan.config, request.rope_from))
+    _check_base(request, plan, problems)
     plan.terms = [_fit(source, weight, request, plan, problems) for source, weight in sources]
+    problems.add(dtype_problems(plan.infos), "the merge", request.target,
+                 "Dequantize the model first and give that checkpoint")
     names = {name for term in plan.terms for name in term.source.names}
     if names and len(plan.terms) == len(request.weights):
         attempt(lambda: plan.layer_weights.check(names))
@@ -161,8 +163,6 @@ def _open_target(request: Request, plan: Plan, problems: Problems) -> None:
         plan.infos = parameter_infos(plan.config, plan.files, headers_only=headers_only)
         plan.head = tied_copy(plan.config, plan.files, headers_only=headers_only)
         plan.written = announce(plan.files, plan.infos, dtype, plan.head)
-    problems.add(dtype_problems(plan.infos), "the merge", request.target,
-                 "Dequantize the model first and give that checkpoint")
 
 
 def _check_base(request: Request, plan: Plan, problems: Problems) -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from extend.errors import RecipeError
-from extend.merge.methods import MERGEKIT_PREFIX, METHODS, Method
-from extend.registry import check_options, lookup
+from extend.merge.methods import Method, make_method
 
 Paths = Path | str | Sequence[Path | str] | None
 Weights = float | Sequence[float]
@@ -102,21 +101,6 @@ class Request:
                 "method": self.method, "options": dict(self.options),
                 "layer_weights": None if from_file else self.layer_weights,
                 "sidecar": self.sidecar, "dtype": self.dtype}
-
-
-def make_method(name: str, options: Mapping[str, Any]) -> Method:
-    """One of `METHODS` with its options.
-
-    Raises:
-        RecipeError: no such method, or an option that it does not take.
-    """
-    if name.startswith(MERGEKIT_PREFIX):
-        from extend.merge.mergekit import Mergekit
-
-        return Mergekit(name, options)
-    found = lookup(METHODS, name, "method")
-    check_options(found.__init__, options, f"method {name}")
-    return found(**options)
 
 
 def _path(path: Path | str | None) -> Path | None:
