@@ -10,15 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from extend.checkpoint import Checkpoint
+from extend.cli import main
 from extend.errors import CheckpointError, CompatibilityError, ExtendError, RecipeError
 from extend.merge import merge, preview
 from extend.merge.mergekit import Mergekit, load_methods
 from extend.merge.methods import Method
 from extend.model_config import read_config
+from extend.recipe import load_recipe
 from tests.adapter_format.tiny_models import LONG, LONG_THETA, SIZES, Models, build, move, save
 
 # bf16 has 8 significant bits; the last may fall otherwise when fp32 sums run in another order.
@@ -177,7 +180,9 @@ def test_random_methods_repeat_by_seed(llama, tmp_path):
             "density": 0.5, "target.density": 1.0, "rescale": False, "seed": seed})
     first, again, other = dare("a", 7), dare("bb", 7), dare("c", 8)
     assert (first / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
-    assert json.loads((first / "manifest.json").read_text())["seed"] == 7
+    manifest = json.loads((first / "manifest.json").read_text())
+    assert (manifest["seed"], manifest["results"]["device"]) == (
+        7, "cuda" if torch.cuda.is_available() else "cpu")
     base, target, tuned = (tensors(d) for d in (
         llama.models.base, llama.models.target, llama.models.tuned))
     added = {d: torch.cat([(x - target[name]).flatten() for name, x in tensors(d).items()])
@@ -188,6 +193,9 @@ def test_random_methods_repeat_by_seed(llama, tmp_path):
     # Of more than 60000 elements, half: the share has a standard deviation of at most 0.002.
     assert delta.numel() > 60000 and abs(float(kept.float().mean()) - 0.5) < 0.01
     assert float((kept == (added[other].abs() > 1e-6)).float().mean()) < 0.51
+    up, gate = ((tensors(first)[name] - target[name]).abs() > 1e-6 for name in (
+        "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.gate_proj.weight"))
+    assert float((up == gate).float().mean()) < 0.53  # tensors of one shape draw apart
 
 
 def test_shards_do_not_decide_what_is_dropped(llama, tmp_path):
@@ -363,3 +371,39 @@ def test_preview_announces_what_is_written(llama, tmp_path):
     assert {info.name: info for info in found.tensors} == Checkpoint(llama.models.target).infos
     assert found.change.max_position_embeddings_after == LONG
     assert found.raw_tensors == len(found.tensors)
+
+
+def test_command_line(llama, tmp_path):
+    """Options of the command line arrive as those of Python do."""
+    models, options = llama.models, ["density=0.3", "target.density=0.8", "normalize=false",
+                                     "long.weight=[0.25, 0.75]"]
+    arguments = ["merge", "--adapter", llama.full, "--base", models.base, "--target",
+                 models.target, "--method", "mergekit:ties", "--out", tmp_path / "cli", "--json",
+                 *(word for pair in options for word in ("-o", pair))]
+    done = CliRunner().invoke(main, list(map(str, arguments)))
+    assert done.exit_code == 0, done.output
+    out = by_mergekit(models, "ties", tmp_path / "out", adapter=llama.full, tuned=None, options={
+        "density": 0.3, "target.density": 0.8, "normalize": False, "long.weight": [0.25, 0.75]})
+    torch.testing.assert_close(tensors(tmp_path / "cli"), tensors(out), rtol=0, atol=0)
+    wrong = CliRunner().invoke(main, [*map(str, arguments), "--dry-run", "-o", "densty=1"])
+    assert wrong.exit_code == 1
+    assert "did you mean 'density'?" in wrong.stderr
+
+
+def test_recipe_is_checked_before_anything_runs(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("""
+stages:
+  - name: merged
+    stage: merge
+    adapter: adapter
+    base: base
+    target: target
+    method: mergekit:ties
+    options:
+      densty: 0.5
+""")
+    with pytest.raises(RecipeError, match=r"recipe.yaml:8: .*unknown option 'densty'"):
+        load_recipe(recipe, check_files=False)
+    recipe.write_text(recipe.read_text().replace("densty: 0.5", "long2.density: [0.5, 5e-1]"))
+    assert load_recipe(recipe, check_files=False).stages[0].options.method == "mergekit:ties"
