@@ -28,6 +28,7 @@ from extend.errors import CompatibilityError
 from extend.model_config import ModelConfig, read_config
 from extend.tokenizer import read_vocabulary
 
+_SAME_FRAC = 0.02  # of a norm; factors rounded to bf16 differ by less than half of it
 Rows = slice | EllipsisType
 RowsDelta = Callable[[Rows], torch.Tensor]
 """Rows of a parameter -> their fp32 delta, a tensor of its own that the caller may write to."""
@@ -128,6 +129,10 @@ class AdapterDelta:
     def _is_tied_head(self, name: str) -> bool:
         return bool(name == HEAD_NAME and self.base and self.base.config.tie_word_embeddings)
 
+    def _repeats_embedding(self, module: str) -> bool:
+        """Whether factors of a tied head stand beside those of the embedding, as mergekit's do."""
+        return self._is_tied_head(f"{module}.weight") and bool(self.adapter.embeddings)
+
     @property
     def label(self) -> str:
         return str(self.adapter.directory)
@@ -135,7 +140,8 @@ class AdapterDelta:
     @cached_property
     def lora_names(self) -> frozenset[str]:
         """The linear weights that get a product of factors."""
-        return frozenset(f"{module}.weight" for module in self.adapter.modules)
+        return frozenset(f"{module}.weight" for module in self.adapter.modules
+                         if not self._repeats_embedding(module))
 
     @cached_property
     def beside(self) -> frozenset[str]:
@@ -184,11 +190,27 @@ class AdapterDelta:
         if name in adapter.embeddings:
             scaling = adapter.embeddings[name].scaling
             lora_a, lora_b = (x.to(device) for x in adapter.read_embedding_factors(name))
+            self._check_tied_factors(lora_a, lora_b)
             return lambda rows: (lora_a.T[rows] @ lora_b.T).mul_(scaling)
         if name in adapter.absolutes:
             return self._read_absolute(name, device)
         whole = adapter.read_bias(name) if name in adapter.biases else adapter.read_side_delta(name)
         return lambda rows: whole[rows].to(device, torch.float32, copy=True)
+
+    def _check_tied_factors(self, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
+        """Factors of a tied head must make the embedding's delta, lora_a^T lora_b^T, again."""
+        head = HEAD_NAME.removesuffix(".weight")
+        if head not in self.adapter.modules or not self._repeats_embedding(head):
+            return
+        head_a, head_b = (x.to(lora_a.device) for x in self.adapter.read_factors(head))
+        own = float(((lora_a @ lora_a.T) * (lora_b.T @ lora_b)).sum())
+        other = float(((head_a @ head_a.T) * (head_b.T @ head_b)).sum())
+        both = float(((lora_a @ head_b) * (head_a @ lora_b).T).sum())
+        if own + other - 2 * both > _SAME_FRAC ** 2 * max(own, other):
+            raise CompatibilityError(
+                f"{self.adapter.directory}: the factors of lm_head and of the embedding make "
+                "different deltas, but the base ties the two; give the base that the adapter was "
+                "made from")
 
     def _read_absolute(self, name: str, device: str) -> RowsDelta:
         whole = self.adapter.read_absolute(name)
