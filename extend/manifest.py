@@ -27,7 +27,7 @@ from extend.output import FINISHED_NAME, finished_files, write_json
 MANIFEST_NAME = "manifest.json"
 METRICS_NAME = "metrics.jsonl"
 _MOST_HASHERS = 8
-_PACKAGES = ("torch", "transformers", "peft", "safetensors", "accelerate")
+_PACKAGES = ("torch", "transformers", "peft", "safetensors", "accelerate", "mergekit")
 
 
 def hash_file(path: Path) -> str:

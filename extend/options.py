@@ -243,9 +243,9 @@ class MergeOptions(Options):
     """A long model; tuned - base is added, with no LoRA between."""
     base: InputPath | None = None
     method: str = "add"
-    """A member of `extend.merge.METHODS`."""
+    """A member of `extend.merge.METHODS`, or one of mergekit's, such as `mergekit:ties`."""
     options: dict[str, Annotated[Any, BeforeValidator(parse_number)]] = {}
-    """Keyword-only parameters of the method."""
+    """Keyword-only parameters of the method; of mergekit's also `target.NAME`, `long.NAME`."""
     layer_weights: Number | list[Number] | dict[str, Number] | InputPath | None = None
     """A number, a list laid over the layers, name or expression -> number, or a JSON file."""
     sidecar: bool = True

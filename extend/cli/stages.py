@@ -123,8 +123,11 @@ def extract(base, tuned, rank, energy, adapter_bytes, exact, no_embeddings, dtyp
               help="Factor of the deltas, 1 by default; or one for each adapter, in order, and "
                    "then one for TUNED - BASE.")
 @click.option("--method", default="add", show_default=True,
-              help="How a delta is fitted to the target: add, drift-aware, orthogonal.")
-@click.option("-o", "--option", multiple=True, metavar="KEY=VALUE", help="Option of the method.")
+              help="How a delta is fitted to the target: add, drift-aware, orthogonal; or one of "
+                   "mergekit's, such as mergekit:ties, mergekit:della, mergekit:slerp.")
+@click.option("-o", "--option", multiple=True, metavar="KEY=VALUE",
+              help="Option of the method; of mergekit's also for one model, as in "
+                   "target.density=1, and seed=7.")
 @click.option("--layer-weights", metavar="FILE|LIST", default=None,
               help="Factors of single parameters: a JSON file, or numbers laid over the layers, "
                    "as in 0,0.5,1.")
@@ -147,6 +150,8 @@ def merge(adapter, target, weight, option, layer_weights, no_sidecar, device, dr
     extend merge --adapter ./adapter --target ./my-finetune --out ./my-finetune-128k
     extend merge --base ./llama --tuned ./llama-128k --target ./my-finetune \\
         --method orthogonal -o rank=16 --out ./my-finetune-128k
+    extend merge --base ./llama --adapter ./adapter --target ./my-finetune \\
+        --method mergekit:ties -o density=0.5 -o target.density=1 --out ./my-finetune-128k
     """
     from extend.merge import merge as stage
     from extend.merge import preview

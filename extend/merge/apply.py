@@ -52,7 +52,9 @@ def merge(adapter: Paths, target: Path | str, out: Path | str, *, weight: Weight
         tuned: a long model, of which tuned - base is added whole; needs `base`.
         base: the model that all started from. Also for methods that look at what the target
             changed, and for adapters with whole values, such as mergekit's.
-        method: how a delta is fitted to the target, in `extend.merge.methods.METHODS`.
+        method: how a delta is fitted to the target, in `extend.merge.methods.METHODS`; or a method
+            of mergekit, as `mergekit:ties` (see `extend.merge.mergekit.Mergekit`), which needs
+            `base`.
         options: of the method.
         layer_weights: factors of single parameters, see `LayerWeights`.
         sidecar: False leaves the deltas of norms, biases and embeddings out.
@@ -90,12 +92,13 @@ def merge(adapter: Paths, target: Path | str, out: Path | str, *, weight: Weight
         log.info("%s", line)
     with atomic_directory(out, overwrite=overwrite, inputs=request.inputs(),
                           mark=_mark(request, device)) as partial:
-        manifest = Manifest("merge", request.inputs(), request.settings())
+        manifest = Manifest("merge", request.inputs(), request.settings(),
+                            getattr(plan.method, "seed", None))
         _write_weights(partial, plan, device)
         write_json(partial / "config.json", _config(plan.config.raw, plan.change, dtype))
         copy_side_files(plan.files.directory, partial,
                         max_len=plan.change.max_position_embeddings_after)
-        summary = _summary(plan)
+        summary = {**_summary(plan), "device": device}
         manifest.write(partial, **summary, lineage=related)
     log.info("merged %(modules)d modules, %(sidecar_tensors)d sidecar tensors and %(raw_tensors)d "
              "differences into %(tensors)d tensors; context %(max_position_embeddings)d tokens",

@@ -6,7 +6,7 @@ collides with it costs the target its skill; the methods here give way where the
 Importing this imports no torch, so that recipes can be checked without it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from extend.errors import RecipeError
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     Pairs = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
+MERGEKIT_PREFIX = "mergekit:"
 _STEEPNESS = 12.0
 
 
@@ -30,6 +31,16 @@ class Method:
 
     needs_base = False
     by_rows = True
+
+    def settle(self, weights: Sequence[float], *, layered: bool) -> None:
+        """Take the weights of the deltas, before anything is read.
+
+        Args:
+            layered: whether there are weights for single parameters, too.
+
+        Raises:
+            RecipeError: the method cannot combine so many deltas, or has no such weights.
+        """
 
     def measure(self, name: str, pairs: "Pairs") -> None:
         """Look at a parameter before it is adjusted in blocks.
@@ -147,11 +158,15 @@ METHODS: dict[str, type[Method]] = {
 
 
 def make_method(name: str, options: Mapping[str, Any]) -> Method:
-    """One of `METHODS` with its options.
+    """One of `METHODS`, or of mergekit's as `mergekit:NAME`, with its options.
 
     Raises:
         RecipeError: no such method, or an option that it does not take.
     """
+    if name.startswith(MERGEKIT_PREFIX):
+        from extend.merge.mergekit import Mergekit
+
+        return Mergekit(name, options)
     found = lookup(METHODS, name, "method")
     check_options(found.__init__, options, f"method {name}")
     return found(**options)

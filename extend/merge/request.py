@@ -74,8 +74,9 @@ class Request:
         """
         made = make_method(self.method, self.options)
         if made.needs_base and self.base is None:
-            raise RecipeError(f"method {self.method} looks at what the target's own tuning "
-                              "changed; give --base, the model that the target was tuned from")
+            raise RecipeError(f"method {self.method} needs the model that the target and the long "
+                              "model were tuned from; give --base")
+        made.settle(self.weights, layered=self.layer_weights is not None)
         return made
 
     def inputs(self) -> dict[str, Path]:

@@ -9,10 +9,11 @@ import torch
 from extend.adapter_format.sidecar import HEAD_NAME
 from extend.checkpoint import StoredTensor, TensorInfo, torch_dtype
 from extend.delta.pair import is_vocabulary, layer_of
-from extend.delta.sources import Rows, RowsDelta
+from extend.delta.sources import ModelDelta, Rows, RowsDelta
 from extend.errors import CheckpointError
+from extend.merge.mergekit import Mergekit
 from extend.merge.methods import Method
-from extend.merge.prepare import Plan
+from extend.merge.prepare import Plan, Term
 
 _BLOCK_BYTES = 2**24  # fp32 scratch per block of rows; small enough to stay in a CPU's caches
 
@@ -39,15 +40,40 @@ class Total:
         """
         source = self.plan.head if name == HEAD_NAME and self.plan.head else name
         target, dtype = self.plan.files.stored(source), torch_dtype(self.written[name].dtype)
+        if isinstance(self.plan.method, Mergekit):
+            yield self._checked(name, self._whole(source, target).to(dtype))
+            return
         delta = self._delta(source, target)
         for rows in self._blocks(source, target.info):
             block = target[rows]
             merged = block.to(dtype) if delta is None else _add(
                 block.to(self.device), delta(rows, block), dtype)
-            if not _is_finite(merged):
-                raise CheckpointError(f"tensor {name} holds infinite or NaN values once merged as "
-                                      f"{dtype}; check the target, or give --dtype bf16 or fp32")
-            yield merged.cpu()
+            yield self._checked(name, merged)
+
+    def _checked(self, name: str, merged: torch.Tensor) -> torch.Tensor:
+        if not _is_finite(merged):
+            raise CheckpointError(f"tensor {name} holds infinite or NaN values once merged as "
+                                  f"{merged.dtype}; check the target, or give --dtype bf16 or fp32")
+        return merged.cpu()
+
+    def _whole(self, name: str, target: StoredTensor) -> torch.Tensor:
+        """What a method makes of whole models: the target, its base, and base + each delta."""
+        mine, base = self._read_base(name)(..., target[...])
+        longs = [self._read_long(term, name, base) for term in self.plan.terms]
+        layers = self.plan.config.num_layers
+        return self.plan.method.merge(name, mine, base, longs, num_layers=layers,
+                                      factor=self.plan.layer_weights.weight_of(name, layers))
+
+    def _read_long(self, term: Term, name: str, base: torch.Tensor) -> torch.Tensor:
+        """base + a delta, fp32; a long model itself is read as it is stored."""
+        if not term.weight or name not in term.source.names:
+            return base
+        mapped = term.vocabulary is not None and is_vocabulary(name)
+        if isinstance(term.source, ModelDelta) and not mapped:
+            stored = term.source.pair.tuned.stored(name)
+            return stored[...].to(self.device, torch.float32)
+        read = term.source.read(name, self.device)
+        return (term.vocabulary.apply(read) if mapped else read)(...).to(self.device).add_(base)
 
     def _delta(self, name: str, target: StoredTensor
                ) -> Callable[[Rows, torch.Tensor], torch.Tensor] | None:
