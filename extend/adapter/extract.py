@@ -11,10 +11,20 @@ from extend.adapter.parts import Parts, fingerprint
 from extend.adapter.rank import FLOATS_OF_32_BITS, LIMIT_32_BITS, RankRule
 from extend.adapter.workers import Workers, pick_devices
 from extend.adapter_format.peft_files import ADAPTER_WEIGHTS, stored_dtype
-from extend.delta.pair import ModelPair, in_layer_order, is_experts, is_linear, open_pair
+from extend.adapter_format.vocabulary import write_adapter_vocabulary
+from extend.delta.pair import (
+    ModelPair,
+    in_layer_order,
+    is_experts,
+    is_linear,
+    is_vocabulary,
+    open_pair,
+)
+from extend.delta.sample import write_sample
 from extend.errors import CompatibilityError, RecipeError
 from extend.manifest import Manifest
 from extend.output import atomic_directory, stamp_files
+from extend.tokenizer import read_vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -68,15 +78,16 @@ def extract(base: Path | str, tuned: Path | str, out: Path | str, *, rank: int |
     _check_rank(rank, pair, linear)
     _say_limit(rule, pair, linear)
     inputs = {"base": base, "tuned": tuned}
-    with atomic_directory(out, overwrite=overwrite) as partial:
+    with atomic_directory(out, overwrite=overwrite, inputs=inputs) as partial:
         manifest = Manifest("extract", inputs, options, seed)
         mark = fingerprint(stamp_files(inputs), options, seed, torch.device(devices[0]).type)
         with Parts(out, mark) as parts, Workers(devices) as workers:
             found = Extraction(pair, workers, store, embeddings, rule, parts)
             _take(found, linear, partial)
             found.write_adapter(partial, base_name=str(base))
-            # Parts stay until here, so that what fails late has not lost them.
-            found.describe(manifest.record, {**options, "seed": seed}).write(partial)
+        _write_vocabulary(partial, found)
+        write_sample(pair.base, pair.infos, partial)
+        found.describe(manifest.record, {**options, "seed": seed}).write(partial)
         summary = found.summary((partial / ADAPTER_WEIGHTS).stat().st_size)
         manifest.write(partial, **summary)
     log.info("adapter of %(modules)d modules, %(adapter_bytes)d bytes, mean residual "
@@ -94,6 +105,13 @@ def _take(found: Extraction, linear: list[str], partial: Path) -> None:
         written = background.submit(found.write_sidecar, partial)
         found.take_linear(linear)
         written.result()
+
+
+def _write_vocabulary(directory: Path, found: Extraction) -> None:
+    """The base's tokens, by which merge maps the rows of embedding deltas."""
+    tokens = read_vocabulary(found.pair.base.directory)
+    if tokens is not None and any(map(is_vocabulary, found.tensors)):
+        write_adapter_vocabulary(directory, tokens)
 
 
 def _say_limit(rule: RankRule, pair: ModelPair, linear: list[str]) -> None:
