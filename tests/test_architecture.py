@@ -10,9 +10,10 @@ import pytest
 ROOT = Path(__file__).parents[1] / "extend"
 LAYERS = [
     {"errors"},
-    {"registry", "model_config", "documents", "options", "output", "tokenizer"},
+    {"registry", "model_config", "documents", "options", "output", "page", "tokenizer"},
     {"checkpoint", "haystack"},
     {"manifest"},
+    {"results"},
     {"adapter_format"},
     {"delta"},
     {"ring", "rope"},

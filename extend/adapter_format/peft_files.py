@@ -89,6 +89,7 @@ class Adapter:
 
     Attributes:
         modules: module name (such as `model.layers.0.mlp.up_proj`) -> `LoraModule`.
+        dtypes: safetensors names of the dtypes that the factors are stored in.
         sidecar: None for an adapter that another program wrote.
 
     Raises:
@@ -102,6 +103,7 @@ class Adapter:
         _refuse_variants(self.config, self.directory / ADAPTER_CONFIG)
         self._weights = TensorFile(_find_weights(self.directory))
         self.modules = _pair_factors(self._weights, self.config)
+        self.dtypes = {info.dtype for info in self._weights.infos.values()}
         self.sidecar = read_sidecar(self.directory)
         self._side_weights: TensorFile | None = None
         if self.sidecar is not None:
@@ -232,11 +234,24 @@ def stream_adapter(directory: Path, modules: Sequence[LoraModule], dtype: str,
         read: `(module, "lora_A" or "lora_B")` -> the factor, in that dtype.
     """
     ranks = {module.name: module.rank for module in sorted(modules)}
+    stream_factors(directory, modules, dtype, read)
+    write_config(directory, peft_config(ranks, shorten(ranks, all_modules), base_name))
+
+
+def stream_factors(directory: Path, modules: Sequence[LoraModule], dtype: str,
+                   read: "Callable[[str, str], torch.Tensor]") -> None:
+    """Write `adapter_model.safetensors` alone; arguments as of `stream_adapter`.
+
+    `read` is asked for both factors of a module, lora_A first, before the next module's.
+    """
     infos = {info.name: (info, module.name, factor)
              for module in modules for factor, info in factor_infos(module, dtype).items()}
     write_safetensors(directory / ADAPTER_WEIGHTS, [infos[key][0] for key in sorted(infos)],
                       lambda key: read(*infos[key][1:]))
-    config = peft_config(ranks, shorten(ranks, all_modules), base_name)
+
+
+def write_config(directory: Path, config: Mapping[str, Any]) -> None:
+    """Write `adapter_config.json`."""
     (directory / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True),
                                             encoding="utf-8")
 
@@ -268,14 +283,19 @@ def peft_config(ranks: Mapping[str, int], target_modules: list[str],
     """The content of `adapter_config.json`, from PEFT's own class; alpha is the rank everywhere."""
     from peft import LoraConfig
 
-    largest = max(ranks.values())
-    smaller = {module: rank for module, rank in ranks.items() if rank < largest}
     config = LoraConfig(
-        r=largest, lora_alpha=largest, rank_pattern=smaller, alpha_pattern=dict(smaller),
-        target_modules=target_modules, bias="none", modules_to_save=None, task_type="CAUSAL_LM",
-        base_model_name_or_path=base_name, inference_mode=True).to_dict()
+        **rank_fields(ranks), target_modules=target_modules, bias="none", modules_to_save=None,
+        task_type="CAUSAL_LM", base_model_name_or_path=base_name, inference_mode=True).to_dict()
     # PEFT keeps the names as a set, whose order differs from process to process.
     return {**config, "peft_type": "LORA", "target_modules": target_modules}
+
+
+def rank_fields(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The entries of `adapter_config.json` that say ranks, for a scaling of 1 everywhere."""
+    largest = max(ranks.values())
+    smaller = {module: rank for module, rank in ranks.items() if rank < largest}
+    return {"r": largest, "lora_alpha": largest, "rank_pattern": smaller,
+            "alpha_pattern": dict(smaller), "use_rslora": False}
 
 
 def shorten(modules: Iterable[str], all_modules: Iterable[str]) -> list[str]:

@@ -5,16 +5,11 @@ import pytest
 
 from extend.errors import CheckpointError, RecipeError
 from extend.evaluate import report
-from extend.evaluate.comparison import (
-    TableRow,
-    format_length,
-    format_loss,
-    format_rate,
-    to_markdown,
-)
+from extend.evaluate.comparison import TableRow, format_loss, to_markdown
 from extend.evaluate.curve import read_curve
 from extend.evaluate.score import proportion
 from extend.evaluate.summary import summarize
+from extend.results import format_length, format_rate
 
 HOSTILE = '<script>alert("x")</script> & $x_1$ | `a`'
 VOID = {"meta", "br", "img", "link", "rect", "line", "polyline"}
