@@ -37,6 +37,15 @@ STORE_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<factor>lora_[AB])\.weight")
 
+# What PEFT writes for a plain LoRA of linear layers, ready for inference.
+_PLAIN_LORA: dict[str, Any] = {
+    "peft_type": "LORA", "task_type": "CAUSAL_LM", "auto_mapping": None, "revision": None,
+    "inference_mode": True, "lora_dropout": 0.0, "fan_in_fan_out": False, "bias": "none",
+    "use_rslora": False, "use_dora": False, "lora_bias": False, "modules_to_save": None,
+    "init_lora_weights": True,
+    "layers_to_transform": None, "layers_pattern": None, "layer_replication": None,
+    "megatron_config": None, "megatron_core": "megatron.core", "loftq_config": {}}
+
 # Config entries under which W + scaling * B A is not the adapted weight.
 _REFUSED = {
     "use_dora": "DoRA rescales every output row", "use_qalora": "QALoRA pools the inputs",
@@ -280,14 +289,13 @@ def header_bytes(modules: Iterable[LoraModule], dtype: str) -> int:
 
 def peft_config(ranks: Mapping[str, int], target_modules: list[str],
                 base_name: str) -> dict[str, Any]:
-    """The content of `adapter_config.json`, from PEFT's own class; alpha is the rank everywhere."""
-    from peft import LoraConfig
+    """The content of `adapter_config.json`; alpha is the rank everywhere.
 
-    config = LoraConfig(
-        **rank_fields(ranks), target_modules=target_modules, bias="none", modules_to_save=None,
-        task_type="CAUSAL_LM", base_model_name_or_path=base_name, inference_mode=True).to_dict()
-    # PEFT keeps the names as a set, whose order differs from process to process.
-    return {**config, "peft_type": "LORA", "target_modules": target_modules}
+    The keys are those that PEFT has written for years and that readers look for. PEFT itself fills
+    in the rest, and takes seconds to import, which is why its class is not asked here.
+    """
+    return {**_PLAIN_LORA, "base_model_name_or_path": base_name, "target_modules": target_modules,
+            **rank_fields(ranks)}
 
 
 def rank_fields(ranks: Mapping[str, int]) -> dict[str, Any]:
