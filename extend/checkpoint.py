@@ -12,7 +12,7 @@ import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 from extend.errors import CheckpointError
 from extend.model_config import read_json
@@ -205,13 +205,6 @@ class Checkpoint:
 
     def read(self, name: str) -> "torch.Tensor":
         """Read one tensor onto the CPU."""
-        return self._take(name, lambda file: file.get_tensor(name))
-
-    def read_rows(self, name: str, rows: slice) -> "torch.Tensor":
-        """Read some rows of a tensor, and no more of the file than these."""
-        return self._take(name, lambda file: file.get_slice(name)[rows])
-
-    def _take(self, name: str, take: "Callable[[Any], torch.Tensor]") -> "torch.Tensor":
         from safetensors import SafetensorError, safe_open
 
         if name not in self.infos:
@@ -220,7 +213,7 @@ class Checkpoint:
         try:
             if file not in self._open:
                 self._open[file] = safe_open(self.directory / file, framework="pt")
-            return take(self._open[file])
+            return self._open[file].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.directory / file}: tensor {name!r} cannot be read "
                                   f"({error})") from None

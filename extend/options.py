@@ -9,36 +9,15 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
+
+from extend.adapter_options import AdapterReportOptions, CutOptions, ExtractOptions
+from extend.option_types import FloatDtype, InputPath, Length, Number, Options, parse_number
 
 TASK_PATHS = ("haystack", "file", "text")  # options of evaluation tasks that name files
 STRATEGIES = {"auto": False, "ring": False, "all-gather": False, "ulysses": False, "usp": True,
               "double-ring": True}
 """How a ring computes attention: name -> whether a number may follow it, as in `usp:4`."""
-_UNITS = {"": 1, "k": 1024, "m": 1024 ** 2}
-
-
-def parse_length(value: Any) -> int:
-    """Read a length in tokens: an integer, or text such as `8192`, `128k`, `1m`.
-
-    Raises:
-        ValueError: anything else, or a length below 1.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", str(value).strip())
-    length = float(match[1]) * _UNITS[match[2].lower()] if match else 0
-    if isinstance(value, bool) or length < 1 or length != int(length):
-        raise ValueError(f"{value!r} is not a length in tokens; write 8192, 128k or 1m")
-    return int(length)
-
-
-def parse_number(value: Any) -> Any:
-    """Read `2.8e9` and `1e-5`, which YAML 1.1 takes for text, as numbers."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def parse_strategy(value: Any) -> str:
@@ -55,19 +34,6 @@ def parse_strategy(value: Any) -> str:
         known = ", ".join(f"{name}[:N]" if number else name for name, number in STRATEGIES.items())
         raise ValueError(f"{value!r} is no strategy; write one of {known}, where N is a number")
     return str(value)
-
-
-Length = Annotated[int, BeforeValidator(parse_length)]
-Number = Annotated[float, BeforeValidator(parse_number)]
-FloatDtype = Literal["float32", "bfloat16", "float16"]
-InputPath = Annotated[str, "input path"]
-"""A path, or in a recipe the name of an earlier stage; relative paths start at the recipe."""
-
-
-class Options(BaseModel):
-    """Base of all option models."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class RopeOptions(Options):
@@ -241,31 +207,6 @@ class TrainOptions(Options):
         return self
 
 
-class ExtractOptions(Options):
-    """extract: tuned - base as a LoRA adapter and a sidecar."""
-
-    base: InputPath
-    tuned: InputPath
-    rank: Annotated[int, Field(ge=1)] | None = None
-    energy: Annotated[Number, Field(gt=0, le=1)] | None = None
-    """Share of each matrix's squared norm to keep."""
-    adapter_bytes: Annotated[int, Field(ge=1)] | None = None
-    """Largest size of the adapter file. Without this, `rank` and `energy`, the noise rule."""
-    exact: bool = False
-    embeddings: bool = True
-    """Keep embedding and output head deltas in the sidecar."""
-    dtype: FloatDtype = "float32"
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def _one_criterion(self) -> "ExtractOptions":
-        given = {"rank": self.rank, "energy": self.energy, "adapter_bytes": self.adapter_bytes}
-        given = [f"{key} ({value})" for key, value in given.items() if value is not None]
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} exclude each other")
-        return self
-
-
 class MergeOptions(Options):
     """merge: an adapter into a fine-tune of the same base."""
 
@@ -304,6 +245,7 @@ class ReportOptions(Options):
 
 STAGES: dict[str, type[Options]] = {
     "rescale": RescaleOptions, "train": TrainOptions, "extract": ExtractOptions,
+    "cut": CutOptions, "adapter-report": AdapterReportOptions,
     "merge": MergeOptions, "eval": EvalOptions, "report": ReportOptions}
 
 

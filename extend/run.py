@@ -38,6 +38,18 @@ def _extract(options: Any, out: Path) -> Path:
     return extract(**options.model_dump(), out=out, overwrite=True)
 
 
+def _cut(options: Any, out: Path) -> Path:
+    from extend.adapter import cut
+
+    return cut(**options.model_dump(), out=out, overwrite=True)
+
+
+def _adapter_report(options: Any, out: Path) -> Path:
+    from extend.adapter import adapter_report
+
+    return adapter_report(**options.model_dump(), out=out, overwrite=True)
+
+
 def _merge(options: Any, out: Path) -> Path:
     from extend.merge import merge
 
@@ -58,7 +70,8 @@ def _report(options: Any, out: Path) -> Path:
 
 
 RUNNERS: dict[str, Callable[[Any, Path], Path]] = {
-    "rescale": _rescale, "train": _train, "extract": _extract, "merge": _merge, "eval": _eval,
+    "rescale": _rescale, "train": _train, "extract": _extract, "cut": _cut,
+    "adapter-report": _adapter_report, "merge": _merge, "eval": _eval,
     "report": _report}
 
 

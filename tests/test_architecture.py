@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).parents[1] / "extend"
 LAYERS = [
     {"errors"},
-    {"registry", "model_config", "documents", "options", "output", "page", "tokenizer"},
-    {"checkpoint", "haystack"},
-    {"manifest"},
+    {"registry", "model_config", "documents", "option_types", "output", "page", "tokenizer"},
+    {"checkpoint", "haystack", "adapter_options"},
+    {"manifest", "options"},
     {"results"},
     {"adapter_format"},
     {"delta"},

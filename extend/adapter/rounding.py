@@ -2,8 +2,11 @@
 
 from collections.abc import Iterator
 
+import torch
+
 from extend.checkpoint import Checkpoint, torch_dtype
 from extend.delta.lowrank import Product
+from extend.errors import CheckpointError
 
 _BLOCKS, _BLOCK_ROWS = 16, 16  # rows that are looked at; any two of them 1/16 of the matrix apart
 
@@ -29,8 +32,8 @@ def merge_loss(base: Checkpoint, name: str, product: Product, norm: float,
         return None
     stored = torch_dtype(dtype)
     total_rows, seen, squares = base.infos[name].shape[0], 0, 0.0
-    for rows in _sample(total_rows):
-        weight = base.read_rows(name, rows).to(stored).float()
+    for rows, read in _read_sample(base, name):
+        weight = read.to(stored).float()
         wanted = weight + product.lora_b[rows].float() @ product.lora_a.float()
         squares += float((wanted.to(stored).float() - wanted).double().square().sum())
         seen += weight.shape[0]
@@ -41,6 +44,20 @@ def merge_dtype(base: Checkpoint, name: str) -> str:
     """What a merged weight is stored in: the base's own 16 bits, or bfloat16."""
     own = base.infos[name].dtype
     return own if own in ("BF16", "F16") else "BF16"
+
+
+def _read_sample(base: Checkpoint, name: str) -> Iterator[tuple[slice, torch.Tensor]]:
+    """(rows, their values), with no more of the file read than these."""
+    from safetensors import SafetensorError, safe_open
+
+    path = base.directory / base.file_of[name]
+    try:
+        with safe_open(path, framework="pt") as file:
+            part = file.get_slice(name)
+            for rows in _sample(base.infos[name].shape[0]):
+                yield rows, part[rows]
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: tensor {name!r} cannot be read ({error})") from None
 
 
 def _sample(rows: int) -> Iterator[slice]:

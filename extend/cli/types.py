@@ -1,6 +1,6 @@
 """How arguments are read: lengths, lists, `key=value` pairs."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import click
@@ -10,7 +10,7 @@ class _LengthType(click.ParamType):
     name = "length"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        from extend.options import parse_length
+        from extend.option_types import parse_length
 
         try:
             return parse_length(value)
@@ -51,6 +51,21 @@ class NameType(click.ParamType):
 LENGTH = _LengthType()
 
 
+def parse_labels(items: Sequence[str], command: str) -> dict[str, str]:
+    """`LABEL=PATH` arguments as a dict.
+
+    Raises:
+        RecipeError: one of another form, or a label twice.
+    """
+    from extend.errors import RecipeError
+
+    labelled = dict(item.partition("=")[::2] for item in items)
+    if len(labelled) != len(items) or not all(labelled.values()):
+        raise RecipeError(f"{command}: write each result once as LABEL=PATH; given "
+                          + " ".join(items))
+    return labelled
+
+
 def parse_pairs(pairs: tuple[str, ...], reserved: Collection[str] = ()) -> dict[str, Any]:
     """`key=value` pairs as a dict; values that read as numbers or booleans become them.
 
@@ -64,7 +79,7 @@ def parse_pairs(pairs: tuple[str, ...], reserved: Collection[str] = ()) -> dict[
     import yaml
 
     from extend.errors import RecipeError
-    from extend.options import parse_number
+    from extend.option_types import parse_number
 
     found = {}
     for pair in pairs:

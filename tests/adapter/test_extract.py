@@ -25,7 +25,7 @@ from tests.adapter_format.tiny_models import (
 )
 
 FILES = {"adapter_config.json", "adapter_model.safetensors", "extend_sidecar.json",
-         "extend_sidecar.safetensors", "manifest.json"}
+         "extend_sidecar.safetensors", "manifest.json", "report.html", "report.json"}
 
 
 def read(path) -> dict:
