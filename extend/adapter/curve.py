@@ -43,9 +43,9 @@ class Spectra:
         names = list(reports)
         self._header = header_bytes
         self._cost = torch.tensor([element_bytes * sum(reports[n].shape) for n in names])
-        self._squared = torch.tensor([reports[n].delta_norm ** 2 for n in names]).double()
-        self._missing = self._squared * torch.tensor(
-            [reports[n].residual ** 2 for n in names]).double()
+        norms = torch.tensor([reports[n].delta_norm for n in names], dtype=torch.float64)
+        residuals = torch.tensor([reports[n].residual for n in names], dtype=torch.float64)
+        self._squared, self._missing = norms.square(), (norms * residuals).square()
         self.counts = torch.tensor([len(values[n]) for n in names])
         self._values = torch.zeros(len(names), int(self.counts.max()), dtype=torch.float64)
         for row, name in zip(self._values, names):
