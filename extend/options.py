@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from extend.adapter_options import AdapterReportOptions, CutOptions, ExtractOptions
 from extend.option_types import FloatDtype, InputPath, Length, Number, Options, parse_number
+from extend.transfer_options import FitOptions, RepairOptions
 
 TASK_PATHS = ("haystack", "file", "text")  # options of evaluation tasks that name files
 STRATEGIES = {"auto": False, "ring": False, "all-gather": False, "ulysses": False, "usp": True,
@@ -208,14 +209,32 @@ class TrainOptions(Options):
 
 
 class MergeOptions(Options):
-    """merge: an adapter into a fine-tune of the same base."""
+    """merge: adapters, or a long model's whole delta, into a fine-tune of the same base."""
 
-    adapter: InputPath
+    adapter: InputPath | list[InputPath] | None = None
     target: InputPath
-    weight: Number = 1.0
+    weight: Number | list[Number] = 1.0
+    """Of all deltas, or one for each adapter and then one for tuned - base."""
+    tuned: InputPath | None = None
+    """A long model; tuned - base is added, with no LoRA between."""
+    base: InputPath | None = None
+    method: str = "add"
+    """A member of `extend.merge.METHODS`."""
+    options: dict[str, Annotated[Any, BeforeValidator(parse_number)]] = {}
+    """Keyword-only parameters of the method."""
+    layer_weights: Number | list[Number] | dict[str, Number] | InputPath | None = None
+    """A number, a list laid over the layers, name or expression -> number, or a JSON file."""
     sidecar: bool = True
     rope_from: InputPath | None = None
     dtype: FloatDtype | None = None
+
+    @model_validator(mode="after")
+    def _some_delta(self) -> "MergeOptions":
+        if not self.adapter and self.tuned is None:
+            raise ValueError("there is nothing to merge; give adapter, or tuned and base")
+        if self.tuned is not None and self.base is None:
+            raise ValueError(f"tuned is {self.tuned} but there is no base to subtract from it")
+        return self
 
 
 class EvalOptions(Options):
@@ -245,8 +264,8 @@ class ReportOptions(Options):
 
 STAGES: dict[str, type[Options]] = {
     "rescale": RescaleOptions, "train": TrainOptions, "extract": ExtractOptions,
-    "cut": CutOptions, "adapter-report": AdapterReportOptions,
-    "merge": MergeOptions, "eval": EvalOptions, "report": ReportOptions}
+    "cut": CutOptions, "adapter-report": AdapterReportOptions, "merge": MergeOptions,
+    "fit": FitOptions, "repair": RepairOptions, "eval": EvalOptions, "report": ReportOptions}
 
 
 def _is_path(metadata: Sequence[Any]) -> bool:
@@ -261,10 +280,12 @@ def input_paths(options: BaseModel) -> Iterator[tuple[tuple[str | int, ...], str
         if isinstance(value, str) and text:
             yield (name,), value
         elif isinstance(value, dict) and text:
-            yield from (((name, key), item) for key, item in value.items())
+            yield from (((name, key), item) for key, item in value.items() if isinstance(item, str))
         elif isinstance(value, list):
             for i, item in enumerate(value):
-                if isinstance(item, BaseModel):
+                if isinstance(item, str) and text:
+                    yield (name, i), item
+                elif isinstance(item, BaseModel):
                     yield from (((name, i, *loc), v) for loc, v in input_paths(item))
                 elif isinstance(item, dict):
                     yield from (((name, i, key), item[key]) for key in TASK_PATHS if key in item)

@@ -10,14 +10,14 @@ import pytest
 ROOT = Path(__file__).parents[1] / "extend"
 LAYERS = [
     {"errors"},
-    {"registry", "model_config", "documents", "option_types", "output", "page", "tokenizer"},
-    {"checkpoint", "haystack", "adapter_options"},
-    {"manifest", "options"},
+    {"registry", "model_config", "documents", "option_types", "output", "page"},
+    {"checkpoint", "haystack", "tokenizer", "transfer_options", "adapter_options"},
+    {"manifest", "retrieval", "loading", "options"},
     {"results"},
     {"adapter_format"},
     {"delta"},
     {"ring", "rope"},
-    {"train", "adapter", "merge", "evaluate", "plan", "search", "doctor"},
+    {"train", "adapter", "merge", "transfer", "evaluate", "plan", "search", "doctor"},
     {"recipe"},
     {"run"},
     {"cli"},

@@ -23,7 +23,7 @@ from extend.adapter_format.peft_files import (
 from extend.adapter_format.sidecar import SIDECAR_JSON, ModuleReport
 from extend.checkpoint import DTYPE_BYTES, torch_dtype
 from extend.delta.lowrank import Product, product_values, squared_distance, truncate
-from extend.errors import CheckpointError, RecipeError
+from extend.errors import CheckpointError, CompatibilityError, RecipeError
 from extend.manifest import MANIFEST_NAME, Manifest
 from extend.output import atomic_directory, copy_or_link, require_apart
 from extend.registry import lookup
@@ -62,13 +62,14 @@ def cut(adapter: Path | str, out: Path | str, *, rank: int | None = None,
         RecipeError: none or several sizes, one out of range, or a rank above every module's.
         CheckpointError: a file is missing or damaged, factors that are not finite or overflow
             their dtype, or `out` cannot be written.
-        CompatibilityError: not a plain LoRA adapter.
+        CompatibilityError: not a plain LoRA adapter, or one that holds more than linear factors.
     """
     rule = RankRule(rank=rank, energy=energy, adapter_bytes=adapter_bytes)
     if rule.name == "noise":
         raise RecipeError("cut: no size is given; give one of rank, bytes and energy")
     require_apart(Path(out), {"adapter": Path(adapter)})
     source = Adapter(adapter)
+    _refuse_more(source)
     store = _store_dtype(source, dtype)
     options = {"rule": rule.name, "rank": rank, "energy": energy, "adapter_bytes": adapter_bytes,
                "dtype": dtype}
@@ -82,6 +83,16 @@ def cut(adapter: Path | str, out: Path | str, *, rank: int | None = None,
         manifest.write(partial, **summary)
     log.info("adapter of %(modules)d modules, %(adapter_bytes)d bytes, rank %(max_rank)d", summary)
     return Path(out)
+
+
+def _refuse_more(adapter: Adapter) -> None:
+    """An adapter file may hold more than linear factors, and none of it may be lost on the way."""
+    more = sorted({*adapter.embeddings, *adapter.biases, *adapter.absolutes})
+    if more or not adapter.modules:
+        listed = ", ".join(more[:4]) + (f" and {len(more) - 4} more" if len(more) > 4 else "")
+        raise CompatibilityError(
+            f"{adapter.directory}: holds {listed or 'no linear factors'}, which cut does not take: "
+            "only lora_A and lora_B of linear weights; merge the adapter and extract again")
 
 
 def read_product(adapter: Adapter, module: str) -> Product:

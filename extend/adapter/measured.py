@@ -110,9 +110,10 @@ def _find_adapter(results: Results) -> tuple[Mapping[str, str] | None, float]:
     if record.get("stage") != "merge":
         return None, 1.0
     merged = [entry for role, entry in record["inputs"].items() if role.startswith("adapter")]
-    if len(merged) != 1:
-        raise CheckpointError(f"{manifest}: {len(merged)} adapters were merged, so {results.label} "
-                              "has no one size; leave its results out")
+    if len(merged) != 1 or "tuned" in record["inputs"]:
+        deltas = sorted(set(record["inputs"]) - {"target", "base", "rope_from", "layer_weights"})
+        raise CheckpointError(f"{manifest}: {', '.join(deltas)} were merged, so {results.label} "
+                              "has not the size of one adapter; leave its results out")
     weight = record["options"].get("weight", 1.0)
     return merged[0], weight[0] if isinstance(weight, list) else weight
 

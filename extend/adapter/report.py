@@ -91,9 +91,13 @@ def describe(adapter: Adapter, base: Checkpoint | None = None,
     """The content of report.json.
 
     Raises:
-        CompatibilityError: a module that the base does not have in its shape.
+        CompatibilityError: no linear weight is adapted, or one that the base does not have in its
+            shape.
         CheckpointError: a tensor cannot be read.
     """
+    if not adapter.modules:
+        raise CompatibilityError(f"{adapter.directory}: adapts no linear weight, so there is "
+                                 "nothing to report on")
     known = _known_losses(adapter) if base is None else {}
     reports: dict[str, ModuleReport] = {}
     values: dict[str, torch.Tensor] = {}
@@ -187,12 +191,14 @@ def _describe_adapter(adapter: Adapter) -> dict[str, Any]:
 
 
 def _others(adapter: Adapter) -> dict[str, Any]:
-    """What is no module of the adapter file, by name."""
+    """What is no linear weight of the adapter file, by name."""
+    beside = in_layer_order({*adapter.embeddings, *adapter.biases, *adapter.absolutes})
     if adapter.sidecar is None:
-        return {"tensors": {}, "left_out": {}, "unchanged": []}
+        return {"beside": beside, "tensors": {}, "left_out": {}, "unchanged": []}
     data = adapter.sidecar.model_dump(mode="json")
-    return {"tensors": {name: data["tensors"][name] for name in in_layer_order(data["tensors"])},
-            "left_out": data["left_out"], "unchanged": in_layer_order(data["unchanged"])}
+    whole = {name: data["tensors"][name] for name in in_layer_order(data["tensors"])}
+    return {"beside": beside, "tensors": whole, "left_out": data["left_out"],
+            "unchanged": in_layer_order(data["unchanged"])}
 
 
 def _totals(modules: Mapping[str, Mapping[str, Any]], spectra: Spectra) -> dict[str, Any]:
@@ -209,7 +215,7 @@ def _totals(modules: Mapping[str, Mapping[str, Any]], spectra: Spectra) -> dict[
 
 def _weighted(entries: Sequence[Mapping[str, Any]], key: str, norm: str | None,
               power: int = 1) -> float | None:
-    """The mean of a value's power, weighted by a squared norm; None where one is not known."""
+    """The mean of a value's power, weighted by a squared norm; None where none is known."""
     known = [(e[key], e[norm] ** 2 if norm else 1.0) for e in entries
              if e[key] is not None and (norm is None or e[norm] > 0)]
     total = sum(weight for _, weight in known)

@@ -94,3 +94,11 @@ def parse_pairs(pairs: tuple[str, ...], reserved: Collection[str] = ()) -> dict[
             raise RecipeError(f"--option {pair!r}: its value cannot be read; write a number, text "
                               "or a list, [1, 2], in quotes for the shell") from None
     return found
+
+
+def parse_numbers(value: str | None) -> list[float] | str | None:
+    """Numbers separated by commas as a list; anything else, such as a path, as it is."""
+    try:
+        return None if value is None else [float(part) for part in value.split(",")]
+    except ValueError:
+        return value

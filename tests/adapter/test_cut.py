@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from extend.adapter import cut, extract
 from extend.adapter_format.peft_files import Adapter
-from extend.errors import CheckpointError, RecipeError
+from extend.errors import CheckpointError, CompatibilityError, RecipeError
 from extend.merge import merge
-from tests.adapter_format.tiny_models import build
+from tests.adapter_format.tiny_models import build, edit_json
 
 PREFIX = "base_model.model."
 
@@ -222,6 +222,16 @@ def test_refuses_sizes_that_mean_nothing(whole, tmp_path, options, message):
 def test_refuses_to_write_into_the_adapter(whole):
     with pytest.raises(RecipeError, match="lie in one another"):
         cut(whole, whole, rank=3, overwrite=True)
+
+
+def test_refuses_what_it_would_lose(trained, tmp_path):
+    source = shutil.copytree(trained[0], tmp_path / "source")
+    factors = load_file(source / "adapter_model.safetensors")
+    factors[f"{PREFIX}model.norm.weight"] = torch.ones(64)
+    save_file(factors, source / "adapter_model.safetensors")
+    edit_json(source / "adapter_config.json", modules_to_save=["norm"])
+    with pytest.raises(CompatibilityError, match="holds model.norm.weight, which cut does not"):
+        cut(source, tmp_path / "cut", rank=3)
 
 
 @pytest.mark.parametrize("value, dtype, message", [

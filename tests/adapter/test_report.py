@@ -306,6 +306,26 @@ def test_results_must_tell_their_adapter(adapter, trials, qwen2, tmp_path):
     refused("no such file", tmp_path / "nothing")
 
 
+def test_results_of_several_deltas_have_no_size(adapter, trials, qwen2, tmp_path):
+    both = merge([trials.r2, trials.r8], qwen2.base, tmp_path / "both", weight=[0.5, 0.5])
+    with pytest.raises(CheckpointError, match=r"adapter\.0, adapter\.1 were merged"):
+        adapter_report(adapter, tmp_path / "report",
+                       results={"x": write_results(tmp_path / "results", both)})
+
+
+def test_what_else_an_adapter_file_holds_is_named(adapter, tmp_path):
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    shutil.copy(adapter / "adapter_config.json", plain)
+    edit_json(plain / "adapter_config.json", modules_to_save=["norm"])
+    factors = load_file(adapter / "adapter_model.safetensors")
+    factors["base_model.model.model.norm.weight"] = torch.ones(64)
+    save_file(factors, plain / "adapter_model.safetensors")
+    out = adapter_report(plain, tmp_path / "report")
+    assert read(out / "report.json")["beside"] == ["model.norm.weight"]
+    assert "model.norm.weight" in "".join(Page((out / "report.html").read_text()).text)
+
+
 def test_refuses_a_base_of_another_shape(adapter, llama, tmp_path):
     with pytest.raises(CompatibilityError, match="in the adapter but"):
         other = shutil.copytree(llama.base, tmp_path / "other")

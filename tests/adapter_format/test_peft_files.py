@@ -143,9 +143,8 @@ def test_short_names_only_where_they_hit_nothing_else(modules, expected):
 @pytest.mark.parametrize(("change", "message"), [
     ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
     ({"use_dora": True}, "use_dora is True"),
-    ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]"),
     ({"bias": "lora_only"}, "bias is 'lora_only'"),
-    ({"lora_bias": True}, "lora_bias is True"),
+    ({"fan_in_fan_out": True}, "fan_in_fan_out is True"),
     ({"trainable_token_indices": [3]}, "trainable_token_indices"),
     ({"target_parameters": ["mlp.experts"]}, "target_parameters"),
     ({"layer_replication": [[0, 2]]}, "layer_replication"),
@@ -164,8 +163,9 @@ def test_inits_that_leave_the_base_alone_are_read(damaged, init):
 
 
 @pytest.mark.parametrize("key", [
-    "base_model.model.model.embed_tokens.lora_embedding_A",
+    "base_model.model.model.embed_tokens.lora_embedding_C",
     "base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias",
+    "base_model.model.model.norm.weight",
     "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector",
     "base_model.model.lm_head.base_layer.weight",
     "model.layers.0.self_attn.o_proj.lora_A.weight"])

@@ -12,9 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from extend import checkpoint
 from extend.adapter_format.peft_files import Adapter, TensorFile
-from extend.checkpoint import Checkpoint
+from extend.checkpoint import Checkpoint, write
 from extend.errors import CheckpointError, RecipeError
 from extend.merge import apply, merge
 from tests.adapter_format.tiny_models import LONG, LONG_THETA, NATIVE, edit_json, write_tokenizer
@@ -232,12 +231,12 @@ def test_sharded_target(llama, tmp_path):
 def test_memory_holds_a_block_of_rows(llama, tmp_path, monkeypatch):
     """The writer asks for a tensor block by block, and no block is larger than it may be."""
     monkeypatch.setattr(apply, "_BLOCK_BYTES", 4 * 64 * 5)
-    sizes, tensor_bytes = [], checkpoint._tensor_bytes
+    sizes, tensor_bytes = [], write._tensor_bytes
 
     def record(tensor, info):
         sizes.append(tensor.numel())
         return tensor_bytes(tensor, info)
-    monkeypatch.setattr(checkpoint, "_tensor_bytes", record)
+    monkeypatch.setattr(write, "_tensor_bytes", record)
     out = merge(llama.adapter, llama.models.target, tmp_path / "out")
     assert max(sizes) == 64 * 5
     assert sum(sizes) == sum(t.numel() for t in weights(out).values())
