@@ -121,9 +121,9 @@ def _values(adapter: Adapter, product: Product) -> torch.Tensor:
     """The singular values; the columns of what `extract` wrote are orthogonal, which saves a QR."""
     if adapter.sidecar is None:
         return product_values(product)
-    norms = (torch.linalg.vector_norm(product.lora_a.double(), dim=1),
-             torch.linalg.vector_norm(product.lora_b.double(), dim=0))
-    return (norms[0] * norms[1]).sort(descending=True).values
+    values = (torch.linalg.vector_norm(product.lora_a, dim=1).double()
+              * torch.linalg.vector_norm(product.lora_b, dim=0).double())
+    return values.sort(descending=True).values
 
 
 def _report_of(adapter: Adapter, name: str, values: torch.Tensor) -> ModuleReport:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from extend.adapter.report_quality import quality_charts, quality_table
+from extend.adapter.report_quality import quality_charts, quality_table, reference_of
 from extend.page import render
 from extend.page.chart import PALETTE, Chart, format_bytes, ink_on, shade
 
@@ -62,6 +62,7 @@ def render_page(data: Data) -> str:
         _TEMPLATE, title=_title(data), data=data, facts=_facts(data), notes=_notes(data),
         maps=_heat_maps(groups, kinds), size_charts=_size_charts(data),
         quality_charts=quality_charts(data), quality=quality_table(data["measured"]),
+        reference=reference_of(data["measured"]),
         spectra=[_spectrum_chart(kind, [g for g in groups if g.kind == kind]) for kind in kinds],
         groups=groups, scale=[shade(i / 8) for i in range(9)], percent=percent,
         number=_short, format_bytes=format_bytes)

@@ -18,7 +18,7 @@ def quality_charts(data: Data) -> list[Chart]:
         return []
     limits = (min(sizes) * 0.8, max(sizes) * 1.25)
     tasks = dict.fromkeys(_title(score) for m in measured for score in m["scores"])
-    return [_chart(title, limits, sized, _reference(measured)) for title in tasks]
+    return [_chart(title, limits, sized, reference_of(measured)) for title in tasks]
 
 
 def _title(score: Data) -> str:
@@ -29,7 +29,7 @@ def _name(score: Data) -> str:
     return score["task"] if score["length"] is None else format_length(score["length"])
 
 
-def _reference(measured: Sequence[Data]) -> Data | None:
+def reference_of(measured: Sequence[Data]) -> Data | None:
     """The first model without an adapter: others are compared with it."""
     return next((m for m in measured if m["adapter_bytes"] is None), None)
 

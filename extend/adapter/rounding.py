@@ -1,7 +1,5 @@
 """What merging loses on its own: W + B A rounded to 16 bits, against the same sum unrounded."""
 
-from collections.abc import Iterator
-
 import torch
 
 from extend.checkpoint import Checkpoint, torch_dtype
@@ -21,7 +19,7 @@ def merge_loss(base: Checkpoint, name: str, product: Product, norm: float,
 
     Args:
         name: of the weight in the base.
-        product: B A [out, in].
+        product: B A [out, in], fp32.
         norm: ||B A||_F.
         dtype: safetensors name of the dtype that the merged weight is stored in.
 
@@ -30,14 +28,12 @@ def merge_loss(base: Checkpoint, name: str, product: Product, norm: float,
     """
     if norm == 0:
         return None
-    stored = torch_dtype(dtype)
-    total_rows, seen, squares = base.infos[name].shape[0], 0, 0.0
-    for rows, read in _read_sample(base, name):
-        weight = read.to(stored).float()
-        wanted = weight + product.lora_b[rows].float() @ product.lora_a.float()
-        squares += float((wanted.to(stored).float() - wanted).double().square().sum())
-        seen += weight.shape[0]
-    return (squares * total_rows / seen) ** 0.5 / norm
+    stored, total_rows = torch_dtype(dtype), base.infos[name].shape[0]
+    blocks = _sample(total_rows)
+    weight = _read_blocks(base, name, blocks).to(stored).float()
+    wanted = weight + torch.cat([product.lora_b[rows] for rows in blocks]) @ product.lora_a
+    squares = float((wanted.to(stored).float() - wanted).square().sum(dtype=torch.float64))
+    return (squares * total_rows / weight.shape[0]) ** 0.5 / norm
 
 
 def merge_dtype(base: Checkpoint, name: str) -> str:
@@ -46,24 +42,21 @@ def merge_dtype(base: Checkpoint, name: str) -> str:
     return own if own in ("BF16", "F16") else "BF16"
 
 
-def _read_sample(base: Checkpoint, name: str) -> Iterator[tuple[slice, torch.Tensor]]:
-    """(rows, their values), with no more of the file read than these."""
+def _read_blocks(base: Checkpoint, name: str, blocks: list[slice]) -> torch.Tensor:
+    """These rows one after the other, with no more of the file read than them."""
     from safetensors import SafetensorError, safe_open
 
     path = base.directory / base.file_of[name]
     try:
         with safe_open(path, framework="pt") as file:
             part = file.get_slice(name)
-            for rows in _sample(base.infos[name].shape[0]):
-                yield rows, part[rows]
+            return torch.cat([part[rows] for rows in blocks])
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: tensor {name!r} cannot be read ({error})") from None
 
 
-def _sample(rows: int) -> Iterator[slice]:
+def _sample(rows: int) -> list[slice]:
     if rows <= _BLOCKS * _BLOCK_ROWS:
-        yield slice(0, rows)
-        return
-    for block in range(_BLOCKS):
-        start = block * (rows - _BLOCK_ROWS) // (_BLOCKS - 1)
-        yield slice(start, start + _BLOCK_ROWS)
+        return [slice(0, rows)]
+    starts = (block * (rows - _BLOCK_ROWS) // (_BLOCKS - 1) for block in range(_BLOCKS))
+    return [slice(start, start + _BLOCK_ROWS) for start in starts]
