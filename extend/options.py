@@ -253,7 +253,8 @@ class ExtractOptions(Options):
     """Largest size of the adapter file. Without this, `rank` and `energy`, the noise rule."""
     exact: bool = False
     embeddings: bool = True
-    """Keep embedding and output head deltas in the sidecar."""
+    """Keep embedding and output head deltas in the sidecar; `fold_norms`: see the stage."""
+    fold_norms: bool = False
     dtype: FloatDtype = "float32"
     seed: int = 0
 
