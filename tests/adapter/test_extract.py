@@ -314,7 +314,8 @@ def test_manifest_records_inputs_and_results(adapter, llama):
     manifest = read(adapter / "manifest.json")
     assert manifest["stage"] == "extract"
     assert manifest["options"] == {"rule": "fixed", "rank": 8, "energy": None, "exact": False,
-                                   "adapter_bytes": None, "embeddings": True, "dtype": "float32"}
+                                   "adapter_bytes": None, "embeddings": True,
+                                   "fold_norms": False, "dtype": "float32"}
     assert manifest["inputs"]["base"]["path"] == str(llama.base)
     assert set(manifest["outputs"]) == FILES - {"manifest.json"}
     sidecar = read(adapter / "extend_sidecar.json")
