@@ -122,6 +122,12 @@ class Adapter:
                         f"{want.get(name, 'absent')} in extend_sidecar.json; the files are of "
                         "different extractions, extract again")
 
+    @property
+    def dtype(self) -> str:
+        """The safetensors name of the factors' dtype; F32 where they have several."""
+        found = {info.dtype for info in self._weights.infos.values()}
+        return found.pop() if len(found) == 1 else "F32"
+
     def read_factors(self, module: str) -> "tuple[torch.Tensor, torch.Tensor]":
         """`(lora_A [r, in], lora_B [out, r])` of a module in fp32."""
         return (self._weights.read(f"{_PREFIX}{module}.lora_A.weight").float(),
