@@ -33,7 +33,7 @@ from extend.evaluate.tasks.passkey import NEEDLE, QUESTION, Passkey
 from extend.haystack import FILLER, INTRO, Haystack, split_answer
 from extend.model_config import read_config, write_rope
 from extend.output import atomic_directory, write_json
-from extend.train.retrieval import RetrievalRows
+from extend.retrieval.rows import RetrievalRows
 
 NATIVE_LEN = 256
 VOCAB_SIZE = 640

@@ -44,6 +44,7 @@ def write_servable(directory: Path | str, out: Path | str, *, overwrite: bool = 
     if overlap(lora.directory, out):
         raise CheckpointError(f"out {out} and {directory} lie in one another; choose an out of its "
                               "own")
+    _refuse_rest(lora)
     rank = max(module.rank for module in lora.modules.values())
     added = dict(_missing(lora, rank))
     modules = [module._replace(rank=rank, scaling=1.0) for module in lora.modules.values()]
@@ -64,6 +65,14 @@ def write_servable(directory: Path | str, out: Path | str, *, overwrite: bool = 
             _widen(lora.sidecar, rank, added).write(partial)
         manifest.write(partial, rank=rank, modules=len(modules), added=sorted(added))
     return out
+
+
+def _refuse_rest(lora: Adapter) -> None:
+    rest = sorted([*lora.embeddings, *lora.biases, *lora.absolutes])
+    if rest or not lora.modules:
+        raise CompatibilityError(
+            f"{lora.directory}: holds more than lora_A and lora_B of linear weights "
+            f"({', '.join(rest[:3])}); no engine serves these, merge the adapter instead")
 
 
 def _missing(lora: Adapter, rank: int) -> Iterator[tuple[str, LoraModule]]:

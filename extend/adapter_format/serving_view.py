@@ -12,18 +12,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from extend.adapter_format.peft_files import (
-    ADAPTER_CONFIG,
-    TensorFile,
-    by_pattern,
-    find_weights,
-)
+from extend.adapter_format.peft_files import TensorFile, find_weights
+from extend.adapter_format.peft_keys import ADAPTER_CONFIG, PREFIX, by_pattern
 from extend.adapter_format.sidecar import Sidecar, read_sidecar
 from extend.checkpoint import TensorInfo
 from extend.errors import CheckpointError
 from extend.model_config import read_json
 
-_PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.(?P<factor>lora_[AB](?=\.)|lora_embedding_[AB])"
                      r"(?P<adapter>\.default)?(?:\.weight)?")
 _EXPERT = re.compile(r"(?P<block>.+)\.experts\.(?P<expert>\d+)\.(?P<projection>\w+)")
@@ -105,7 +100,7 @@ def read_view(directory: Path | str) -> ServingView:
     factors: dict[str, dict[str, TensorInfo]] = {}
     others, unusual = [], []
     for key, info in TensorFile(find_weights(directory)).infos.items():
-        name = key.removeprefix(_PREFIX)
+        name = key.removeprefix(PREFIX)
         match = _FACTOR.fullmatch(name)
         if match is None:
             others.append(name)

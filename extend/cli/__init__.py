@@ -10,6 +10,7 @@ from extend.cli import (  # noqa: F401  (each registers its subcommands with `ma
     plan,
     search,
     stages,
+    transfer,
 )
 from extend.cli.group import main
 

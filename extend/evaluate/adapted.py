@@ -1,15 +1,14 @@
 """A base model with an adapter added in memory, as `extend merge` would write it."""
 
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from extend.adapter_format.peft_files import Adapter
 from extend.adapter_format.sidecar import ModelIdentity, parameter_infos
 from extend.checkpoint import Checkpoint
+from extend.delta.sources import AdapterDelta
 from extend.errors import CompatibilityError
 from extend.model_config import ModelConfig, parse_config, read_config
-from extend.output import write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,32 +36,16 @@ def adapted_config(model: Path | str, adapter: Path | str | None) -> ModelConfig
     return parse_config(sidecar.rope.apply(config.raw), config.path)
 
 
-def load_hf_config(config: ModelConfig) -> Any:
-    """The transformers config of a `ModelConfig`, whose keys may differ from the file's."""
-    from transformers import AutoConfig
-
-    with tempfile.TemporaryDirectory() as directory:
-        write_json(Path(directory) / "config.json", dict(config.raw))
-        return AutoConfig.from_pretrained(directory, local_files_only=True)
-
-
 def add_adapter(model: "PreTrainedModel", directory: Path | str) -> None:
     """Add an adapter's deltas to a loaded model: summed in fp32, rounded once.
 
     Raises:
         CompatibilityError: a module the model does not have, or of another shape.
     """
-    adapter = Adapter(directory)
-    for name, module in adapter.modules.items():
-        lora_a, lora_b = adapter.read_factors(name)
-        weight = _parameter(model, f"{name}.weight", adapter)
-        device = weight.device
-        _add(weight, module.scaling * (lora_b.to(device) @ lora_a.to(device)),
-             f"{directory}: module {name}")
-    if adapter.sidecar is not None:
-        for name in adapter.sidecar.tensors:
-            _add(_parameter(model, name, adapter), adapter.read_side_delta(name),
-                 f"{directory}: {name}")
+    source = AdapterDelta(Adapter(directory))
+    for name in sorted(source.names):
+        weight = _parameter(model, name, source.adapter)
+        _add(weight, source.read(name, str(weight.device))(...), f"{directory}: {name}")
 
 
 def _parameter(model: "PreTrainedModel", name: str, adapter: Adapter) -> "Tensor":

@@ -13,15 +13,12 @@ from transformers import PreTrainedModel
 
 from extend.evaluate.adapted import adapted_config
 from extend.evaluate.forward import AnswerScore, score_answers
-from extend.evaluate.load import (
-    choose_device,
-    choose_dtype,
-    load_model,
-)
+from extend.evaluate.load import load_model
 from extend.evaluate.plan import PlannedTask
 from extend.evaluate.rows import RowStore
 from extend.evaluate.score import mean_and_error, proportion
 from extend.evaluate.tasks.task import Cell, Prompt, Task
+from extend.loading import choose_device, choose_dtype
 from extend.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)

@@ -50,7 +50,7 @@ def evaluate(model: Path | str, out: Path | str, *,
     _check_numbers(seed, chunk, nproc)
     planned = plan_tasks(tasks, lengths=lengths, depths=depths, trials=trials)
     paths = _input_paths(model, adapter, planned)
-    with atomic_directory(out, overwrite=overwrite) as partial:
+    with atomic_directory(out, overwrite=overwrite, inputs=paths) as partial:
         from extend.evaluate.adapted import adapted_config
 
         config = adapted_config(model, adapter)
@@ -99,7 +99,8 @@ def _input_paths(model: Path | str, adapter: Path | str | None,
 
 def _resolve(device: str, dtype: str, chunk: int | None) -> dict[str, Any]:
     """What `auto` means here: part of what the rows depend on."""
-    from extend.evaluate.load import choose_chunk, choose_device, choose_dtype
+    from extend.evaluate.load import choose_chunk
+    from extend.loading import choose_device, choose_dtype
 
     chosen = choose_device(device)
     return {"device": chosen.type, "chunk": choose_chunk(chunk, chosen),

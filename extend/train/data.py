@@ -14,7 +14,7 @@ import numpy as np
 from extend.errors import DataError
 from extend.haystack import Haystack, prefix_ids
 from extend.options import ExampleData, RetrievalData, TextData, TrainOptions
-from extend.train.retrieval import RetrievalRows
+from extend.retrieval.rows import RetrievalRows
 from extend.train.text import (
     Documents,
     PackedStream,

@@ -9,7 +9,8 @@ from transformers import LlamaForCausalLM
 from extend.adapter import extract
 from extend.errors import CheckpointError, CompatibilityError, RecipeError
 from extend.evaluate.adapted import adapted_config
-from extend.evaluate.load import choose_device, choose_dtype, load_model
+from extend.evaluate.load import load_model
+from extend.loading import choose_device, choose_dtype
 from extend.tokenizer import load_tokenizer
 from tests.evaluate.conftest import save_model
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from extend.errors import DataError
 from extend.haystack import INTRO, Haystack, encode, hide, split_answer
-from extend.train.names import NAMES
+from extend.retrieval.names import NAMES
 
 
 @dataclass(frozen=True)
