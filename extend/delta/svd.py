@@ -1,26 +1,37 @@
 """Truncated singular value decomposition of a delta, split into LoRA factors.
 
-Randomized for large matrices: a seeded Gaussian sketch, power iterations with a QR after every
-product, and a small exact decomposition of what the sketch caught. Exact for matrices that are
-not much larger than the sketch. Neither calls a full SVD: with U the eigenvectors of D D^T, the
+Exact through the Gram matrix for matrices that are not much larger than the rank. For larger ones a
+block Krylov space: D times a seeded random block, then D D^T times the block before, each made
+orthonormal to all that came before. A block is half as wide as the rank, so that the space reaches
+a high power of D D^T for few products, and it grows until another block would add next to nothing
+to what the leading ranks hold. Neither calls a full SVD: with U the eigenvectors of D D^T, the
 rows of U^T D are the singular values times the right singular vectors, and B A = U U^T D is a
 projection, so errors in small singular values do no harm.
 
-Source: Halko, Martinsson, Tropp, "Finding structure with randomness" (2011), algorithms 4.4 and
-5.1. With the oversampling and the power iterations below, the residual stays within 0.5 % of the
-optimum, flat noise spectra included (tests/delta/test_svd.py).
+Source: Halko, Martinsson, Tropp, "Finding structure with randomness" (2011), section 4.5 and
+algorithm 5.1; Musco and Musco, "Randomized block Krylov methods for stronger and faster approximate
+singular value decomposition" (2015). The residual stays within 0.5 % of the optimum, flat noise
+spectra included (tests/delta/test_svd.py). A block cannot see more directions of exactly one value
+than it has columns; the space then ends early if that holds for three values or more.
 """
 
 import hashlib
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-OVERSAMPLE = 16
-POWER_ITERATIONS = 4
-_FIRST_GUESS = 64  # rank that the first sketch is made for where the rank is to be found
+_FIRST_GUESS = 64  # rank that is looked for first where the rank is to be found
+_SMALLEST_BLOCK = 8
+_FEWEST_BLOCKS = 4
+_SMALL_GAIN = 0.006  # of the squared residual by one block, twice in a row: the space is complete
+_EXACT_BELOW = 3  # ranks; a Krylov space for them costs as much as the whole Gram matrix
+_HOST_EIGH = 512  # rows; the CPU decomposes matrices up to this size faster than a GPU does
 _COLUMN_BLOCK = 4096
+_INDEPENDENT = 1e-3  # share of a column that must be its own, so that rounding is small beside it
+_FRESH = 0.05  # size of a random direction beside one that is kept
+_FP32_SHARE = 1e-2  # of ||delta||_F^2 outside the rank, above which an fp32 Gram matrix is enough
 # 1 - energy below this is fp32 rounding of the delta itself, not something to spend rank on.
 _ENERGY_FLOOR = 1e-12
 
@@ -49,14 +60,6 @@ class Factors(NamedTuple):
     def cut(self, rank: int) -> "Factors":
         """The factors of the leading `rank` singular values; all of them where there are fewer."""
         return Factors(self.lora_a[:rank], self.lora_b[:, :rank], self.values[:rank], self.total)
-
-
-class _Spectrum(NamedTuple):
-    """delta ~ left @ rows, with orthonormal left columns; values are the norms of the rows."""
-
-    left: torch.Tensor
-    rows: torch.Tensor
-    values: torch.Tensor
 
 
 def tensor_generator(name: str, seed: int) -> torch.Generator:
@@ -117,55 +120,130 @@ def factorize_to_edge(delta: torch.Tensor, edge: float, limit: int, generator: t
 def _grow(delta: torch.Tensor, sizes: tuple[int, int],
           find_rank: Callable[[torch.Tensor, float], int | None], generator: torch.Generator,
           exact: bool) -> Factors:
-    """Double the sketch until `find_rank(values, ||delta||_F^2)` finds a rank in its values.
+    """Double the ranks looked for until `find_rank(values, ||delta||_F^2)` finds one among them.
 
-    `sizes` are the first one, and the last, at which there is always a rank to be found.
-    A sketch of half the matrix or more costs what the exact decomposition does, which ends it.
+    `sizes` are the first number of ranks, and the last, at which there is always one to be found.
+    A space of most of the matrix costs what the exact decomposition does, which ends it.
     """
     wide, flipped = _wide(delta)
-    total, (size, last) = _total_energy(wide), sizes
-    while not exact and wide.shape[0] > 2 * (size + OVERSAMPLE):
-        spectrum = _randomized(wide, size + OVERSAMPLE, generator)
-        rank = find_rank(spectrum.values[:size], total)
+    total, (size, last) = frobenius_squared(wide), sizes
+    space = None
+    while not exact and wide.shape[0] > _EXACT_BELOW * size:
+        space = space or _Krylov(wide, max(_SMALLEST_BLOCK, -(-size // 2)), generator)
+        if not space.complete(size, total):
+            break
+        rank = find_rank(space.values[:size], total)
         if rank is not None:
-            return _split(spectrum, rank, total, flipped)
+            return _split(*space.leading(rank), total, flipped)
         size = min(2 * size, last)
-    spectrum = _exact(wide)
+    energies, vectors = _eigh(_gram(wide))
+    values = energies.clamp_min(0).sqrt()
     # Shares are of what the decomposition found: its own rounding must not cost a rank.
-    rank = find_rank(spectrum.values, float(spectrum.values.double().square().sum()))
-    return _split(spectrum, rank or wide.shape[0], total, flipped)
+    rank = find_rank(values, float(energies.clamp_min(0).sum())) or wide.shape[0]
+    left = vectors[:, :rank].to(wide.device, torch.float32)
+    return _split(left, left.T @ wide, total, flipped)
+
+
+class _Krylov:
+    """A growing orthonormal basis of the leading left singular vectors of a wide matrix.
+
+    Attributes:
+        values: the singular values of the matrix within the space, falling.
+    """
+
+    def __init__(self, wide: torch.Tensor, block: int, generator: torch.Generator):
+        start = torch.rand(wide.shape[1], block, generator=generator) - 0.5
+        self._wide, self._block, self._generator = wide, block, generator
+        self._image = start.to(wide.device)  # of the last block: wide^T block
+        self._basis = wide.new_empty(wide.shape[0], 0)
+        self._images = wide.new_empty(wide.shape[1], 0)  # wide^T basis
+        self._gram = wide.new_empty(0, 0)  # images^T images
+        self._vectors = torch.empty(0, 0)
+        self.values = torch.empty(0)
+
+    def complete(self, rank: int, total: float) -> bool:
+        """Grow until the space holds the leading `rank` values; False when it grew too large."""
+        held, small = -math.inf, 0
+        while small < 2 or self._basis.shape[1] < _FEWEST_BLOCKS * self._block:
+            if 3 * (self._basis.shape[1] + self._block) > 2 * self._wide.shape[0]:
+                return False
+            self._extend()
+            if self._basis.shape[1] >= rank:
+                before, held = held, self._held(rank)
+                gained = held - before > _SMALL_GAIN * max(total - held, _ENERGY_FLOOR * total)
+                small = 0 if gained else small + 1
+        # fp32 squares hide values below 1e-3 of the largest, which count where little is left.
+        gram = self._gram if total - held > _FP32_SHARE * total else _gram(self._images.T)
+        energies, self._vectors = _eigh(gram)
+        self.values = energies.double().clamp_min(0).sqrt()
+        return True
+
+    def _held(self, rank: int) -> float:
+        energies = torch.linalg.eigvalsh(self._gram.cpu())
+        return float(energies[-rank:].double().clamp_min(0).sum())
+
+    def _extend(self) -> None:
+        block = self._new_directions(self._wide @ self._image)
+        self._image = self._wide.T @ block
+        self._basis = torch.cat([self._basis, block], 1)
+        self._images = torch.cat([self._images, self._image], 1)
+        cross = self._images.T @ self._image
+        top = torch.cat([self._gram, cross[:-self._block]], 1)
+        self._gram = torch.cat([top, cross.T])
+
+    def _new_directions(self, block: torch.Tensor) -> torch.Tensor:
+        """Orthonormal columns that span what the block adds to the basis, then random directions.
+
+        Columns that add nothing, as those of a matrix of low rank, leave only rounding behind.
+        """
+        while True:
+            for _ in range(2):  # once leaves what rounding mixed in, twice is enough
+                block = block - self._basis @ (self._basis.T @ block)
+            found = _orthonormal(block)
+            if found is not None:
+                return found
+            fresh = torch.rand(block.shape, generator=self._generator).to(block.device) - 0.5
+            block = torch.linalg.qr(block).Q + _FRESH / len(fresh) ** 0.5 * fresh
+
+    def leading(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(left, rows)` of the leading values; see `_split`."""
+        vectors = self._vectors[:, :rank].to(self._wide.device, torch.float32)
+        return self._basis @ vectors, (self._images @ vectors).T
+
+
+def _orthonormal(block: torch.Tensor) -> torch.Tensor | None:
+    """Orthonormal columns of the same span; None where some are nearly of the span of others.
+
+    By Cholesky in fp64, which is faster than QR, on GPUs most of all.
+    """
+    double = block.double()
+    factor, failed = torch.linalg.cholesky_ex(double.T @ double)
+    own = factor.diagonal()
+    if int(failed) or not bool(own.min() > _INDEPENDENT * own.max()):
+        return None
+    return torch.linalg.solve_triangular(factor.T, double, upper=True, left=False).float()
 
 
 def _wide(delta: torch.Tensor) -> tuple[torch.Tensor, bool]:
     """The matrix with no more rows than columns, and whether it was transposed for that."""
-    if delta.shape[0] <= delta.shape[1]:
-        return delta, False
-    return delta.T.contiguous(), True
+    return (delta, False) if delta.shape[0] <= delta.shape[1] else (delta.T, True)
 
 
-def _randomized(wide: torch.Tensor, size: int, generator: torch.Generator) -> _Spectrum:
-    sketch = torch.randn(wide.shape[1], size, generator=generator).to(wide.device)
-    basis = torch.linalg.qr(wide @ sketch).Q
-    for _ in range(POWER_ITERATIONS):
-        other = torch.linalg.qr(wide.T @ basis).Q
-        basis = torch.linalg.qr(wide @ other).Q
-    inner = _exact(basis.T @ wide)
-    return _Spectrum(basis @ inner.left, inner.rows, inner.values)
-
-
-def _exact(wide: torch.Tensor) -> _Spectrum:
-    """All singular triples of a wide matrix through its Gram matrix in fp64.
-
-    Squaring halves the digits, and fp64 has twice those of the fp32 data.
-    """
+def _gram(wide: torch.Tensor) -> torch.Tensor:
+    """wide wide^T in fp64: squaring halves the digits, and fp64 has twice those of fp32."""
     gram = torch.zeros(wide.shape[0], wide.shape[0], dtype=torch.float64, device=wide.device)
     for block in wide.split(_COLUMN_BLOCK, dim=1):
         block = block.double()
         gram += block @ block.T
-    vectors = torch.linalg.eigh(gram).eigenvectors.flip(1)  # eigh sorts upwards
-    left = vectors.float()
-    rows = left.T @ wide
-    return _Spectrum(left, rows, torch.linalg.vector_norm(rows, dim=1))
+    return gram
+
+
+def _eigh(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues, falling, and their vectors as columns; small ones are found on the CPU."""
+    if len(gram) <= _HOST_EIGH:
+        gram = gram.cpu()
+    values, vectors = torch.linalg.eigh(gram)
+    return values.flip(0), vectors.flip(1)
 
 
 def _rank_reaching(values: torch.Tensor, wanted: float) -> int | None:
@@ -173,20 +251,25 @@ def _rank_reaching(values: torch.Tensor, wanted: float) -> int | None:
     return int(reached.int().argmax()) + 1 if bool(reached.any()) else None
 
 
-def _total_energy(wide: torch.Tensor) -> float:
-    return sum(float(block.double().square().sum()) for block in wide.split(_COLUMN_BLOCK, dim=1))
+def frobenius_squared(x: torch.Tensor) -> float:
+    """||x||_F^2 with squares summed in fp64, so that the result does not depend on the size."""
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
 
 
-def _split(spectrum: _Spectrum, rank: int, total: float, flipped: bool) -> Factors:
-    """Cut to `rank` and give each factor the square root of every singular value.
+def _split(left: torch.Tensor, rows: torch.Tensor, total: float, flipped: bool) -> Factors:
+    """Give each factor the square root of every singular value.
 
     Equal shares keep both factors in the range of fp16.
+
+    Args:
+        left: [out, r] with orthonormal columns.
+        rows: [r, in]; left @ rows approximates the wide matrix, and the norms of the rows are the
+            singular values.
     """
-    values = spectrum.values[:rank]
+    values = torch.linalg.vector_norm(rows, dim=1)
     share = values.sqrt()
     inverse = torch.where(values > 0, 1 / share, torch.zeros_like(share))
-    lora_b = spectrum.left[:, :rank] * share
-    lora_a = spectrum.rows[:rank] * inverse[:, None]
+    lora_b, lora_a = left * share, rows * inverse[:, None]
     if flipped:
         lora_a, lora_b = lora_b.T, lora_a.T
     return Factors(lora_a.contiguous(), lora_b.contiguous(), values, total)

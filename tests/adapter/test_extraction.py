@@ -153,7 +153,7 @@ def test_budget_below_rank_one_is_refused(llama, tmp_path):
 
 
 def test_exact_does_not_sketch(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("extend.delta.svd._randomized", None)
+    monkeypatch.setattr("extend.delta.svd._Krylov", None)
     out = extract(llama.base, llama.tuned, tmp_path / "a", rank=3, exact=True)
     factors = load_file(out / "adapter_model.safetensors")
     for module, delta in linear_deltas(llama).items():

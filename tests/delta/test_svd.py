@@ -60,6 +60,16 @@ def test_residual_of_noise(noise, rank):
     assert residual(noise, factors) <= 1.005 * best
 
 
+@pytest.mark.parametrize("levels", [(40, 260), (150, 150), (20, 60, 220)])
+def test_residual_of_values_that_come_in_multitudes(levels):
+    """A block of 32 sees no more than 32 directions of one value before its space is exhausted."""
+    spectrum = torch.cat([torch.full((n,), 4.0 ** -i) for i, n in enumerate(levels)]).double()
+    delta = matrix(spectrum, 300, 420)
+    factors = factorize_to_rank(delta, 64, tensor_generator("w", 0))
+    best = float(spectrum[64:].square().sum().sqrt())
+    assert residual(delta, factors) <= 1.005 * best
+
+
 def test_product_is_the_projection_that_torch_finds():
     spectrum = SPECTRA["fast"] * torch.where(INDEX <= 24, 1.0, 0.02)
     delta = matrix(spectrum, 300, 420)
@@ -160,10 +170,10 @@ def test_edge_does_not_decompose_the_whole_matrix(monkeypatch):
     spectrum = torch.cat([torch.full((20,), 2.0), torch.full((280,), 0.1)]).double()
     delta = matrix(spectrum, 300, 420)
     sizes = []
-    original = svd._exact
-    monkeypatch.setattr(svd, "_exact", lambda x: sizes.append(x.shape[0]) or original(x))
+    original = svd._eigh
+    monkeypatch.setattr(svd, "_eigh", lambda x: sizes.append(x.shape[0]) or original(x))
     assert len(factorize_to_edge(delta, 1.0, 512, tensor_generator("w", 0)).values) == 20
-    assert sizes == [64 + svd.OVERSAMPLE]
+    assert sizes == [128]  # four blocks, each of half of the 64 ranks that are looked for
 
 
 @pytest.mark.parametrize(("edge", "expected"), [(1e9, 1), (0.0, 300)])
@@ -191,7 +201,7 @@ def test_slices_are_the_smaller_ranks(exact):
 @pytest.mark.parametrize("shape", [(300, 420), (420, 300)])
 def test_exact_reaches_the_optimum(shape, monkeypatch):
     delta = matrix(SPECTRA["slow"], *shape)
-    monkeypatch.setattr(svd, "_randomized", None)  # must not be called
+    monkeypatch.setattr(svd, "_Krylov", None)  # must not be called
     factors = factorize_to_rank(delta, 16, tensor_generator("w", 0), exact=True)
     best = torch.linalg.svdvals(delta.double())
     assert residual(delta, factors) == pytest.approx(float(best[16:].square().sum().sqrt()),
