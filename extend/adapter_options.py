@@ -33,6 +33,8 @@ class ExtractOptions(_SizeOptions):
     exact: bool = False
     embeddings: bool = True
     """Keep embedding and output head deltas in the sidecar."""
+    fold_norms: bool = False
+    """Put norm deltas into those of the linear weights that follow, for servers."""
     dtype: FloatDtype = "float32"
     seed: int = 0
 

@@ -20,18 +20,25 @@ from extend.adapter_format.peft_files import (
     stream_factors,
     write_config,
 )
+from extend.adapter_format.serving_files import (
+    SERVING_JSON,
+    SERVING_MD,
+    adapter_serving,
+    write_serving,
+)
 from extend.adapter_format.sidecar import SIDECAR_JSON, ModuleReport
 from extend.checkpoint import DTYPE_BYTES, torch_dtype
 from extend.delta.lowrank import Product, product_values, squared_distance, truncate
 from extend.errors import CheckpointError, CompatibilityError, RecipeError
 from extend.manifest import MANIFEST_NAME, Manifest
+from extend.model_config import read_json
 from extend.output import atomic_directory, copy_or_link, require_apart
 from extend.registry import lookup
 
 log = logging.getLogger(__name__)
 
-_WRITTEN_ANEW = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, SIDECAR_JSON, MANIFEST_NAME, REPORT_JSON,
-                 REPORT_PAGE}
+_WRITTEN_ANEW = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, SIDECAR_JSON, SERVING_JSON, SERVING_MD,
+                 MANIFEST_NAME, REPORT_JSON, REPORT_PAGE}
 
 
 def cut(adapter: Path | str, out: Path | str, *, rank: int | None = None,
@@ -78,11 +85,20 @@ def cut(adapter: Path | str, out: Path | str, *, rank: int | None = None,
         values = {name: _values(source, name) for name in source.modules}
         smaller = _Smaller(source, _choose_ranks(rule, source, values, store), store)
         smaller.write(partial, values, options)
+        _write_serving(source, partial)
         write_report(partial)
         summary = smaller.summary((partial / ADAPTER_WEIGHTS).stat().st_size)
         manifest.write(partial, **summary)
     log.info("adapter of %(modules)d modules, %(adapter_bytes)d bytes, rank %(max_rank)d", summary)
     return Path(out)
+
+
+def _write_serving(source: Adapter, directory: Path) -> None:
+    """How to serve the smaller adapter, whose ranks are others, where the larger one says how."""
+    if source.sidecar is not None and (source.directory / SERVING_JSON).is_file():
+        notes = read_json(source.directory / SERVING_JSON).get("notes", [])
+        base = Path(source.sidecar.sources["base"].path)
+        write_serving(directory, adapter_serving(directory, tokenizer_dir=base, notes=notes))
 
 
 def _refuse_more(adapter: Adapter) -> None:

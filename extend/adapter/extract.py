@@ -6,22 +6,26 @@ from pathlib import Path
 import torch
 
 from extend.adapter.extraction import Extraction
+from extend.adapter.fold import Folding
+from extend.adapter.fold import fold_norms as fold
 from extend.adapter.parts import Parts, fingerprint
 from extend.adapter.rank import FLOATS_OF_32_BITS, LIMIT_32_BITS, RankRule
 from extend.adapter.report import write_report
 from extend.adapter_format.peft_files import ADAPTER_WEIGHTS, stored_dtype
-from extend.delta.pair import ModelPair, in_layer_order, is_linear, open_pair
+from extend.adapter_format.vocabulary import write_adapter_vocabulary
+from extend.delta.pair import ModelPair, in_layer_order, is_linear, is_vocabulary, open_pair
 from extend.errors import CompatibilityError, RecipeError
 from extend.manifest import Manifest
 from extend.output import atomic_directory
+from extend.tokenizer import read_vocabulary
 
 log = logging.getLogger(__name__)
 
 
 def extract(base: Path | str, tuned: Path | str, out: Path | str, *, rank: int | None = None,
             energy: float | None = None, adapter_bytes: int | None = None, exact: bool = False,
-            embeddings: bool = True, dtype: str = "float32", seed: int = 0, device: str = "auto",
-            overwrite: bool = False) -> Path:
+            embeddings: bool = True, fold_norms: bool = False, dtype: str = "float32",
+            seed: int = 0, device: str = "auto", overwrite: bool = False) -> Path:
     """Write the difference of two checkpoints as a LoRA adapter with a sidecar.
 
     Give one of `rank`, `energy` and `adapter_bytes`, or none: then every module gets the singular
@@ -47,6 +51,9 @@ def extract(base: Path | str, tuned: Path | str, out: Path | str, *, rank: int |
         exact: decompose Gram matrices in fp64 rather than random sketches; slower.
         embeddings: False leaves the deltas of the embedding and the head out and records their
             norms; the merged model then differs from the long one by them.
+        fold_norms: carry the deltas of norms inside those of the linear weights that they feed
+            (see `extend.adapter.fold`), so that a server that takes lora_A and lora_B alone gets
+            them; the others stay in the sidecar.
         dtype: of the stored factors: float32, bfloat16 or float16. The sidecar is always fp32.
         seed: of the random sketches.
         device: cpu, cuda, or auto (cuda where there is one).
@@ -62,27 +69,39 @@ def extract(base: Path | str, tuned: Path | str, out: Path | str, *, rank: int |
     """
     rule = RankRule(rank=rank, energy=energy, adapter_bytes=adapter_bytes, exact=exact, seed=seed)
     options = {"rule": rule.name, "rank": rank, "energy": energy, "adapter_bytes": adapter_bytes,
-               "exact": exact, "embeddings": embeddings, "dtype": dtype}
+               "exact": exact, "embeddings": embeddings, "fold_norms": fold_norms, "dtype": dtype}
     store, device = stored_dtype(dtype), _pick_device(device)
-    pair = open_pair(base, tuned)
+    folding = fold(open_pair(base, tuned)) if fold_norms else Folding(pair=open_pair(base, tuned))
+    _say_left(folding)
+    pair = folding.pair
     linear = in_layer_order(name for name, info in pair.infos.items() if is_linear(info))
     _check_rank(rank, pair, linear)
     _say_limit(rule, pair, linear)
-    with atomic_directory(out, overwrite=overwrite) as partial:
-        manifest = Manifest("extract", {"base": base, "tuned": tuned}, options, seed)
+    inputs = {"base": base, "tuned": tuned}
+    with atomic_directory(out, overwrite=overwrite, inputs=inputs) as partial:
+        manifest = Manifest("extract", inputs, options, seed)
         mark = fingerprint(manifest.record, device=torch.device(device).type)
         with Parts(out, mark) as parts:
             found = Extraction(pair, device, store, embeddings, rule, parts)
             found.take_linear(linear)
-            found.take_rest(in_layer_order(set(pair.infos) - set(linear)))
+            found.take_rest(in_layer_order(set(pair.infos) - set(linear) - set(folding.folded)))
             found.write(partial, base_name=str(base))
-        found.describe(manifest.record, {**options, "seed": seed}).write(partial)
+        _write_vocabulary(partial, found)
+        sidecar = found.describe(manifest.record, {**options, "seed": seed})
+        sidecar.model_copy(update={"folded": folding.folded}).write(partial)
         write_report(partial, pair.base)
         summary = found.summary((partial / ADAPTER_WEIGHTS).stat().st_size)
-        manifest.write(partial, **summary)
+        manifest.write(partial, **summary, folded=len(folding.folded), not_folded=folding.left)
     log.info("adapter of %(modules)d modules, %(adapter_bytes)d bytes, mean residual "
              "%(mean_residual).4f, largest %(max_residual).4f", summary)
     return Path(out)
+
+
+def _write_vocabulary(directory: Path, found: Extraction) -> None:
+    """The base's tokens, by which merge maps the rows of embedding deltas."""
+    tokens = read_vocabulary(found.pair.base.directory)
+    if tokens is not None and any(map(is_vocabulary, found.tensors)):
+        write_adapter_vocabulary(directory, tokens)
 
 
 def _say_limit(rule: RankRule, pair: ModelPair, linear: list[str]) -> None:
@@ -91,6 +110,11 @@ def _say_limit(rule: RankRule, pair: ModelPair, linear: list[str]) -> None:
         log.info("%s is stored in %s, in which rounding hides nothing: ranks end at %d; give a "
                  "rank, an energy or a size in bytes for more", pair.tuned.directory,
                  ", ".join(stored), LIMIT_32_BITS)
+
+
+def _say_left(folding: Folding) -> None:
+    for name, why in folding.left.items():
+        log.info("%s is not folded: %s; its delta goes to the sidecar", name, why)
 
 
 def _pick_device(device: str) -> str:

@@ -194,11 +194,11 @@ def _others(adapter: Adapter) -> dict[str, Any]:
     """What is no linear weight of the adapter file, by name."""
     beside = in_layer_order({*adapter.embeddings, *adapter.biases, *adapter.absolutes})
     if adapter.sidecar is None:
-        return {"beside": beside, "tensors": {}, "left_out": {}, "unchanged": []}
+        return {"beside": beside, "tensors": {}, "folded": {}, "left_out": {}, "unchanged": []}
     data = adapter.sidecar.model_dump(mode="json")
     whole = {name: data["tensors"][name] for name in in_layer_order(data["tensors"])}
-    return {"beside": beside, "tensors": whole, "left_out": data["left_out"],
-            "unchanged": in_layer_order(data["unchanged"])}
+    return {"beside": beside, "tensors": whole, "folded": data["folded"],
+            "left_out": data["left_out"], "unchanged": in_layer_order(data["unchanged"])}
 
 
 def _totals(modules: Mapping[str, Mapping[str, Any]], spectra: Spectra) -> dict[str, Any]:

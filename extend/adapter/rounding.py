@@ -6,7 +6,7 @@ from extend.checkpoint import Checkpoint, torch_dtype
 from extend.delta.lowrank import Product
 from extend.errors import CheckpointError
 
-_BLOCKS, _BLOCK_ROWS = 16, 16  # rows that are looked at; any two of them 1/16 of the matrix apart
+_BLOCKS, _BLOCK_ROWS = 16, 8  # rows that are looked at
 
 
 def merge_loss(base: Checkpoint, name: str, product: Product, norm: float,
@@ -14,7 +14,7 @@ def merge_loss(base: Checkpoint, name: str, product: Product, norm: float,
     """||round(W + B A) - (W + B A)||_F / ||B A||_F, where W is the base's weight in `dtype`.
 
     A fine-tune of the base loses the same, because it rounds at the same places of its scale. Of a
-    matrix of more than 256 rows, that many in 16 blocks evenly apart stand for all, so that little
+    matrix of more than 128 rows, that many in 16 blocks evenly apart stand for all, so that little
     of the base is read again.
 
     Args:

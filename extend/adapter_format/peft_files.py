@@ -90,7 +90,7 @@ class Adapter:
         self.directory = Path(directory)
         self.config = read_json(self.directory / ADAPTER_CONFIG)
         refuse_variants(self.config, self.directory / ADAPTER_CONFIG)
-        self._weights = TensorFile(_find_weights(self.directory))
+        self._weights = TensorFile(find_weights(self.directory))
         self.dtypes = {info.dtype for info in self._weights.infos.values()}
         self.modules, self.embeddings, self.biases, self.absolutes = sort_tensors(
             self._weights.infos, self.config, self._weights.path)
@@ -115,6 +115,12 @@ class Adapter:
                         f"{self.directory}: {name} is {have.get(name, 'absent')} in {what} but "
                         f"{want.get(name, 'absent')} in extend_sidecar.json; the files are of "
                         "different extractions, extract again")
+
+    @property
+    def dtype(self) -> str:
+        """The safetensors name of the factors' dtype; F32 where they have several."""
+        found = {info.dtype for info in self._weights.infos.values()}
+        return found.pop() if len(found) == 1 else "F32"
 
     def read_factors(self, module: str) -> "tuple[torch.Tensor, torch.Tensor]":
         """`(lora_A [r, in], lora_B [out, r])` of a module in fp32."""
@@ -148,7 +154,7 @@ class Adapter:
         return self._side_weights.read(name)
 
 
-def _find_weights(directory: Path) -> Path:
+def find_weights(directory: Path) -> Path:
     path = directory / ADAPTER_WEIGHTS
     if not path.is_file() and (directory / "adapter_model.bin").is_file():
         raise CheckpointError(f"{directory}: holds adapter_model.bin, a pickle, which is not read; "

@@ -201,6 +201,7 @@ class Sidecar(_Frozen):
         tensors: what `extend_sidecar.safetensors` holds.
         left_out: non-zero deltas that the caller asked not to keep.
         unchanged: parameters whose delta is exactly zero.
+        folded: norms whose delta the modules carry, so that no one may add it again.
     """
 
     rope: RopeChange
@@ -211,6 +212,7 @@ class Sidecar(_Frozen):
     tensors: dict[str, TensorReport]
     left_out: dict[str, TensorReport]
     unchanged: list[str]
+    folded: dict[str, TensorReport] = {}
 
     def write(self, directory: Path) -> None:
         write_json(directory / SIDECAR_JSON, {"schema": SCHEMA, **self.model_dump(mode="json")})

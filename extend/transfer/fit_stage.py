@@ -56,9 +56,9 @@ def fit(options: FitOptions, out: Path | str, *, overwrite: bool = False) -> Pat
         check_tokenizers(load_tokenizer(options.tuned), tokenizer, options.tuned, options.target)
     device = choose_device(options.device)
     dtype = choose_dtype("auto", device)
-    with atomic_directory(out, overwrite=overwrite) as partial:
-        manifest = Manifest("fit", describe_inputs(options, _ROLES),
-                            options.model_dump(mode="json"), options.seed)
+    inputs = describe_inputs(options, _ROLES)
+    with atomic_directory(out, overwrite=overwrite, inputs=inputs) as partial:
+        manifest = Manifest("fit", inputs, options.model_dump(mode="json"), options.seed)
         target = load_causal_lm(options.target, config, device=device, dtype=dtype)
         lesson = make_lesson(target, tokenizer, options, context)
         del target

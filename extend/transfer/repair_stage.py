@@ -54,9 +54,9 @@ def repair(options: RepairOptions, out: Path | str, *, overwrite: bool = False) 
     files = Checkpoint(options.merged)
     tokenizer = _check_pair(options, config, reference, files)
     device = choose_device(options.device)
-    with atomic_directory(out, overwrite=overwrite) as partial:
-        manifest = Manifest("repair", describe_inputs(options, ("merged", "reference")),
-                            options.model_dump(mode="json"), options.seed)
+    inputs = describe_inputs(options, ("merged", "reference"))
+    with atomic_directory(out, overwrite=overwrite, inputs=inputs) as partial:
+        manifest = Manifest("repair", inputs, options.model_dump(mode="json"), options.seed)
         target = load_causal_lm(options.reference, reference, device=device,
                                 dtype=choose_dtype("auto", device))
         lesson = make_lesson(target, tokenizer, options, config.max_position_embeddings)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from extend.adapter import cut, extract
 from extend.adapter_format.peft_files import Adapter
+from extend.adapter_format.serving_files import adapter_serving, write_serving
 from extend.errors import CheckpointError, CompatibilityError, RecipeError
 from extend.merge import merge
 from tests.adapter_format.tiny_models import build, edit_json
@@ -124,6 +125,17 @@ def test_the_rest_of_the_adapter_is_carried_over(whole, tmp_path):
     assert (manifest["stage"], manifest["results"]["max_rank"]) == ("cut", 3)
     config = json.loads((small / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (3, 3, {})
+
+
+def test_serving_files_are_those_of_the_smaller_rank(whole, tmp_path):
+    source = shutil.copytree(whole, tmp_path / "source")
+    write_serving(source, adapter_serving(source, notes=["a note"]))
+    small = cut(source, tmp_path / "cut", rank=3)
+    found, before = (json.loads((d / "serving.json").read_text()) for d in (small, source))
+    ranks = [d["engines"]["vllm"]["command"][-2:] for d in (before, found)]
+    assert ranks == [["--max-lora-rank", "32"], ["--max-lora-rank", "8"]]
+    assert found["notes"] == ["a note"] and found["rope_override"] == before["rope_override"]
+    assert "--max-lora-rank 8" in (small / "SERVING.md").read_text()
 
 
 def test_merges_like_any_other(whole, llama, tmp_path):
