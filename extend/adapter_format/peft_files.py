@@ -149,13 +149,12 @@ class Adapter:
         key = name if name in self.absolutes else f"{name.removesuffix('.bias')}.lora_B.bias"
         return self._weights.infos[f"{PREFIX}{key}"].shape
 
-    def read_expert_factors(self, name: str,
-                            expert: int) -> "tuple[torch.Tensor, torch.Tensor]":
-        """`(lora_A [r, columns], lora_B [rows, r])` of one expert of `sidecar.experts`, in fp32."""
+    def read_expert_factors(self, name: str) -> "tuple[torch.Tensor, torch.Tensor]":
+        """`(lora_A [experts, r, columns], lora_B [experts, rows, r])` of `sidecar.experts`, fp32."""
         if self._side_weights is None:
             raise CheckpointError(f"{self.directory}: has no sidecar, so no factors of {name!r}")
-        return (self._side_weights.read(f"{name}.lora_A")[expert].float(),
-                self._side_weights.read(f"{name}.lora_B")[expert].float())
+        return (self._side_weights.read(f"{name}.lora_A").float(),
+                self._side_weights.read(f"{name}.lora_B").float())
 
     def read_side_delta(self, name: str) -> "torch.Tensor":
         """The fp32 delta of a parameter that the sidecar holds."""

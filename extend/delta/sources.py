@@ -19,6 +19,7 @@ from extend.adapter_format.sidecar import (
     HEAD_NAME,
     ModelIdentity,
     RopeChange,
+    TensorReport,
     parameter_infos,
 )
 from extend.adapter_format.vocabulary import read_adapter_vocabulary
@@ -137,12 +138,17 @@ class AdapterDelta:
         """The linear weights that get a product of factors."""
         return frozenset(f"{module}.weight" for module in self.adapter.modules)
 
+    @property
+    def _side_reports(self) -> Mapping[str, TensorReport]:
+        """What the sidecar holds whole, or as factors of every expert."""
+        sidecar = self.adapter.sidecar
+        return {**sidecar.tensors, **sidecar.experts} if sidecar is not None else {}
+
     @cached_property
     def beside(self) -> frozenset[str]:
         """What the adapter changes beside linear weights, also where `sidecar` leaves it out."""
         kept = {n for n in self.adapter.absolutes if not self._is_tied_head(n)}
-        side = self.adapter.sidecar.tensors if self.adapter.sidecar else ()
-        return frozenset({*side, *self.adapter.embeddings, *self.adapter.biases, *kept})
+        return frozenset({*self._side_reports, *self.adapter.embeddings, *self.adapter.biases, *kept})
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -172,7 +178,7 @@ class AdapterDelta:
             return (module.in_features, module.out_features)
         if name in self.adapter.biases or name in self.adapter.absolutes:
             return self.adapter.stored_shape(name)
-        return self.adapter.sidecar.tensors[name].shape
+        return self._side_reports[name].shape
 
     def read(self, name: str, device: str = "cpu") -> RowsDelta:
         """See `DeltaSource`; factors are held, or else the whole delta of the sidecar is mapped."""
@@ -187,6 +193,9 @@ class AdapterDelta:
             return lambda rows: (lora_a.T[rows] @ lora_b.T).mul_(scaling)
         if name in adapter.absolutes:
             return self._read_absolute(name, device)
+        if adapter.sidecar is not None and name in adapter.sidecar.experts:
+            lora_a, lora_b = (x.to(device) for x in adapter.read_expert_factors(name))
+            return lambda experts: lora_b[experts] @ lora_a[experts]
         whole = adapter.read_bias(name) if name in adapter.biases else adapter.read_side_delta(name)
         return lambda rows: whole[rows].to(device, torch.float32, copy=True)
 
