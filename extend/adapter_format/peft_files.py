@@ -150,7 +150,7 @@ class Adapter:
         return self._weights.infos[f"{PREFIX}{key}"].shape
 
     def read_expert_factors(self, name: str) -> "tuple[torch.Tensor, torch.Tensor]":
-        """`(lora_A [experts, r, columns], lora_B [experts, rows, r])` of `sidecar.experts`, fp32."""
+        """`(lora_A [experts, r, columns], lora_B [experts, rows, r])` in fp32."""
         if self._side_weights is None:
             raise CheckpointError(f"{self.directory}: has no sidecar, so no factors of {name!r}")
         return (self._side_weights.read(f"{name}.lora_A").float(),

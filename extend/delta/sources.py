@@ -148,7 +148,8 @@ class AdapterDelta:
     def beside(self) -> frozenset[str]:
         """What the adapter changes beside linear weights, also where `sidecar` leaves it out."""
         kept = {n for n in self.adapter.absolutes if not self._is_tied_head(n)}
-        return frozenset({*self._side_reports, *self.adapter.embeddings, *self.adapter.biases, *kept})
+        return frozenset({*self._side_reports, *self.adapter.embeddings, *self.adapter.biases,
+                          *kept})
 
     @cached_property
     def names(self) -> frozenset[str]:
