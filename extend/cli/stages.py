@@ -95,11 +95,13 @@ def train(recipe, stage, nproc, out, overwrite):
               default="float32",
               show_default=True, help="Dtype of the factors.")
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", default="auto", show_default=True,
+              help="cpu, cuda, a list such as cuda:0,cuda:1, or auto: every GPU there is.")
 @out_option
 @overwrite_option
 @reporting
 def extract(base, tuned, rank, energy, adapter_bytes, exact, no_embeddings, fold_norms, dtype, seed,
-            out, overwrite):
+            device, out, overwrite):
     """Write tuned - base as a PEFT LoRA adapter and a sidecar for what a LoRA cannot carry.
 
     \b
@@ -109,7 +111,7 @@ def extract(base, tuned, rank, energy, adapter_bytes, exact, no_embeddings, fold
 
     path = stage(base, tuned, out, rank=rank, energy=energy, adapter_bytes=adapter_bytes,
                  exact=exact, embeddings=not no_embeddings, fold_norms=fold_norms,
-                 dtype=dtype, seed=seed, overwrite=overwrite)
+                 dtype=dtype, seed=seed, device=device, overwrite=overwrite)
     return {"output": str(path)}
 
 
