@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
+from extend.adapter_options import AdapterReportOptions, CutOptions, ExtractOptions
 from extend.option_types import FloatDtype, InputPath, Length, Number, Options, parse_number
 from extend.transfer_options import FitOptions, RepairOptions
 
@@ -207,31 +208,6 @@ class TrainOptions(Options):
         return self
 
 
-class ExtractOptions(Options):
-    """extract: tuned - base as a LoRA adapter and a sidecar."""
-
-    base: InputPath
-    tuned: InputPath
-    rank: Annotated[int, Field(ge=1)] | None = None
-    energy: Annotated[Number, Field(gt=0, le=1)] | None = None
-    """Share of each matrix's squared norm to keep."""
-    adapter_bytes: Annotated[int, Field(ge=1)] | None = None
-    """Largest size of the adapter file. Without this, `rank` and `energy`, the noise rule."""
-    exact: bool = False
-    embeddings: bool = True
-    """Keep embedding and output head deltas in the sidecar."""
-    dtype: FloatDtype = "float32"
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def _one_criterion(self) -> "ExtractOptions":
-        given = {"rank": self.rank, "energy": self.energy, "adapter_bytes": self.adapter_bytes}
-        given = [f"{key} ({value})" for key, value in given.items() if value is not None]
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} exclude each other")
-        return self
-
-
 class MergeOptions(Options):
     """merge: adapters, or a long model's whole delta, into a fine-tune of the same base."""
 
@@ -288,8 +264,8 @@ class ReportOptions(Options):
 
 STAGES: dict[str, type[Options]] = {
     "rescale": RescaleOptions, "train": TrainOptions, "extract": ExtractOptions,
-    "merge": MergeOptions, "fit": FitOptions, "repair": RepairOptions, "eval": EvalOptions,
-    "report": ReportOptions}
+    "cut": CutOptions, "adapter-report": AdapterReportOptions, "merge": MergeOptions,
+    "fit": FitOptions, "repair": RepairOptions, "eval": EvalOptions, "report": ReportOptions}
 
 
 def _is_path(metadata: Sequence[Any]) -> bool:

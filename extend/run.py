@@ -39,6 +39,18 @@ def _extract(options: Any, out: Path) -> Path:
     return extract(**options.model_dump(), out=out, overwrite=True)
 
 
+def _cut(options: Any, out: Path) -> Path:
+    from extend.adapter import cut
+
+    return cut(**options.model_dump(), out=out, overwrite=True)
+
+
+def _adapter_report(options: Any, out: Path) -> Path:
+    from extend.adapter import adapter_report
+
+    return adapter_report(**options.model_dump(), out=out, overwrite=True)
+
+
 def _merge(options: Any, out: Path) -> Path:
     from extend.merge import merge
 
@@ -71,8 +83,9 @@ def _report(options: Any, out: Path) -> Path:
 
 
 RUNNERS: dict[str, Callable[[Any, Path], Path]] = {
-    "rescale": _rescale, "train": _train, "extract": _extract, "merge": _merge, "fit": _fit,
-    "repair": _repair, "eval": _eval, "report": _report}
+    "rescale": _rescale, "train": _train, "extract": _extract, "cut": _cut,
+    "adapter-report": _adapter_report, "merge": _merge, "fit": _fit, "repair": _repair,
+    "eval": _eval, "report": _report}
 
 
 def run(recipe: Path | str, out: Path | str) -> Path:

@@ -10,9 +10,10 @@ import pytest
 ROOT = Path(__file__).parents[1] / "extend"
 LAYERS = [
     {"errors"},
-    {"registry", "model_config", "documents", "option_types", "output"},
-    {"checkpoint", "haystack", "tokenizer", "transfer_options"},
+    {"registry", "model_config", "documents", "option_types", "output", "page"},
+    {"checkpoint", "haystack", "tokenizer", "transfer_options", "adapter_options"},
     {"manifest", "retrieval", "loading", "options"},
+    {"results"},
     {"adapter_format"},
     {"delta"},
     {"ring", "rope"},

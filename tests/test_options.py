@@ -5,8 +5,9 @@ from typing import get_args
 import pytest
 from pydantic import ValidationError
 
+from extend.adapter_options import ExtractOptions
 from extend.option_types import parse_length
-from extend.options import STRATEGIES, ExtractOptions, Phase, TrainOptions
+from extend.options import STRATEGIES, Phase, TrainOptions
 
 
 @pytest.mark.parametrize(("text", "tokens"), [

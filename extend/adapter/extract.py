@@ -7,8 +7,11 @@ from pathlib import Path
 import torch
 
 from extend.adapter.extraction import Extraction
+from extend.adapter.fold import Folding
+from extend.adapter.fold import fold_norms as fold
 from extend.adapter.parts import Parts, fingerprint
 from extend.adapter.rank import FLOATS_OF_32_BITS, LIMIT_32_BITS, RankRule
+from extend.adapter.report import write_report
 from extend.adapter.workers import Workers, pick_devices
 from extend.adapter_format.peft_files import ADAPTER_WEIGHTS, stored_dtype
 from extend.adapter_format.vocabulary import write_adapter_vocabulary
@@ -31,14 +34,17 @@ log = logging.getLogger(__name__)
 
 def extract(base: Path | str, tuned: Path | str, out: Path | str, *, rank: int | None = None,
             energy: float | None = None, adapter_bytes: int | None = None, exact: bool = False,
-            embeddings: bool = True, dtype: str = "float32", seed: int = 0, device: str = "auto",
-            overwrite: bool = False) -> Path:
+            embeddings: bool = True, fold_norms: bool = False, dtype: str = "float32",
+            seed: int = 0, device: str = "auto", overwrite: bool = False) -> Path:
     """Write the difference of two checkpoints as a LoRA adapter with a sidecar.
 
     Give one of `rank`, `energy` and `adapter_bytes`, or none: then every module gets the singular
     values that stand out of the rounding noise of the tuned model's stored dtype: at most 512, and
     factors of at most half the matrix's elements. A tuned model stored in 32 bits has next to no
     such noise; its modules get at most rank 32.
+
+    Beside the adapter lie `report.html` and `report.json`: what each module keeps, the singular
+    values, what a merge in 16 bits loses, and what smaller adapters would keep.
 
     Finished modules are kept in a directory beside `out` until the end. The same call after an
     interruption goes on from there; memory is bounded by the largest tensor.
@@ -55,6 +61,9 @@ def extract(base: Path | str, tuned: Path | str, out: Path | str, *, rank: int |
         exact: decompose Gram matrices in fp64 rather than random sketches; slower.
         embeddings: False leaves the deltas of the embedding and the head out and records their
             norms; the merged model then differs from the long one by them.
+        fold_norms: carry the deltas of norms inside those of the linear weights that they feed
+            (see `extend.adapter.fold`), so that a server that takes lora_A and lora_B alone gets
+            them; the others stay in the sidecar.
         dtype: of the stored factors: float32, bfloat16 or float16. The sidecar is always fp32.
         seed: of the random sketches.
         device: cpu, cuda, a list such as `cuda:0,cuda:1`, or auto (every CUDA device there is).
@@ -71,9 +80,11 @@ def extract(base: Path | str, tuned: Path | str, out: Path | str, *, rank: int |
     """
     rule = RankRule(rank=rank, energy=energy, adapter_bytes=adapter_bytes, exact=exact, seed=seed)
     options = {"rule": rule.name, "rank": rank, "energy": energy, "adapter_bytes": adapter_bytes,
-               "exact": exact, "embeddings": embeddings, "dtype": dtype}
+               "exact": exact, "embeddings": embeddings, "fold_norms": fold_norms, "dtype": dtype}
     store, devices = stored_dtype(dtype), pick_devices(device)
-    pair = open_pair(base, tuned)
+    folding = fold(open_pair(base, tuned)) if fold_norms else Folding(pair=open_pair(base, tuned))
+    _say_left(folding)
+    pair = folding.pair
     linear = in_layer_order(name for name, info in pair.infos.items() if is_linear(info))
     _check_rank(rank, pair, linear)
     _say_limit(rule, pair, linear)
@@ -83,17 +94,31 @@ def extract(base: Path | str, tuned: Path | str, out: Path | str, *, rank: int |
         mark = fingerprint(stamp_files(inputs), options, seed, torch.device(devices[0]).type)
         with Parts(out, mark) as parts, Workers(devices) as workers:
             found = Extraction(pair, workers, store, embeddings, rule, parts)
-            _take(found, linear, partial)
+            _take(found, linear, set(folding.folded), partial)
             found.write_adapter(partial, base_name=str(base))
+            # Parts stay until all is written, so that what fails late has not lost them.
+            sidecar = found.describe(manifest.record, {**options, "seed": seed})
+            sidecar.model_copy(update={"folded": folding.folded}).write(partial)
             _write_vocabulary(partial, found)
             write_sample(pair.base, pair.infos, partial)
-            # Parts stay until here, so that what fails late has not lost them.
-            found.describe(manifest.record, {**options, "seed": seed}).write(partial)
+            write_report(partial, pair.base)
         summary = found.summary((partial / ADAPTER_WEIGHTS).stat().st_size)
-        manifest.write(partial, **summary)
+        manifest.write(partial, **summary, folded=len(folding.folded), not_folded=folding.left)
     log.info("adapter of %(modules)d modules, %(adapter_bytes)d bytes, mean residual "
              "%(mean_residual).4f, largest %(max_residual).4f", summary)
     return Path(out)
+
+
+def _take(found: Extraction, linear: list[str], folded: set[str], partial: Path) -> None:
+    """Take all but folded norms; the sidecar is written while linear weights are factorized."""
+    infos = found.pair.infos
+    experts = in_layer_order(name for name, info in infos.items() if is_experts(info))
+    found.take_rest(in_layer_order(set(infos) - {*linear, *experts, *folded}))
+    found.take_experts(experts, linear)
+    with ThreadPoolExecutor(1, "sidecar") as background:
+        written = background.submit(found.write_sidecar, partial)
+        found.take_linear(linear)
+        written.result()
 
 
 def _write_vocabulary(directory: Path, found: Extraction) -> None:
@@ -103,24 +128,17 @@ def _write_vocabulary(directory: Path, found: Extraction) -> None:
         write_adapter_vocabulary(directory, tokens)
 
 
-def _take(found: Extraction, linear: list[str], partial: Path) -> None:
-    """Take every parameter; the sidecar is written while the linear weights are factorized."""
-    infos = found.pair.infos
-    experts = in_layer_order(name for name, info in infos.items() if is_experts(info))
-    found.take_rest(in_layer_order(set(infos) - {*linear, *experts}))
-    found.take_experts(experts, linear)
-    with ThreadPoolExecutor(1, "sidecar") as background:
-        written = background.submit(found.write_sidecar, partial)
-        found.take_linear(linear)
-        written.result()
-
-
 def _say_limit(rule: RankRule, pair: ModelPair, linear: list[str]) -> None:
     stored = sorted({pair.tuned.infos[name].dtype for name in linear})
     if rule.name == "noise" and set(stored) & set(FLOATS_OF_32_BITS):
         log.info("%s is stored in %s, in which rounding hides nothing: ranks end at %d; give a "
                  "rank, an energy or a size in bytes for more", pair.tuned.directory,
                  ", ".join(stored), LIMIT_32_BITS)
+
+
+def _say_left(folding: Folding) -> None:
+    for name, why in folding.left.items():
+        log.info("%s is not folded: %s; its delta goes to the sidecar", name, why)
 
 
 def _check_rank(rank: int | None, pair: ModelPair, linear: list[str]) -> None:

@@ -76,6 +76,7 @@ class Adapter:
 
     Attributes:
         modules: module name (such as `model.layers.0.mlp.up_proj`) -> `LoraModule`.
+        dtypes: safetensors names of the dtypes that the tensors are stored in.
         embeddings, biases, absolutes: what other programs write beside these; see
             `AdapterTensors`.
         sidecar: None for an adapter that another program wrote.
@@ -89,7 +90,8 @@ class Adapter:
         self.directory = Path(directory)
         self.config = read_json(self.directory / ADAPTER_CONFIG)
         refuse_variants(self.config, self.directory / ADAPTER_CONFIG)
-        self._weights = TensorFile(_find_weights(self.directory))
+        self._weights = TensorFile(find_weights(self.directory))
+        self.dtypes = {info.dtype for info in self._weights.infos.values()}
         self.modules, self.embeddings, self.biases, self.absolutes = sort_tensors(
             self._weights.infos, self.config, self._weights.path)
         if not (self.modules or self.embeddings):
@@ -116,6 +118,12 @@ class Adapter:
                         f"{want.get(name, 'absent')} in extend_sidecar.json; the files are of "
                         "different extractions, extract again")
 
+    @property
+    def dtype(self) -> str:
+        """The safetensors name of the factors' dtype; F32 where they have several."""
+        found = {info.dtype for info in self._weights.infos.values()}
+        return found.pop() if len(found) == 1 else "F32"
+
     def read_factors(self, module: str) -> "tuple[torch.Tensor, torch.Tensor]":
         """`(lora_A [r, in], lora_B [out, r])` of a module in fp32."""
         return (self._weights.read(f"{PREFIX}{module}.lora_A.weight").float(),
@@ -141,13 +149,12 @@ class Adapter:
         key = name if name in self.absolutes else f"{name.removesuffix('.bias')}.lora_B.bias"
         return self._weights.infos[f"{PREFIX}{key}"].shape
 
-    def read_expert_factors(self, name: str,
-                            expert: int) -> "tuple[torch.Tensor, torch.Tensor]":
-        """`(lora_A [r, columns], lora_B [rows, r])` of one expert of `sidecar.experts`, in fp32."""
+    def read_expert_factors(self, name: str) -> "tuple[torch.Tensor, torch.Tensor]":
+        """`(lora_A [experts, r, columns], lora_B [experts, rows, r])` in fp32."""
         if self._side_weights is None:
             raise CheckpointError(f"{self.directory}: has no sidecar, so no factors of {name!r}")
-        return (self._side_weights.read(f"{name}.lora_A")[expert].float(),
-                self._side_weights.read(f"{name}.lora_B")[expert].float())
+        return (self._side_weights.read(f"{name}.lora_A").float(),
+                self._side_weights.read(f"{name}.lora_B").float())
 
     def read_side_delta(self, name: str) -> "torch.Tensor":
         """The fp32 delta of a parameter that the sidecar holds."""
@@ -156,7 +163,7 @@ class Adapter:
         return self._side_weights.read(name)
 
 
-def _find_weights(directory: Path) -> Path:
+def find_weights(directory: Path) -> Path:
     path = directory / ADAPTER_WEIGHTS
     if not path.is_file() and (directory / "adapter_model.bin").is_file():
         raise CheckpointError(f"{directory}: holds adapter_model.bin, a pickle, which is not read; "
@@ -191,11 +198,24 @@ def stream_adapter(directory: Path, modules: Sequence[LoraModule], dtype: str,
         read: `(module, "lora_A" or "lora_B")` -> the factor, in that dtype.
     """
     ranks = {module.name: module.rank for module in sorted(modules)}
+    stream_factors(directory, modules, dtype, read)
+    write_config(directory, peft_config(ranks, shorten(ranks, all_modules), base_name))
+
+
+def stream_factors(directory: Path, modules: Sequence[LoraModule], dtype: str,
+                   read: "Callable[[str, str], torch.Tensor]") -> None:
+    """Write `adapter_model.safetensors` alone; arguments as of `stream_adapter`.
+
+    `read` is asked for both factors of a module, lora_A first, before the next module's.
+    """
     infos = {info.name: (info, module.name, factor)
              for module in modules for factor, info in factor_infos(module, dtype).items()}
     write_safetensors(directory / ADAPTER_WEIGHTS, [infos[key][0] for key in sorted(infos)],
                       lambda key: read(*infos[key][1:]))
-    config = peft_config(ranks, shorten(ranks, all_modules), base_name)
+
+
+def write_config(directory: Path, config: Mapping[str, Any]) -> None:
+    """Write `adapter_config.json`."""
     (directory / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True),
                                             encoding="utf-8")
 
@@ -229,11 +249,16 @@ def peft_config(ranks: Mapping[str, int], target_modules: list[str],
     The keys are those that PEFT has written for years and that readers look for. PEFT itself fills
     in the rest, and takes seconds to import, which is why its class is not asked here.
     """
+    return {**_PLAIN_LORA, "base_model_name_or_path": base_name, "target_modules": target_modules,
+            **rank_fields(ranks)}
+
+
+def rank_fields(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The entries of `adapter_config.json` that say ranks, for a scaling of 1 everywhere."""
     largest = max(ranks.values())
     smaller = {module: rank for module, rank in ranks.items() if rank < largest}
-    return {**_PLAIN_LORA, "base_model_name_or_path": base_name, "target_modules": target_modules,
-            "r": largest, "lora_alpha": largest, "rank_pattern": smaller,
-            "alpha_pattern": dict(smaller)}
+    return {"r": largest, "lora_alpha": largest, "rank_pattern": smaller,
+            "alpha_pattern": dict(smaller), "use_rslora": False}
 
 
 def shorten(modules: Iterable[str], all_modules: Iterable[str]) -> list[str]:

@@ -150,8 +150,8 @@ def _check_pair(name: str, pair: Mapping[str, TensorInfo], config: Mapping[str, 
         raise CheckpointError(f"{path}: module {name} has {next(iter(pair))} but not the other "
                               "factor; fetch or extract the adapter again")
     (rank, in_features), (out_features, rank_b) = pair["lora_A"].shape, pair["lora_B"].shape
-    announced = _by_pattern(config.get("rank_pattern"), name, config.get("r"))
-    alpha = _by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha"))
+    announced = by_pattern(config.get("rank_pattern"), name, config.get("r"))
+    alpha = by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha"))
     if not rank == rank_b == announced or rank < 1:
         raise CheckpointError(f"{path}: module {name} has rank {rank} in lora_A, {rank_b} in "
                               f"lora_B and {announced} in {ADAPTER_CONFIG}; they must agree")
@@ -162,7 +162,7 @@ def _check_pair(name: str, pair: Mapping[str, TensorInfo], config: Mapping[str, 
     return LoraModule(name, rank, scaling, out_features, in_features)
 
 
-def _by_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+def by_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """The entry of the first key that fits the end of a module name.
 
     Source: `get_pattern_key` in peft/utils/other.py, PEFT 0.21: keys are regular expressions that

@@ -245,6 +245,7 @@ class Sidecar(_Frozen):
         experts: parameters of which it holds factors for every expert.
         left_out: non-zero deltas that the caller asked not to keep.
         unchanged: parameters whose delta is exactly zero.
+        folded: norms whose delta the modules carry, so that no one may add it again.
     """
 
     rope: RopeChange
@@ -256,6 +257,7 @@ class Sidecar(_Frozen):
     experts: dict[str, ExpertsReport] = {}
     left_out: dict[str, TensorReport]
     unchanged: list[str]
+    folded: dict[str, TensorReport] = {}
 
     def write(self, directory: Path) -> None:
         write_json(directory / SIDECAR_JSON, {"schema": SCHEMA, **self.model_dump(mode="json")})

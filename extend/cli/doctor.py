@@ -48,11 +48,12 @@ def doctor(directory, fix, out, overwrite, readers, theta, max_length, original_
     """Read DIR as transformers 4 and 5, vLLM, SGLang and llama.cpp do, and compare.
 
     Exits with 1 where engines would compute different things from it, and says which keys cause it
-    and what to change.
+    and what to change. Of a LoRA adapter it also says whether vLLM and SGLang would serve it.
 
     \b
     extend doctor ./llama-128k
     extend doctor ./llama-128k --fix --out ./llama-128k-portable
+    extend doctor ./adapter --fix --out ./adapter-servable
     extend doctor ./llama-128k --readers transformers-5,vllm --json
     """
     from extend.doctor import doctor as examine

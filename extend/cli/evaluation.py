@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from extend.cli.group import main, out_option, overwrite_option, reporting
-from extend.cli.types import LENGTH, ListType
+from extend.cli.types import LENGTH, ListType, parse_labels
 
 
 @main.command("eval")
@@ -59,11 +59,7 @@ def report(results, title, out, overwrite):
     \b
     extend report base=runs/eval-base long=runs/eval-long --out ./report
     """
-    from extend.errors import RecipeError
     from extend.evaluate import report as stage
 
-    labelled = dict(item.partition("=")[::2] for item in results)
-    if len(labelled) != len(results) or not all(labelled.values()):
-        raise RecipeError("report: write each result once as LABEL=PATH; given "
-                          + " ".join(results))
+    labelled = parse_labels(results, "report")
     return {"output": str(stage(labelled, out, title=title, overwrite=overwrite))}

@@ -88,15 +88,20 @@ def train(recipe, stage, nproc, out, overwrite):
               help="Largest size of the adapter file, spent where it holds most.")
 @click.option("--exact", is_flag=True, help="Decompose exactly, not from random sketches.")
 @click.option("--no-embeddings", is_flag=True, help="Leave embedding deltas out of the sidecar.")
+@click.option("--fold-norms", is_flag=True,
+              help="Carry norm deltas inside the matrices after them, for servers that take LoRA "
+                   "matrices alone.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
               default="float32",
               show_default=True, help="Dtype of the factors.")
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", default="auto", show_default=True,
+              help="cpu, cuda, a list such as cuda:0,cuda:1, or auto: every GPU there is.")
 @out_option
 @overwrite_option
 @reporting
-def extract(base, tuned, rank, energy, adapter_bytes, exact, no_embeddings, dtype, seed, out,
-            overwrite):
+def extract(base, tuned, rank, energy, adapter_bytes, exact, no_embeddings, fold_norms, dtype, seed,
+            device, out, overwrite):
     """Write tuned - base as a PEFT LoRA adapter and a sidecar for what a LoRA cannot carry.
 
     \b
@@ -105,8 +110,8 @@ def extract(base, tuned, rank, energy, adapter_bytes, exact, no_embeddings, dtyp
     from extend.adapter import extract as stage
 
     path = stage(base, tuned, out, rank=rank, energy=energy, adapter_bytes=adapter_bytes,
-                 exact=exact, embeddings=not no_embeddings, dtype=dtype, seed=seed,
-                 overwrite=overwrite)
+                 exact=exact, embeddings=not no_embeddings, fold_norms=fold_norms,
+                 dtype=dtype, seed=seed, device=device, overwrite=overwrite)
     return {"output": str(path)}
 
 

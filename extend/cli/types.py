@@ -1,6 +1,6 @@
 """How arguments are read: lengths, lists, `key=value` pairs."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import click
@@ -49,6 +49,21 @@ class NameType(click.ParamType):
 
 
 LENGTH = _LengthType()
+
+
+def parse_labels(items: Sequence[str], command: str) -> dict[str, str]:
+    """`LABEL=PATH` arguments as a dict.
+
+    Raises:
+        RecipeError: one of another form, or a label twice.
+    """
+    from extend.errors import RecipeError
+
+    labelled = dict(item.partition("=")[::2] for item in items)
+    if len(labelled) != len(items) or not all(labelled.values()):
+        raise RecipeError(f"{command}: write each result once as LABEL=PATH; given "
+                          + " ".join(items))
+    return labelled
 
 
 def parse_pairs(pairs: tuple[str, ...], reserved: Collection[str] = ()) -> dict[str, Any]:

@@ -32,10 +32,10 @@ from extend.checkpoint import torch_dtype
 
 _BLOCK = 2**24  # elements that are looked at together
 _FP32_EXPONENT = 0x7F800000
-_GROUPS = 64  # of rows or columns, by size; each of the largest is one of its own
+_GROUPS = 32  # of rows or columns, by size; each of the largest is one of its own
 _SINGLE = 16
-_POINTS = 32  # values of t that are tried together
-_NEWTON_STEPS = 12
+_POINTS = 24  # values of t that are tried together
+_NEWTON_STEPS = 8
 
 
 class Noise(NamedTuple):

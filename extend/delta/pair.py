@@ -139,7 +139,7 @@ def delta_blocks(pair: ModelPair, name: str) -> Iterator[tuple[torch.Tensor, flo
     base, tuned = pair.base.stored(name), pair.tuned.stored(name)
     for start in range(0, shape[0], step) if shape else (0,):
         rows = slice(start, start + step)
-        old, delta = _to_fp32(base[rows], "cpu"), _to_fp32(tuned[rows], "cpu")
+        old, delta = _to_fp32(base.read(rows), "cpu"), _to_fp32(tuned.read(rows), "cpu")
         delta.sub_(old)
         norms = frobenius(delta), frobenius(old)
         _require_finite(pair, name, *norms)

@@ -19,6 +19,7 @@ from extend.adapter_format.sidecar import (
     HEAD_NAME,
     ModelIdentity,
     RopeChange,
+    TensorReport,
     parameter_infos,
 )
 from extend.adapter_format.vocabulary import read_adapter_vocabulary
@@ -143,13 +144,18 @@ class AdapterDelta:
         return frozenset(f"{module}.weight" for module in self.adapter.modules
                          if not self._repeats_embedding(module))
 
+    @property
+    def _side_reports(self) -> Mapping[str, TensorReport]:
+        """What the sidecar holds whole, or as factors of every expert."""
+        sidecar = self.adapter.sidecar
+        return {**sidecar.tensors, **sidecar.experts} if sidecar is not None else {}
+
     @cached_property
     def beside(self) -> frozenset[str]:
         """What the adapter changes beside linear weights, also where `sidecar` leaves it out."""
         kept = {n for n in self.adapter.absolutes if not self._is_tied_head(n)}
-        sidecar = self.adapter.sidecar
-        side = {*sidecar.tensors, *sidecar.experts} if sidecar is not None else ()
-        return frozenset({*side, *self.adapter.embeddings, *self.adapter.biases, *kept})
+        return frozenset({*self._side_reports, *self.adapter.embeddings, *self.adapter.biases,
+                          *kept})
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -179,8 +185,7 @@ class AdapterDelta:
             return (module.in_features, module.out_features)
         if name in self.adapter.biases or name in self.adapter.absolutes:
             return self.adapter.stored_shape(name)
-        sidecar = self.adapter.sidecar
-        return (sidecar.tensors if name in sidecar.tensors else sidecar.experts)[name].shape
+        return self._side_reports[name].shape
 
     def read(self, name: str, device: str = "cpu") -> RowsDelta:
         """See `DeltaSource`; factors are held, or else the whole delta of the sidecar is mapped."""

@@ -179,6 +179,8 @@ class _Krylov:
         return True
 
     def _held(self, rank: int) -> float:
+        if len(self._gram) == rank:
+            return float(self._gram.diagonal().double().sum())
         energies = torch.linalg.eigvalsh(self._gram.cpu())
         return float(energies[-rank:].double().clamp_min(0).sum())
 

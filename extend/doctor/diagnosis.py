@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from extend.adapter_format.serving import ServingVerdict
 from extend.doctor.findings import ERROR, Finding
 from extend.doctor.reading import FULL, Reading
 
@@ -24,6 +25,7 @@ class Diagnosis:
         questions: what only the user can decide before a fix.
         changes: what a fix would change (or has changed): `file: key` to `before -> after`.
         output: what a fix has written, or None.
+        serving: of an adapter, what each serving engine makes of its files.
     """
 
     directory: Path
@@ -34,6 +36,7 @@ class Diagnosis:
     questions: tuple[str, ...] = ()
     changes: Mapping[str, str] = field(default_factory=dict)
     output: Path | None = None
+    serving: tuple[ServingVerdict, ...] = ()
 
     @property
     def errors(self) -> tuple[Finding, ...]:
@@ -64,12 +67,16 @@ class Diagnosis:
                 "agree": [list(names) for names in self.agreeing],
                 "findings": [f.to_json() for f in self.findings],
                 "questions": list(self.questions), "changes": dict(self.changes),
-                "output": None if self.output is None else str(self.output)}
+                "output": None if self.output is None else str(self.output),
+                "serving": {v.engine: v.to_json() for v in self.serving}}
 
     def to_text(self) -> str:
         """A table of readings, which of them agree, then the findings."""
-        lines = [f"{self.directory}: {self.architecture}", "", *_table(self.readings), "",
-                 *_agreement_lines(self.agreeing, self.readings)]
+        lines = [f"{self.directory}: {self.architecture}", ""]
+        if self.readings:
+            lines += [*_table(self.readings), "", *_agreement_lines(self.agreeing, self.readings)]
+        if self.serving:
+            lines += [*([""] if self.readings else []), *_serving_table(self.serving)]
         for finding in self.findings:
             about = f" [{', '.join(finding.readers)}]" if finding.readers else ""
             lines += ["", f"{finding.severity}: {finding.what}{about}", f"  {finding.message}"]
@@ -103,7 +110,18 @@ def _table(readings: Sequence[Reading]) -> list[str]:
             rows.append((label, f"{layer.parameters['rope_theta']:.12g}", layer.sha,
                          f"{layer.attention_factor:.6g}",
                          str(reading.max_len) if name == FULL else ""))
-    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(_HEADINGS))]
+    return _align(rows)
+
+
+def _serving_table(serving: Sequence[ServingVerdict]) -> list[str]:
+    rows = [("served by", "version", "verdict", "--max-lora-rank")]
+    rows += [(v.engine, v.version, v.verdict, str(v.max_rank or "none is enough"))
+             for v in serving]
+    return _align(rows)
+
+
+def _align(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
             for row in rows]
 

@@ -5,6 +5,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from extend.doctor.adapters import (
+    diagnose_serving,
+    fix_adapter,
+    is_adapter,
+    without_sidecar,
+)
 from extend.doctor.checks import CHECKS
 from extend.doctor.decide import Choices, Decision, decide
 from extend.doctor.diagnosis import Diagnosis
@@ -36,8 +42,10 @@ def doctor(directory: Path | str, *, fix: bool = False, out: Path | str | None =
     """Read a checkpoint as each engine reads it, and compare.
 
     Args:
-        directory: a checkpoint (weights are optional), or an adapter of `extend extract`.
-        fix: write the portable form of its configuration.
+        directory: a checkpoint (weights are optional), or a LoRA adapter, whose files are also
+            judged by the rules of serving engines.
+        fix: write the portable form of its configuration; of an adapter, the form that every
+            engine serves, which needs `out`.
         out: where to write it, with the rest of the directory; None: in place, and the files as
             they were stay beside the new ones.
         overwrite: replace `out` if it exists.
@@ -61,6 +69,10 @@ def doctor(directory: Path | str, *, fix: bool = False, out: Path | str | None =
         lookup(READERS, name, "readers")
     if out is not None and not fix:
         raise RecipeError("out is for what --fix writes; give --fix as well")
+    if is_adapter(Path(directory)):
+        found = without_sidecar(Path(directory)) or _diagnose(examine(directory), choices, names)[0]
+        found = diagnose_serving(found, names)
+        return fix_adapter(found, out, names, overwrite=overwrite) if fix else found
     patient = examine(directory)
     found, files = _diagnose(patient, choices, names)
     if not fix:
@@ -141,9 +153,6 @@ def _architecture(patient: Patient) -> str:
 def _fix(patient: Patient, found: Diagnosis, files: ModelFiles | None, choices: Choices,
          names: Sequence[str], out: Path | str | None, overwrite: bool) -> Diagnosis:
     where = patient.directory
-    if patient.is_adapter:
-        raise CompatibilityError(f"{where}: an adapter's record is not changed; extract it again "
-                                 "from a long model that the doctor passes")
     if files is None:
         asked = "; ".join(f"({i}) {text}" for i, text in enumerate(found.questions, start=1))
         raise CompatibilityError(f"{where}: nothing was written, because only you can decide: "

@@ -2,34 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from extend.errors import CheckpointError, RecipeError
-from extend.manifest import hash_file
-from extend.model_config import read_json
-
-RESULTS_NAME = "results.json"
-SCHEMA = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Results:
-    """One `results.json`: its `label` in the report, its content and where it came from."""
-
-    label: str
-    path: Path
-    sha256: str
-    data: Mapping[str, Any]
-
-    @property
-    def native_len(self) -> int:
-        return int(self.data["model"]["max_position_embeddings"])
-
-    def grid(self, name: str) -> list[Mapping[str, Any]]:
-        """The rows of a task on a grid, without its controls."""
-        return [row for row in self.data["rows"]
-                if row["name"] == name and row["depth"] is not None]
+from extend.results import Results, format_length, format_rate
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,33 +14,6 @@ class TableRow:
     section: str
     measure: str
     cells: Mapping[str, str | None]
-
-
-def read_results(results: Mapping[str, Path | str]) -> list[Results]:
-    """Read every results file.
-
-    Args:
-        results: label -> results.json, or the directory that holds it.
-
-    Raises:
-        RecipeError: no results.
-        CheckpointError: a file is missing or of another format.
-    """
-    if not results:
-        raise RecipeError("report: give at least one result as label -> path")
-    return [_read(str(label), Path(path)) for label, path in results.items()]
-
-
-def _read(label: str, path: Path) -> Results:
-    path = path / RESULTS_NAME if path.is_dir() else path
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; give the output of `extend eval`")
-    data = read_json(path)
-    keys = ("model", "rows", "summary")
-    if data.get("schema") != SCHEMA or any(key not in data for key in keys):
-        raise CheckpointError(f"{path}: is not results of schema {SCHEMA} with {', '.join(keys)}; "
-                              "run `extend eval` with this version")
-    return Results(label, path, hash_file(path), data)
 
 
 def grid_tasks(results: list[Results]) -> list[str]:
@@ -128,23 +76,6 @@ def _names(results: list[Results], key: str) -> list[str]:
 
 def _task(result: Results, name: str) -> Mapping[str, Any]:
     return result.data["summary"]["tasks"].get(name, {})
-
-
-def format_length(tokens: int) -> str:
-    """131072 as `128K`; lengths that are no multiple of 1024 in full; nothing for 0."""
-    for unit, name in ((1024 ** 2, "M"), (1024, "K")):
-        if tokens and tokens % unit == 0:
-            return f"{tokens // unit}{name}"
-    return f"{tokens:,}" if tokens else ""
-
-
-def format_rate(entry: Mapping[str, Any] | None) -> str | None:
-    """A share with its n and its Wilson interval, never without: `98 % (49/50; 90-100)`."""
-    if entry is None:
-        return None
-    correct = round(entry["score"] * entry["n"])
-    low, high = round(100 * entry["wilson_low"]), round(100 * entry["wilson_high"])
-    return f"{100 * entry['score']:.3g} % ({correct}/{entry['n']}; {low}-{high})"
 
 
 def format_loss(entry: Mapping[str, Any] | None, reference: Mapping[str, Any] | None) -> str | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from extend.evaluate.comparison import Results, format_length
+from extend.results import Results, format_length
 
 COLORS = "cividis"  # even in lightness, and the same to colour-blind eyes
 _TEXT_FITS = 12  # columns up to which the counts are written into the cells

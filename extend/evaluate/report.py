@@ -6,20 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from extend.evaluate.comparison import (
-    Results,
-    TableRow,
-    build_table,
-    format_length,
-    grid_tasks,
-    read_results,
-    to_markdown,
-)
+from extend.evaluate.comparison import TableRow, build_table, grid_tasks, to_markdown
 from extend.evaluate.curve import read_curve
 from extend.evaluate.heatmap import COLORS, Panel, build_panels, draw_heatmap
 from extend.evaluate.summary import EFFECTIVE_LENGTH_RULE
 from extend.manifest import Manifest
 from extend.output import atomic_directory, write_json
+from extend.page import render
+from extend.results import Results, format_length, read_results
 
 SCHEMA = 1
 _TEMPLATE = "report.html.jinja"
@@ -101,17 +95,13 @@ def _to_json(results: list[Results], table: list[TableRow], maps: list[dict[str,
 
 
 def _render(**values: Any) -> str:
-    import jinja2
     import matplotlib
     from matplotlib.colors import to_hex
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     scale = [to_hex(matplotlib.colormaps[COLORS](i / 8)) for i in range(9)]
-    return environment.get_template(_TEMPLATE).render(
-        **values, scale=scale, rule=EFFECTIVE_LENGTH_RULE, format_length=format_length,
-        geometry=_geometry)
+    return render(
+        Path(__file__).with_name(_TEMPLATE), **values, scale=scale, rule=EFFECTIVE_LENGTH_RULE,
+        format_length=format_length, geometry=_geometry)
 
 
 def _geometry(panel: Panel) -> dict[str, float]:

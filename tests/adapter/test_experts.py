@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from extend.adapter import extract
 from extend.adapter_format.peft_files import Adapter
 from extend.errors import CheckpointError
+from extend.merge import merge
 
 EXPERTS, ROWS, COLUMNS = 5, 48, 64
 UP = "model.layers.0.mlp.experts.gate_up_proj"
@@ -103,11 +104,17 @@ def test_the_rest_is_whole_in_the_sidecar_and_the_adapter_holds_none_of_it(mixtu
     assert manifest["results"]["sidecar_experts"] == 2
 
 
-def test_factors_are_read_expert_by_expert(mixture, adapter):
-    opened = Adapter(adapter)
-    for expert in range(EXPERTS):
-        lora_a, lora_b = opened.read_expert_factors(DOWN, expert)
-        torch.testing.assert_close(lora_b @ lora_a, mixture[1][DOWN][expert], rtol=0, atol=2e-5)
+def test_factors_are_read(mixture, adapter):
+    lora_a, lora_b = Adapter(adapter).read_expert_factors(DOWN)
+    torch.testing.assert_close(lora_b @ lora_a, mixture[1][DOWN], rtol=0, atol=2e-5)
+
+
+def test_merging_it_into_the_base_gives_the_tuned_model(mixture, adapter, tmp_path):
+    out = merge(adapter, mixture[0] / "base", tmp_path / "merged")
+    found, tuned = (load_file(d / "model.safetensors") for d in (out, mixture[0] / "tuned"))
+    assert set(found) == set(tuned)
+    for name in (UP, DOWN, SAME, BIAS, ROUTER):
+        torch.testing.assert_close(found[name], tuned[name], rtol=0, atol=2e-5, msg=name)
 
 
 def test_a_sidecar_of_another_extraction_is_refused(adapter, tmp_path):

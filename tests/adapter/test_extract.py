@@ -27,7 +27,7 @@ from tests.adapter_format.tiny_models import (
 
 FILES = {"adapter_config.json", "adapter_model.safetensors", "extend_lineage.safetensors",
          "extend_sidecar.json", "extend_sidecar.safetensors", "extend_vocabulary.json",
-         "manifest.json"}
+         "manifest.json", "report.html", "report.json"}
 
 
 def read(path) -> dict:
@@ -326,7 +326,8 @@ def test_manifest_records_inputs_and_results(adapter, llama):
     manifest = read(adapter / "manifest.json")
     assert manifest["stage"] == "extract"
     assert manifest["options"] == {"rule": "fixed", "rank": 8, "energy": None, "exact": False,
-                                   "adapter_bytes": None, "embeddings": True, "dtype": "float32"}
+                                   "adapter_bytes": None, "embeddings": True,
+                                   "fold_norms": False, "dtype": "float32"}
     assert manifest["inputs"]["base"]["path"] == str(llama.base)
     assert set(manifest["outputs"]) == FILES - {"manifest.json"}
     sidecar = read(adapter / "extend_sidecar.json")

@@ -1,0 +1,153 @@
+"""Line charts as data for the macro `chart` of `chart.html.jinja`.
+
+Charts are drawn at the width of a phone and grow with the page, so that their text stays legible.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+WIDTH, HEIGHT = 340, 230
+LEFT, RIGHT, TOP, BOTTOM = 44, 10, 12, 40
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7f5fc0", "#888888")
+"""Colours of lines, told apart by colour-blind eyes too."""
+_SHADES = ("#00204c", "#213d6b", "#4a5a6d", "#666970", "#7d7c78", "#a59c74", "#c9b869", "#ecd84a",
+           "#ffea46")  # the colour map cividis at eighths
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A curve in SVG units; `dots` are (x, y, text)."""
+
+    name: str
+    color: str
+    points: str
+    dots: Sequence[tuple[float, float, str]] = ()
+    dashed: bool = False
+    thin: bool = False
+
+
+@dataclass(slots=True)
+class Chart:
+    """Axes, and what is drawn on them.
+
+    Attributes:
+        title: shown above.
+        x_range, y_range: of the data; a logarithmic axis needs both above 0.
+        bars: (x, low, high, colour), such as intervals.
+        marks_x, marks_y: (position, text, colour) of dashed lines across.
+    """
+
+    title: str
+    x_label: str
+    x_range: tuple[float, float]
+    y_range: tuple[float, float]
+    log_x: bool = False
+    log_y: bool = False
+    bytes_x: bool = False
+    lines: list[Line] = field(default_factory=list)
+    bars: list[tuple[float, float, float, str]] = field(default_factory=list)
+    marks_x: list[tuple[float, str, str]] = field(default_factory=list)
+    marks_y: list[tuple[float, str, str]] = field(default_factory=list)
+    legend: bool = True
+
+    def x(self, value: float) -> float:
+        share = _share(value, self.x_range, self.log_x)
+        return round(LEFT + (WIDTH - LEFT - RIGHT) * share, 1)
+
+    def y(self, value: float) -> float:
+        share = _share(value, self.y_range, self.log_y)
+        return round(TOP + (HEIGHT - TOP - BOTTOM) * (1 - share), 1)
+
+    def add(self, name: str, color: str, points: Iterable[tuple[float, float]], *,
+            dots: Sequence[tuple[float, float, str]] = (), dashed: bool = False,
+            thin: bool = False) -> None:
+        """Add a curve, in the units of the data."""
+        drawn = " ".join(f"{self.x(x)},{self.y(y)}" for x, y in points)
+        marks = [(self.x(x), self.y(y), text) for x, y, text in dots]
+        self.lines.append(Line(name, color, drawn, marks, dashed, thin))
+
+    def add_bar(self, x: float, low: float, high: float, color: str) -> None:
+        self.bars.append((self.x(x), self.y(low), self.y(high), color))
+
+    def mark_x(self, value: float, text: str, color: str = "var(--mark)") -> None:
+        self.marks_x.append((self.x(value), text, color))
+
+    def mark_y(self, value: float, text: str, color: str = "var(--mark)") -> None:
+        self.marks_y.append((self.y(value), text, color))
+
+    @property
+    def ticks_x(self) -> list[tuple[float, str]]:
+        text = format_bytes if self.bytes_x else _number
+        return [(self.x(v), text(v)) for v in _ticks(self.x_range, self.log_x, 6)]
+
+    @property
+    def ticks_y(self) -> list[tuple[float, str]]:
+        return [(self.y(v), _number(v)) for v in _ticks(self.y_range, self.log_y, 6)]
+
+    @property
+    def named(self) -> list[Line]:
+        """The lines of the legend."""
+        return [line for line in self.lines if line.name] if self.legend else []
+
+
+def shade(share: float) -> str:
+    """A colour between dark blue (0) and yellow (1), even in lightness."""
+    place = min(max(share, 0.0), 1.0) * (len(_SHADES) - 1)
+    first = min(int(place), len(_SHADES) - 2)
+    low, high = (_channels(_SHADES[first + i]) for i in (0, 1))
+    mixed = (round(a + (b - a) * (place - first)) for a, b in zip(low, high))
+    return "#" + "".join(f"{channel:02x}" for channel in mixed)
+
+
+def ink_on(share: float) -> str:
+    """Black or white, whichever reads better on `shade(share)`."""
+    return "#111111" if share > 0.55 else "#ffffff"
+
+
+def _channels(color: str) -> list[int]:
+    return [int(color[i:i + 2], 16) for i in (1, 3, 5)]
+
+
+def _share(value: float, limits: tuple[float, float], log: bool) -> float:
+    low, high = limits
+    if log:
+        value, low, high = math.log(max(value, low)), math.log(low), math.log(high)
+    return min(max((value - low) / (high - low), 0.0), 1.0) if high > low else 0.5
+
+
+def _ticks(limits: tuple[float, float], log: bool, most: int) -> list[float]:
+    """Round numbers inside the limits, at most about `most`."""
+    low, high = limits
+    if not log:
+        step = _round_step((high - low) / (most - 1)) if high > low else 1.0
+        first = math.ceil(low / step - 1e-9)
+        return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for factors in ((1, 2, 5), (1, 3), (1,)):
+        found = [f * 10.0 ** d for d in decades for f in factors]
+        found = [v for v in found if low * (1 - 1e-9) <= v <= high * (1 + 1e-9)]
+        if len(found) <= most:
+            return found
+    return found[::math.ceil(len(found) / most)]
+
+
+def _round_step(step: float) -> float:
+    power = 10.0 ** math.floor(math.log10(step))
+    return next(f * power for f in (1, 2, 2.5, 5, 10) if f * power >= step * (1 - 1e-9))
+
+
+def _number(value: float) -> str:
+    if value and not 1e-3 <= abs(value) < 1e5:
+        mantissa, power = f"{value:.2g}".split("e") if "e" in f"{value:.2g}" else (
+            f"{value:.1e}".split("e"))
+        return f"{float(mantissa):g}e{int(power)}"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def format_bytes(num_bytes: float) -> str:
+    """A size in decimal units: 12.5 MB."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if num_bytes >= unit:
+            return f"{num_bytes / unit:.3g} {name}"
+    return f"{num_bytes:.0f} B"

@@ -1,0 +1,41 @@
+import pytest
+
+from extend.page.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, format_bytes, shade
+
+
+def test_ends_of_the_axes_are_the_ends_of_the_frame():
+    for log in (False, True):
+        chart = Chart("t", "x", (2.0, 200.0), (0.1, 10.0), log_x=log, log_y=log)
+        assert (chart.x(2.0), chart.x(200.0)) == (LEFT, WIDTH - RIGHT)
+        assert (chart.y(0.1), chart.y(10.0)) == (HEIGHT - BOTTOM, TOP)
+        middle = (20.0, 1.0) if log else (101.0, 5.05)
+        assert chart.x(middle[0]) == pytest.approx((LEFT + WIDTH - RIGHT) / 2, abs=0.1)
+        assert chart.y(middle[1]) == pytest.approx((TOP + HEIGHT - BOTTOM) / 2, abs=0.1)
+
+
+def test_what_lies_outside_is_drawn_on_the_frame():
+    chart = Chart("t", "x", (1.0, 10.0), (1.0, 10.0), log_y=True)
+    assert chart.y(0.0) == HEIGHT - BOTTOM and chart.x(11.0) == WIDTH - RIGHT
+
+
+@pytest.mark.parametrize("limits, log, expected", [
+    ((0.0, 1.0), False, ["0", "0.2", "0.4", "0.6", "0.8", "1"]),
+    ((1.0, 64.0), False, ["20", "40", "60"]),
+    ((1.0, 60.0), True, ["1", "2", "5", "10", "20", "50"]),
+    ((0.9, 2e6), True, ["1", "100", "10,000", "1e6"]),
+    ((3.0, 3.0), False, ["3"]),
+    ((2e-6, 3e-4), True, ["3e-6", "1e-5", "3e-5", "1e-4", "3e-4"]),
+])
+def test_ticks_are_round_and_few(limits, log, expected):
+    chart = Chart("t", "x", limits, (0.0, 1.0), log_x=log)
+    assert [text for _, text in chart.ticks_x] == expected
+
+
+def test_sizes():
+    assert [format_bytes(n) for n in (12, 1500, 134378464, 4.2e9)] == [
+        "12 B", "1.5 kB", "134 MB", "4.2 GB"]
+
+
+def test_shades_run_from_dark_to_light():
+    assert (shade(0), shade(1), shade(0.5), shade(-3)) == ("#00204c", "#ffea46", "#7d7c78",
+                                                           "#00204c")
