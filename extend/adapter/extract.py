@@ -11,11 +11,14 @@ from extend.adapter.fold import fold_norms as fold
 from extend.adapter.parts import Parts, fingerprint
 from extend.adapter.rank import FLOATS_OF_32_BITS, LIMIT_32_BITS, RankRule
 from extend.adapter_format.peft_files import ADAPTER_WEIGHTS, stored_dtype
+from extend.adapter_format.serving import check_serving
+from extend.adapter_format.serving_files import adapter_serving, verdict_line, write_serving
 from extend.adapter_format.vocabulary import write_adapter_vocabulary
 from extend.delta.pair import ModelPair, in_layer_order, is_linear, is_vocabulary, open_pair
 from extend.errors import CompatibilityError, RecipeError
 from extend.manifest import Manifest
 from extend.output import atomic_directory
+from extend.rope.engines import differing_engines
 from extend.tokenizer import read_vocabulary
 
 log = logging.getLogger(__name__)
@@ -85,11 +88,21 @@ def extract(base: Path | str, tuned: Path | str, out: Path | str, *, rank: int |
         _write_vocabulary(partial, found)
         sidecar = found.describe(manifest.record, {**options, "seed": seed})
         sidecar.model_copy(update={"folded": folding.folded}).write(partial)
+        _write_serving(partial, pair)
         summary = found.summary((partial / ADAPTER_WEIGHTS).stat().st_size)
         manifest.write(partial, **summary, folded=len(folding.folded), not_folded=folding.left)
     log.info("adapter of %(modules)d modules, %(adapter_bytes)d bytes, mean residual "
              "%(mean_residual).4f, largest %(max_residual).4f", summary)
+    log.info("%s", verdict_line(check_serving(out)))
     return Path(out)
+
+
+def _write_serving(directory: Path, pair: ModelPair) -> None:
+    """How to serve the adapter, once all its other files are there."""
+    tuned = pair.tuned_config
+    notes = differing_engines(str(tuned.raw.get("model_type")), tuned.rope)
+    write_serving(directory, adapter_serving(directory, tokenizer_dir=pair.base.directory,
+                                             notes=notes))
 
 
 def _write_vocabulary(directory: Path, found: Extraction) -> None:

@@ -40,6 +40,12 @@ def rope_override(change: RopeChange) -> dict[str, Any]:
             "rope_parameters": keys["rope_parameters"]}
 
 
+def sglang_override(change: RopeChange) -> dict[str, Any]:
+    """The same for SGLang, which lays a RoPE over the keys of the one before; a null clears them.
+    """
+    return {"rope_scaling": None, **rope_override(change)}
+
+
 def adapter_serving(directory: Path, *, tokenizer_dir: Path | None = None,
                     notes: Sequence[str] = ()) -> dict[str, Any]:
     """The content of an adapter's `serving.json`.
@@ -58,8 +64,8 @@ def adapter_serving(directory: Path, *, tokenizer_dir: Path | None = None,
                                  "to be served with; extract it with `extend extract`")
     change, base = view.sidecar.rope, str(view.config.get("base_model_name_or_path") or "BASE_DIR")
     length, verdicts = change.max_position_embeddings_after, check_serving(directory)
-    override = json.dumps(rope_override(change))
-    commands = {"vllm": _vllm(base, length, override), "sglang": _sglang(base, length, override)}
+    commands = {"vllm": _vllm(base, length, json.dumps(rope_override(change))),
+                "sglang": _sglang(base, length, json.dumps(sglang_override(change)))}
     engines = {v.engine: v.to_json() for v in verdicts}
     for verdict in verdicts:
         if verdict.engine in commands and verdict.max_rank is not None:
