@@ -48,8 +48,9 @@ class FitOptions(LessonOptions):
     target: InputPath
     adapter: InputPath | None = None
     tuned: InputPath | None = None
-    """With `base`, in place of an adapter: the delta is tuned - base."""
+    """In place of an adapter: the delta is tuned - base."""
     base: InputPath | None = None
+    """Also for an adapter with whole values, from which the base's are subtracted."""
     rope_from: InputPath | None = None
     """For an adapter without a sidecar, the model whose RoPE and lengths the merge gets."""
     groups: Literal["kind", "layer", "module"] = "kind"
@@ -60,9 +61,10 @@ class FitOptions(LessonOptions):
 
     @model_validator(mode="after")
     def _one_delta(self) -> "FitOptions":
-        pair = (self.tuned is not None, self.base is not None)
-        if pair[0] != pair[1] or (self.adapter is not None) == pair[0]:
+        if (self.adapter is None) == (self.tuned is None):
             raise ValueError("give either an adapter, or both tuned and base")
+        if self.tuned is not None and self.base is None:
+            raise ValueError(f"tuned is {self.tuned} but there is no base to subtract from it")
         return self
 
 

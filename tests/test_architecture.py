@@ -16,7 +16,7 @@ LAYERS = [
     {"adapter_format"},
     {"delta"},
     {"ring", "rope"},
-    {"train", "adapter", "merge", "transfer", "evaluate", "plan", "search", "doctor"},
+    {"train", "adapter", "merge", "transfer", "evaluate", "plan", "search", "doctor", "lineage"},
     {"recipe"},
     {"run"},
     {"cli"},

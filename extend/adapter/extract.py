@@ -15,6 +15,7 @@ from extend.adapter_format.serving import check_serving
 from extend.adapter_format.serving_files import adapter_serving, verdict_line, write_serving
 from extend.adapter_format.vocabulary import write_adapter_vocabulary
 from extend.delta.pair import ModelPair, in_layer_order, is_linear, is_vocabulary, open_pair
+from extend.delta.sample import write_sample
 from extend.errors import CompatibilityError, RecipeError
 from extend.manifest import Manifest
 from extend.output import atomic_directory
@@ -86,6 +87,7 @@ def extract(base: Path | str, tuned: Path | str, out: Path | str, *, rank: int |
             found.take_rest(in_layer_order(set(pair.infos) - set(linear) - set(folding.folded)))
             found.write(partial, base_name=str(base))
         _write_vocabulary(partial, found)
+        write_sample(pair.base, pair.infos, partial)
         sidecar = found.describe(manifest.record, {**options, "seed": seed})
         sidecar.model_copy(update={"folded": folding.folded}).write(partial)
         _write_serving(partial, pair)

@@ -65,7 +65,8 @@ def _results(directory: Path, name: str) -> dict[str, Any]:
 @click.option("--target", required=True, metavar="DIR", help="A fine-tune of the same base.")
 @click.option("--adapter", metavar="DIR", default=None, help="An adapter of `extend extract`.")
 @click.option("--tuned", metavar="DIR", default=None, help="Long model, in place of an adapter.")
-@click.option("--base", metavar="DIR", default=None, help="What the long model was made from.")
+@click.option("--base", metavar="DIR", default=None,
+              help="What the long model, or an adapter with whole values, was made from.")
 @click.option("--rope-from", metavar="DIR", default=None,
               help="Long model to take the RoPE from, for an adapter without a sidecar.")
 @click.option("--groups", type=click.Choice(["kind", "layer", "module"]), default="kind",

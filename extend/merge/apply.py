@@ -18,6 +18,7 @@ from extend.errors import RecipeError
 from extend.manifest import Manifest, versions
 from extend.merge.dry_run import preview
 from extend.merge.prepare import Plan, Problems, prepare
+from extend.merge.related import require_related
 from extend.merge.request import Paths, Request, Weights
 from extend.merge.total import Total
 from extend.model_config import RopeSpec
@@ -86,6 +87,8 @@ def merge(adapter: Paths, target: Path | str, out: Path | str, *, weight: Weight
         return Path(out)
     request, device = Request.of(adapter, target, out, **given), _pick_device(device)
     plan = prepare(request, Problems(collect=False))
+    related = require_related([path for path, weight in zip(request.adapters, request.weights)
+                               if weight], request.base, plan.files, plan.infos)
     for line in plan.vocabulary_lines():
         log.info("%s", line)
     with atomic_directory(out, overwrite=overwrite, inputs=request.inputs(),
@@ -97,7 +100,7 @@ def merge(adapter: Paths, target: Path | str, out: Path | str, *, weight: Weight
                         max_len=plan.change.max_position_embeddings_after)
         _write_serving(partial, plan)
         summary = _summary(plan)
-        manifest.write(partial, **summary)
+        manifest.write(partial, **summary, lineage=related)
     log.info("merged %(modules)d modules, %(sidecar_tensors)d sidecar tensors and %(raw_tensors)d "
              "differences into %(tensors)d tensors; context %(max_position_embeddings)d tokens",
              summary)

@@ -108,13 +108,14 @@ class Orthogonal(Method):
         if (rank is None) == (energy is None):
             raise RecipeError(f"orthogonal: rank is {rank} and energy is {energy}; give one of the "
                               "two")
-        if rank is not None and (not isinstance(rank, int) or rank < 1):
+        if rank is not None and not (isinstance(rank, int | float) and 1 <= rank == int(rank)):
             raise RecipeError(f"orthogonal: rank is {rank!r}; give an integer of at least 1")
         if energy is not None and not 0 < energy <= 1:
             raise RecipeError(f"orthogonal: energy is {energy!r}; give a number in (0, 1]")
         if side not in ("both", "left", "right"):
             raise RecipeError(f"orthogonal: side is {side!r}; choose one of both, left, right")
-        self.rank, self.energy, self.side = rank, energy, side
+        self.rank = None if rank is None else int(rank)
+        self.energy, self.side = energy, side
 
     def adjust(self, name: str, delta: "torch.Tensor", target: "torch.Tensor",
                base: "torch.Tensor | None") -> "torch.Tensor":

@@ -12,6 +12,7 @@ from extend.model_config import read_json
 
 _DEFAULT = "default"
 _SCHEMA = 1
+_IN_DIRECTORY = "weights.json"
 
 
 class LayerWeights:
@@ -22,8 +23,8 @@ class LayerWeights:
             distances and interpolated between them; a mapping from the names of parameters or
             modules, or regular expressions that are looked for in names, to numbers (its key
             `default` is for what no other fits, else 1); or the path of a JSON file
-            {"schema": 1, "weights": such a mapping, "default": 1.0}. A name goes before an
-            expression.
+            {"schema": 1, "weights": such a mapping, "default": 1.0}, or of a directory with such
+            a `weights.json`, as `fit` writes. A name goes before an expression.
 
     Raises:
         RecipeError: anything else, or a number that is not finite.
@@ -33,7 +34,7 @@ class LayerWeights:
     def __init__(self, value: float | Sequence[float] | Mapping[str, float] | str | Path | None):
         self.file = Path(value) if isinstance(value, str | Path) else None
         if self.file is not None:
-            value = _read_file(self.file)
+            value = _read_file(self.file / _IN_DIRECTORY if self.file.is_dir() else self.file)
         self._by_name = {} if not isinstance(value, Mapping) else {
             key: _number(number, key) for key, number in value.items() if key != _DEFAULT}
         self._patterns = {key: _compile(key) for key in self._by_name}

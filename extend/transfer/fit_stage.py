@@ -7,7 +7,7 @@ import torch
 
 from extend.adapter_format.peft_files import Adapter
 from extend.adapter_format.sidecar import RopeChange
-from extend.delta.sources import AdapterDelta, DeltaSource, ModelDelta
+from extend.delta.sources import AdapterDelta, BaseModel, DeltaSource, ModelDelta
 from extend.errors import CompatibilityError, RecipeError
 from extend.loading import choose_device, choose_dtype, load_causal_lm
 from extend.manifest import Manifest
@@ -16,13 +16,15 @@ from extend.output import atomic_directory, require_new, write_json
 from extend.tokenizer import load_tokenizer
 from extend.transfer.fit import Fit, fit_weights
 from extend.transfer.learn import LearnSettings
-from extend.transfer.setup import check_tokenizers, describe_inputs, make_lesson
-from extend.transfer.sums import Delta, LowRank
+from extend.transfer.plot import draw_course
+from extend.transfer.setup import check_tokens, describe_inputs, make_lesson
+from extend.transfer.sums import Delta, LowRank, check_fit
 from extend.transfer_options import FitOptions
 
 log = logging.getLogger(__name__)
 WEIGHTS_NAME = "weights.json"
 RESULTS_NAME = "fit.json"
+PICTURE_NAME = "fit.png"
 _ROLES = ("target", "adapter", "tuned", "base", "rope_from")
 
 
@@ -34,7 +36,7 @@ def fit(options: FitOptions, out: Path | str, *, overwrite: bool = False) -> Pat
 
     Args:
         options: whose delta, whose skill, and how.
-        out: directory to create, for `weights.json`, `fit.json` and the manifest.
+        out: directory to create, for `weights.json`, `fit.json`, `fit.png` and the manifest.
         overwrite: replace `out` if it exists.
 
     Returns:
@@ -52,14 +54,15 @@ def fit(options: FitOptions, out: Path | str, *, overwrite: bool = False) -> Pat
     change = _context_change(options, source, config)
     context = change.max_position_embeddings_after
     tokenizer = load_tokenizer(options.target)
-    if options.tuned is not None:
-        check_tokenizers(load_tokenizer(options.tuned), tokenizer, options.tuned, options.target)
+    if source.vocabulary is not None:
+        check_tokens(source.vocabulary, tokenizer.get_vocab(), source.label, options.target)
     device = choose_device(options.device)
     dtype = choose_dtype("auto", device)
     inputs = describe_inputs(options, _ROLES)
     with atomic_directory(out, overwrite=overwrite, inputs=inputs) as partial:
         manifest = Manifest("fit", inputs, options.model_dump(mode="json"), options.seed)
         target = load_causal_lm(options.target, config, device=device, dtype=dtype)
+        check_fit(target, {name: source.shape(name) for name in sorted(source.names)})
         lesson = make_lesson(target, tokenizer, options, context)
         del target
         long_config = parse_config(change.apply(config.raw), config.path)
@@ -78,9 +81,10 @@ def fit(options: FitOptions, out: Path | str, *, overwrite: bool = False) -> Pat
 
 def open_source(options: FitOptions) -> DeltaSource:
     """The delta that the options name."""
-    if options.adapter is not None:
-        return AdapterDelta(Adapter(options.adapter))
-    return ModelDelta.open(options.base, options.tuned)
+    if options.adapter is None:
+        return ModelDelta.open(options.base, options.tuned)
+    base = BaseModel.open(options.base) if options.base is not None else None
+    return AdapterDelta(Adapter(options.adapter), base=base)
 
 
 def _context_change(options: FitOptions, source: DeltaSource, target: ModelConfig) -> RopeChange:
@@ -105,7 +109,7 @@ def load_deltas(source: DeltaSource, device: torch.device) -> dict[str, Delta]:
             factors = source.adapter.read_factors(module.name)
             deltas[name] = LowRank(*(f.to(device) for f in factors), module.scaling)
         else:
-            delta = source.read(name)(...).to(device)
+            delta = source.read(name, str(device))(...)
             if bool(delta.any()):
                 deltas[name] = delta
     if not deltas:
@@ -121,3 +125,5 @@ def _write(directory: Path, found: Fit) -> None:
         "schema": 1, "groups": found.groups, "start": found.start,
         "scores": {name: scores.to_json() for name, scores in found.scores.items()},
         "history": found.history})
+    draw_course(directory / PICTURE_NAME,
+                {f"from {start}": looks for start, looks in found.history.items()}, found.groups)

@@ -19,12 +19,14 @@ from extend.output import atomic_directory, require_new, write_json
 from extend.tokenizer import load_tokenizer
 from extend.transfer.learn import LearnSettings
 from extend.transfer.objective import Lesson, judge
+from extend.transfer.plot import draw_course
 from extend.transfer.repair import Repair, repair_model
-from extend.transfer.setup import check_tokenizers, describe_inputs, make_lesson
+from extend.transfer.setup import check_tokens, describe_inputs, make_lesson
 from extend.transfer_options import RepairOptions
 
 log = logging.getLogger(__name__)
 RESULTS_NAME = "repair.json"
+PICTURE_NAME = "repair.png"
 _LR_FULL, _LR_LORA = 1e-5, 2e-4
 
 
@@ -36,7 +38,8 @@ def repair(options: RepairOptions, out: Path | str, *, overwrite: bool = False) 
 
     Args:
         options: which model, after whose answers, and how.
-        out: the checkpoint directory to make; `repair.json` in it says what was reached.
+        out: the checkpoint directory to make; `repair.json` and `repair.png` in it say
+            what was reached.
         overwrite: replace `out` if it exists.
 
     Returns:
@@ -59,6 +62,7 @@ def repair(options: RepairOptions, out: Path | str, *, overwrite: bool = False) 
         manifest = Manifest("repair", inputs, options.model_dump(mode="json"), options.seed)
         target = load_causal_lm(options.reference, reference, device=device,
                                 dtype=choose_dtype("auto", device))
+        _check_names(target, files)
         lesson = make_lesson(target, tokenizer, options, config.max_position_embeddings)
         del target
         model = load_causal_lm(options.merged, config, device=device, dtype=torch.float32)
@@ -71,6 +75,7 @@ def repair(options: RepairOptions, out: Path | str, *, overwrite: bool = False) 
         scores = {name: s.to_json() for name, s in done.scores.items()}
         write_json(partial / RESULTS_NAME, {"schema": 1, "step": done.step, "scores": scores,
                                             "history": done.history})
+        draw_course(partial / PICTURE_NAME, {"repair": done.history})
         manifest.write(partial, step=done.step, trained=len(done.trained), scores=scores)
     for name, found in done.scores.items():
         log.info("%-8s %s", name, found.text())
@@ -88,8 +93,17 @@ def _check_pair(options: RepairOptions, config: ModelConfig, reference: ModelCon
         raise CompatibilityError(f"{options.merged} was not merged from {options.reference}: "
                                  f"{'; '.join(problems)}; give the target of the merge")
     tokenizer = load_tokenizer(options.reference)
-    check_tokenizers(load_tokenizer(options.merged), tokenizer, options.merged, options.reference)
+    check_tokens(load_tokenizer(options.merged).get_vocab(), tokenizer.get_vocab(), options.merged,
+                 options.reference)
     return tokenizer
+
+
+def _check_names(model: PreTrainedModel, files: Checkpoint) -> None:
+    for name, _ in model.named_parameters():
+        if name not in files.infos:
+            raise CompatibilityError(
+                f"{files.directory}: the files hold no {name}, which the loaded model has; "
+                "checkpoints that transformers converts while loading are not supported yet")
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +85,9 @@ def _end_of_text(tokenizer: Any) -> list[int]:
     return [tokenizer.eos_token_id]
 
 
-def check_tokenizers(ours: Any, theirs: Any, here: Path | str, there: Path | str) -> None:
-    """Raise CompatibilityError unless both have the same tokens."""
-    mine, other = ours.get_vocab(), theirs.get_vocab()
+def check_tokens(mine: Mapping[str, int], other: Mapping[str, int], here: Path | str,
+                 there: Path | str) -> None:
+    """Raise CompatibilityError unless two vocabularies number the same tokens alike."""
     for token in sorted({*mine, *other}):
         if mine.get(token) != other.get(token):
             raise CompatibilityError(
@@ -95,7 +95,7 @@ def check_tokenizers(ours: Any, theirs: Any, here: Path | str, there: Path | str
                 f"{there}; models of one tokenizer are needed")
 
 
-def _known(vocabulary: dict[str, int], token: str) -> str:
+def _known(vocabulary: Mapping[str, int], token: str) -> str:
     return f"number {vocabulary[token]}" if token in vocabulary else "unknown"
 
 

@@ -1,6 +1,6 @@
 """Long models of the base, each trained under another RoPE, to be merged into the siblings."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from .scoring import autocast
 from .settings import Setting
 from .siblings import Subject
 
+TRAINED = ("layers", r"model\.norm")
 DEEPEST = 0.7  # of a passkey; deeper ones could lie within the base's own window
 
 
@@ -75,8 +76,12 @@ def folder_name(setting: str) -> str:
 
 
 def train_long(model: str, setting: Setting, plan: LongPlan, text: str, native_len: int,
-               out: Path, seed: int) -> Path:
-    """Train the base under a RoPE with `extend.train`, in this process, unless `out` is there."""
+               out: Path, seed: int, trainable: Sequence[str] = TRAINED) -> Path:
+    """Train the base under a RoPE with `extend.train`, in this process, unless `out` is there.
+
+    Args:
+        trainable: expressions for the names of the weights that change.
+    """
     if out.exists():
         return out
     classic = {"template": "classic"} if plan.facts == (1,) else {}
@@ -89,17 +94,16 @@ def train_long(model: str, setting: Setting, plan: LongPlan, text: str, native_l
     data = [{"kind": "text", "path": text, "weight": 0.3}, *in_text,
             {**hidden, "weight": 0.1 if in_text else 0.7}]
     options = TrainOptions(model=model, schedule=[phase], data=data, answer_weight=0.5,
-                           trainable=["layers", r"model\.norm"], export_dtype="float32", nproc=1,
-                           seed=seed)
+                           trainable=list(trainable), export_dtype="float32", nproc=1, seed=seed)
     return extend.train(options, out)
 
 
 def read_long(name: str, directory: Path, subject: Subject) -> LongModel:
-    """Load a long model's delta."""
+    """Load a long model's delta: the tensors that its training changed."""
     config, checkpoint = read_config(directory), Checkpoint(directory)
-    delta = {tensor: checkpoint.read(tensor).float().to(subject.device) - weight
-             for tensor, weight in subject.base.items() if ".layers." in tensor
-             or "model.norm" in tensor}
+    whole = {tensor: checkpoint.read(tensor).float().to(subject.device) - weight
+             for tensor, weight in subject.base.items()}
+    delta = {tensor: d for tensor, d in whole.items() if d.any()}
     return LongModel(name, config.rope, config.max_position_embeddings, delta)
 
 

@@ -1,7 +1,7 @@
 """Fine-tunes of one base, and their deltas."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -93,6 +93,21 @@ def train_sibling(subject: Subject, batches: Sequence[Batch], strength: Strength
     Returns:
         The first and the last losses.
     """
+    count = len(batches)
+    # Warm up over ten steps; from half of the steps on go down in a straight line.
+    losses = list(fine_tune(subject, batches, strength, lambda step: min(
+        1.0, (step + 1) / 10, 2 * (count - step) / count)))
+    tail = losses[-10:]
+    return {"first_loss": float(losses[0]), "last_loss": float(sum(tail) / len(tail))}
+
+
+def fine_tune(subject: Subject, batches: Sequence[Batch], strength: Strength,
+              schedule: Callable[[int], float]) -> Iterator[Tensor]:
+    """Fine-tune from the base's weights and yield the loss of each step, once it is done.
+
+    Args:
+        schedule: step, from 0 -> share of the learning rate.
+    """
     subject.become()
     model, wanted = subject.model, TRAINED[strength.part]
     for name, parameter in model.named_parameters():
@@ -100,17 +115,12 @@ def train_sibling(subject: Subject, batches: Sequence[Batch], strength: Strength
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=strength.lr, betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=subject.device.type == "cuda")
-    losses = []
     for step, batch in enumerate(batches):
-        # Warm up over ten steps; from half of the steps on go down in a straight line.
-        scale = min(1.0, (step + 1) / 10, 2 * (len(batches) - step) / len(batches))
-        optimizer.param_groups[0]["lr"] = strength.lr * scale
+        optimizer.param_groups[0]["lr"] = strength.lr * schedule(step)
         loss = answer_loss(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.detach())
+        yield loss.detach()
     model.requires_grad_(False)
-    tail = losses[-10:]
-    return {"first_loss": float(losses[0]), "last_loss": float(sum(tail) / len(tail))}

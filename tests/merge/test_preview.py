@@ -79,7 +79,7 @@ def test_every_problem_at_once(llama, tmp_path, monkeypatch):
     found = preview(llama.adapter, target, out, weight=float("nan"), dtype="int3",
                     rope_from=llama.models.tuned)
     for part in ("weight is nan", "int3", "has a sidecar", "num_kv_heads is 2",
-                 "k_proj.weight: shape [32, 64]", "RoPE rope_theta is 10000.0",
+                 "layers.0.self_attn.k_proj.weight: shape [32, 64]", "RoPE rope_theta is 10000.0",
                  "tensor model.norm.weight is I8", "exists already", "only 10 bytes are free"):
         assert [part in problem for problem in found.problems].count(True) == 1, part
     with pytest.raises(CompatibilityError, match=rf"the merge has {len(found.problems)} problems"):

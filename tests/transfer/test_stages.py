@@ -17,6 +17,9 @@ from extend.cli import main
 from extend.errors import CheckpointError, CompatibilityError, DataError, RecipeError
 from extend.manifest import MANIFEST_NAME, hash_files
 from extend.options import FitOptions, RepairOptions
+from extend.tokenizer import load_tokenizer
+from extend.transfer.objective import judge
+from extend.transfer.setup import make_lesson
 from tests.train.tiny import save_examples
 from tests.transfer.conftest import random_deltas
 
@@ -79,6 +82,17 @@ def test_fit_writes_a_weight_for_every_delta(root, tmp_path):
     assert manifest["outputs"] == hash_files(out)
 
 
+def test_a_merge_at_the_weights_is_what_was_judged(root, tmp_path, directory):
+    """The directory of a fit is what `layer_weights` takes, so a recipe can name the stage."""
+    options = fit_options(root, target=root / "tuned")  # fp32, so nothing is rounded
+    out = extend.fit(options, tmp_path / "fit")
+    merged = extend.merge(root / "adapter", root / "tuned", tmp_path / "merged", layer_weights=out)
+    target, model = (LlamaForCausalLM.from_pretrained(d).eval() for d in (root / "tuned", merged))
+    lesson = make_lesson(target, load_tokenizer(root / "tuned"), options, 256)
+    assert judge(model, lesson).to_json() == pytest.approx(
+        read(out / "fit.json")["scores"]["fitted"], abs=1e-4)
+
+
 def test_two_models_in_place_of_an_adapter(root, tmp_path):
     out = extend.fit(fit_options(root, adapter=None, tuned=root / "long", base=root / "base"),
                      tmp_path / "fit")
@@ -124,16 +138,16 @@ def test_no_steps_of_repair_leave_every_byte_of_the_weights(root, tmp_path):
 
 
 def test_a_target_of_other_tokens_is_refused(root, tmp_path):
-    for name in ("long", "merged"):
+    for name in ("base", "merged"):
         other = Path(shutil.copytree(root / name, tmp_path / name))
         text = (other / "tokenizer.json").read_text()
         assert '"<|end|>"' in text
         (other / "tokenizer.json").write_text(text.replace('"<|end|>"', '"<|fin|>"'))
         config = (other / "tokenizer_config.json").read_text()
         (other / "tokenizer_config.json").write_text(config.replace("<|end|>", "<|fin|>"))
-    with pytest.raises(CompatibilityError, match=r"token '<\|end\|>' is unknown in .*long but "
+    with pytest.raises(CompatibilityError, match=r"token '<\|end\|>' is unknown in .*base but "
                                                  r"number 0 in .*target"):
-        extend.fit(fit_options(root, adapter=None, tuned=tmp_path / "long", base=root / "base"),
+        extend.fit(fit_options(root, adapter=None, tuned=root / "long", base=tmp_path / "base"),
                    tmp_path / "out")
     with pytest.raises(CompatibilityError, match=r"token '<\|end\|>' is unknown in .*merged"):
         extend.repair(repair_options(root, merged=tmp_path / "merged"), tmp_path / "out")
@@ -204,6 +218,7 @@ def test_bad_lessons_are_told(root, tmp_path):
 @pytest.mark.parametrize(("changes", "message"), [
     ({"adapter": None}, "either an adapter, or both tuned and base"),
     ({"tuned": "x"}, "either an adapter, or both tuned and base"),
+    ({"adapter": None, "tuned": "x"}, "tuned is x but there is no base"),
     ({"tuned": "x", "base": "y"}, "either an adapter, or both tuned and base"),
     ({"prompts": None}, "no prompts, and sample is 0"),
     ({"prompts": None, "sample": 1}, "no prompts, and sample is 1"),
@@ -246,7 +261,7 @@ name: learned
 seed: 3
 stages:
   - {{name: weights, stage: fit, adapter: adapter, target: target, {shared}}}
-  - {{name: merged-now, stage: merge, adapter: adapter, target: target}}
+  - {{name: merged-now, stage: merge, adapter: adapter, target: target, layer_weights: weights}}
   - {{name: repaired, stage: repair, merged: merged-now, reference: target, {shared}}}
 """)
     for name in ("adapter", "target", "examples.jsonl"):
