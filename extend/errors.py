@@ -3,6 +3,7 @@
     ExtendError
       RecipeError         a recipe or an option is wrong (also a ValueError)
       CheckpointError     a checkpoint, adapter or results file cannot be read or written
+        SpaceError        the disk lacks the space; what is finished may be used again
       CompatibilityError  two models do not fit together, or a model is not supported
       LayoutError         a length does not divide over the ranks of a layout (also a ValueError)
       DataError           training or evaluation text is missing, too short or malformed
@@ -24,6 +25,10 @@ class RecipeError(ExtendError, ValueError):
 
 class CheckpointError(ExtendError):
     """A file of a checkpoint or adapter is missing, damaged or cannot be written."""
+
+
+class SpaceError(CheckpointError):
+    """A disk without the space for what is to be written."""
 
 
 class CompatibilityError(ExtendError):

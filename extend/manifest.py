@@ -1,16 +1,22 @@
 """`manifest.json`: what a stage read (with hashes), what it did, and what it wrote.
 
 Everything but the time, the memory and the versions is the same for the same inputs and options.
+Inputs are hashed in the background while the stage works, because hashing takes as long as reading.
 """
 
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
+import queue
 import resource
 import sys
+import threading
 import time
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +26,7 @@ from extend.output import FINISHED_NAME, finished_files, write_json
 
 MANIFEST_NAME = "manifest.json"
 METRICS_NAME = "metrics.jsonl"
+_MOST_HASHERS = 8
 _PACKAGES = ("torch", "transformers", "peft", "safetensors", "accelerate")
 
 
@@ -34,38 +41,118 @@ def hash_files(directory: Path) -> dict[str, dict[str, Any]]:
 
     What was hashed while it was written is not read again.
     """
-    known = finished_files(directory)
+    known, files = finished_files(directory), _files_of(directory)
+    hashes = Hashes(path for name, path in files.items() if name not in known)
+    return {name: known.get(name) or {"bytes": path.stat().st_size, "sha256": hashes.of(path)}
+            for name, path in files.items()}
+
+
+def _files_of(directory: Path) -> dict[str, Path]:
+    """Relative name -> path, sorted by path, of every file but the manifest."""
     files = sorted(p for p in directory.rglob("*")
                    if p.is_file() and p.name not in (MANIFEST_NAME, FINISHED_NAME))
-    names = {p.relative_to(directory).as_posix(): p for p in files}
-    return {name: known.get(name) or {"bytes": p.stat().st_size, "sha256": hash_file(p)}
-            for name, p in names.items()}
+    return {path.relative_to(directory).as_posix(): path for path in files}
 
 
-def hash_content(path: Path | str) -> str:
-    """One sha256 for a file, or for a directory's names and contents.
+class Hashes:
+    """The sha256 of files, computed by threads in the background, the largest files first.
 
-    Left out is how the directory came about: its manifest, and the metrics beside it. Their times
+    Threads stop when this object is gone, and do not keep the process from ending.
+
+    Args:
+        paths: of files.
+    """
+
+    def __init__(self, paths: Iterable[Path]):
+        self._stamps = {path: _stamp(path) for path in paths}
+        self._found: dict[Path, Future[str]] = {path: Future() for path in self._stamps}
+        jobs: queue.SimpleQueue[tuple[Path, Future[str]]] = queue.SimpleQueue()
+        for path in sorted(self._stamps, key=lambda p: -self._stamps[p][0]):
+            jobs.put((path, self._found[path]))
+        stopped = threading.Event()
+        weakref.finalize(self, stopped.set)
+        for _ in range(min(len(self._found), _MOST_HASHERS, os.cpu_count() or 1)):
+            threading.Thread(target=_hash_all, args=(jobs, stopped), daemon=True).start()
+
+    def of(self, path: Path) -> str:
+        """Wait for the hash of a file.
+
+        Raises:
+            CheckpointError: the file cannot be read, or changed since it was asked for.
+        """
+        try:
+            found = self._found[path].result()
+            changed = _stamp(path) != self._stamps[path]
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+        if changed:
+            raise CheckpointError(f"{path}: was changed while it was being read; run the stage "
+                                  "again")
+        return found
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _hash_all(jobs: "queue.SimpleQueue[tuple[Path, Future[str]]]",
+              stopped: threading.Event) -> None:
+    while not stopped.is_set():
+        try:
+            path, found = jobs.get_nowait()
+        except queue.Empty:
+            return
+        try:
+            found.set_result(hash_file(path))
+        except OSError as error:
+            found.set_exception(error)
+
+
+class _Content:
+    """One sha256 for a file, or for a directory's names and contents, once it is asked for.
+
+    Left out is how a directory came about: its manifest, and the metrics beside it. Their times
     are never the same twice, and what a stage makes of the directory does not depend on them.
 
     Raises:
         CheckpointError: nothing is there.
     """
-    path = Path(path)
-    if path.is_file():
-        return hash_file(path)
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such file or directory")
-    listing = {name: entry["sha256"] for name, entry in hash_files(path).items()}
-    if (path / MANIFEST_NAME).is_file():
-        listing.pop(METRICS_NAME, None)
-    return hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
+
+    def __init__(self, path: Path | str):
+        self._path = Path(path)
+        if self._path.is_file():
+            self._files = {}
+        elif self._path.is_dir():
+            self._files = _files_of(self._path)
+            if (self._path / MANIFEST_NAME).is_file():
+                self._files.pop(METRICS_NAME, None)
+        else:
+            raise CheckpointError(f"{path}: no such file or directory")
+        self._hashes = Hashes(self._files.values() if self._path.is_dir() else [self._path])
+
+    def sha256(self) -> str:
+        """Wait for it; see `Hashes.of`."""
+        if not self._path.is_dir():
+            return self._hashes.of(self._path)
+        listing = {name: self._hashes.of(path) for name, path in self._files.items()}
+        return hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
+
+
+def hash_content(path: Path | str) -> str:
+    """One sha256 for a file, or for a directory's names and contents, less its own manifest.
+
+    Raises:
+        CheckpointError: nothing is there.
+    """
+    return _Content(path).sha256()
 
 
 def describe_inputs(inputs: Mapping[str, Path | str]) -> dict[str, dict[str, str]]:
     """`{role: {"path", "sha256"}}` for the inputs of a stage."""
-    return {role: {"path": str(path), "sha256": hash_content(path)}
-            for role, path in inputs.items()}
+    contents = {role: _Content(path) for role, path in inputs.items()}
+    return {role: {"path": str(inputs[role]), "sha256": content.sha256()}
+            for role, content in contents.items()}
 
 
 class Manifest:
@@ -76,22 +163,39 @@ class Manifest:
         inputs: role -> path of everything it reads.
         options: everything else that decides its output; must be JSON.
         seed: of the stage's random choices, or None when it makes none.
+
+    Raises:
+        CheckpointError: an input is not there.
     """
 
     def __init__(self, stage: str, inputs: Mapping[str, Path | str], options: Mapping[str, Any],
                  seed: int | None = None):
         self._start = time.monotonic()
-        self.record: dict[str, Any] = {
-            "schema": 1, "stage": stage, "inputs": describe_inputs(inputs),
+        self._inputs = {role: (str(path), _Content(path)) for role, path in inputs.items()}
+        self._record: dict[str, Any] = {
+            "schema": 1, "stage": stage, "inputs": None,
             "options": json.loads(json.dumps(options)), "seed": seed, "versions": versions()}
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What is known so far, with the inputs' hashes: waits for them when it is first asked for.
+
+        Raises:
+            CheckpointError: an input cannot be read, or changed since the start.
+        """
+        if self._record["inputs"] is None:
+            self._record["inputs"] = {role: {"path": path, "sha256": content.sha256()}
+                                      for role, (path, content) in self._inputs.items()}
+        return self._record
 
     def write(self, directory: Path, **results: Any) -> None:
         """Hash the files in `directory` and write the manifest beside them."""
-        self.record["results"] = results
-        self.record["wall_seconds"] = round(time.monotonic() - self._start, 3)
-        self.record["peak_memory_bytes"] = peak_memory()
-        self.record["outputs"] = hash_files(directory)
-        write_json(directory / MANIFEST_NAME, self.record)
+        record = self.record
+        record["results"] = results
+        record["wall_seconds"] = round(time.monotonic() - self._start, 3)
+        record["peak_memory_bytes"] = peak_memory()
+        record["outputs"] = hash_files(directory)
+        write_json(directory / MANIFEST_NAME, record)
 
 
 def outputs_intact(directory: Path) -> str | None:

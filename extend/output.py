@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from extend.errors import CheckpointError, RecipeError
+from extend.errors import CheckpointError, RecipeError, SpaceError
 
 FINISHED_NAME = ".finished.json"
 _RECORDING = threading.Lock()
@@ -32,11 +32,11 @@ def write_json(path: Path, data: object) -> None:
 
 
 def require_space(directory: Path, num_bytes: int) -> None:
-    """Raise CheckpointError when the file system of `directory` lacks `num_bytes`."""
+    """Raise SpaceError when the file system of `directory` lacks `num_bytes`."""
     free = shutil.disk_usage(directory).free
     if free < num_bytes:
-        raise CheckpointError(f"{directory}: needs {_size(num_bytes)} but only {_size(free)} are "
-                              "free; free space or choose another --out")
+        raise SpaceError(f"{directory}: needs {_size(num_bytes)} but only {_size(free)} are "
+                         "free; free space or choose another --out")
 
 
 def _size(num_bytes: int) -> str:

@@ -3,12 +3,14 @@
 import hashlib
 import json
 import os
+import threading
 
 import pytest
 
 from extend.errors import CheckpointError
 from extend.manifest import (
     MANIFEST_NAME,
+    Hashes,
     Manifest,
     describe_inputs,
     hash_content,
@@ -109,3 +111,57 @@ def test_options_must_be_json(source):
 
 def test_peak_memory_is_in_bytes():
     assert 2**24 < peak_memory()["host"] < 2**45
+
+
+def test_inputs_are_hashed_while_the_stage_works(source, tmp_path, monkeypatch):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(path):
+        begun.set()
+        assert go_on.wait(10)
+        return hash_file(path)
+    monkeypatch.setattr("extend.manifest.hash_file", slow)
+    manifest = Manifest("merge", {"model": source}, {})
+    assert begun.wait(10)  # the constructor is back, and no hash is there yet
+    go_on.set()
+    monkeypatch.undo()
+    assert manifest.record["inputs"]["model"]["sha256"] == hash_content(source)
+
+
+def test_an_input_that_changes_while_it_is_read_is_refused(source, tmp_path):
+    manifest = Manifest("merge", {"model": source}, {})
+    (source / "a.txt").write_bytes(b"longer than before")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError, match=r"a\.txt: was changed while it was being read"):
+        manifest.write(tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_an_input_that_vanishes_is_named(source):
+    hashes = Hashes([source / "a.txt"])
+    hashes.of(source / "a.txt")
+    (source / "a.txt").unlink()
+    with pytest.raises(CheckpointError, match=r"a\.txt: cannot be read \(No such file"):
+        hashes.of(source / "a.txt")
+
+
+def test_hashing_stops_with_its_owner(tmp_path, monkeypatch):
+    """A stage that fails does not read its inputs to the end."""
+    files = [tmp_path / str(i) for i in range(50)]
+    for file in files:
+        file.write_bytes(b"x")
+    go_on, seen = threading.Event(), []
+
+    def slow(path):
+        seen.append(path)
+        assert go_on.wait(10)
+        return ""
+    monkeypatch.setattr("extend.manifest.hash_file", slow)
+    before = set(threading.enumerate())
+    hashes = Hashes(files)
+    workers = set(threading.enumerate()) - before
+    del hashes
+    go_on.set()
+    for worker in workers:
+        worker.join(10)
+    assert 1 <= len(seen) <= len(workers) <= 8

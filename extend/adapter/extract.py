@@ -1,6 +1,7 @@
 """The stage `extract`: long model minus base model -> LoRA adapter and sidecar."""
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -10,15 +11,23 @@ from extend.adapter.fold import Folding
 from extend.adapter.fold import fold_norms as fold
 from extend.adapter.parts import Parts, fingerprint
 from extend.adapter.rank import FLOATS_OF_32_BITS, LIMIT_32_BITS, RankRule
+from extend.adapter.workers import Workers, pick_devices
 from extend.adapter_format.peft_files import ADAPTER_WEIGHTS, stored_dtype
 from extend.adapter_format.serving import check_serving
 from extend.adapter_format.serving_files import adapter_serving, verdict_line, write_serving
 from extend.adapter_format.vocabulary import write_adapter_vocabulary
-from extend.delta.pair import ModelPair, in_layer_order, is_linear, is_vocabulary, open_pair
+from extend.delta.pair import (
+    ModelPair,
+    in_layer_order,
+    is_experts,
+    is_linear,
+    is_vocabulary,
+    open_pair,
+)
 from extend.delta.sample import write_sample
 from extend.errors import CompatibilityError, RecipeError
 from extend.manifest import Manifest
-from extend.output import atomic_directory
+from extend.output import atomic_directory, stamp_files
 from extend.rope.engines import differing_engines
 from extend.tokenizer import read_vocabulary
 
@@ -56,7 +65,8 @@ def extract(base: Path | str, tuned: Path | str, out: Path | str, *, rank: int |
             them; the others stay in the sidecar.
         dtype: of the stored factors: float32, bfloat16 or float16. The sidecar is always fp32.
         seed: of the random sketches.
-        device: cpu, cuda, or auto (cuda where there is one).
+        device: cpu, cuda, a list such as `cuda:0,cuda:1`, or auto (every CUDA device there is).
+            Matrices go to whichever is free; what comes out does not depend on their number.
         overwrite: replace `out` if it exists.
 
     Returns:
@@ -70,7 +80,7 @@ def extract(base: Path | str, tuned: Path | str, out: Path | str, *, rank: int |
     rule = RankRule(rank=rank, energy=energy, adapter_bytes=adapter_bytes, exact=exact, seed=seed)
     options = {"rule": rule.name, "rank": rank, "energy": energy, "adapter_bytes": adapter_bytes,
                "exact": exact, "embeddings": embeddings, "fold_norms": fold_norms, "dtype": dtype}
-    store, device = stored_dtype(dtype), _pick_device(device)
+    store, devices = stored_dtype(dtype), pick_devices(device)
     folding = fold(open_pair(base, tuned)) if fold_norms else Folding(pair=open_pair(base, tuned))
     _say_left(folding)
     pair = folding.pair
@@ -80,17 +90,15 @@ def extract(base: Path | str, tuned: Path | str, out: Path | str, *, rank: int |
     inputs = {"base": base, "tuned": tuned}
     with atomic_directory(out, overwrite=overwrite, inputs=inputs) as partial:
         manifest = Manifest("extract", inputs, options, seed)
-        mark = fingerprint(manifest.record, device=torch.device(device).type)
-        with Parts(out, mark) as parts:
-            found = Extraction(pair, device, store, embeddings, rule, parts)
-            found.take_linear(linear)
-            found.take_rest(in_layer_order(set(pair.infos) - set(linear) - set(folding.folded)))
-            found.write(partial, base_name=str(base))
-        _write_vocabulary(partial, found)
-        write_sample(pair.base, pair.infos, partial)
-        sidecar = found.describe(manifest.record, {**options, "seed": seed})
-        sidecar.model_copy(update={"folded": folding.folded}).write(partial)
-        _write_serving(partial, pair)
+        mark = fingerprint(stamp_files(inputs), options, seed, torch.device(devices[0]).type)
+        with Parts(out, mark) as parts, Workers(devices) as workers:
+            found = Extraction(pair, workers, store, embeddings, rule, parts)
+            _take(found, linear, frozenset(folding.folded), partial)
+            found.write_adapter(partial, base_name=str(base))
+            # Parts stay until here, so that what fails late has not lost them.
+            sidecar = found.describe(manifest.record, {**options, "seed": seed})
+            sidecar.model_copy(update={"folded": folding.folded}).write(partial)
+            _write_companions(partial, found)
         summary = found.summary((partial / ADAPTER_WEIGHTS).stat().st_size)
         manifest.write(partial, **summary, folded=len(folding.folded), not_folded=folding.left)
     log.info("adapter of %(modules)d modules, %(adapter_bytes)d bytes, mean residual "
@@ -99,19 +107,29 @@ def extract(base: Path | str, tuned: Path | str, out: Path | str, *, rank: int |
     return Path(out)
 
 
-def _write_serving(directory: Path, pair: ModelPair) -> None:
-    """How to serve the adapter, once all its other files are there."""
-    tuned = pair.tuned_config
-    notes = differing_engines(str(tuned.raw.get("model_type")), tuned.rope)
-    write_serving(directory, adapter_serving(directory, tokenizer_dir=pair.base.directory,
-                                             notes=notes))
+def _take(found: Extraction, linear: list[str], folded: frozenset[str], partial: Path) -> None:
+    """Take every parameter; the sidecar is written while the linear weights are factorized."""
+    infos = found.pair.infos
+    experts = in_layer_order(name for name, info in infos.items() if is_experts(info))
+    found.take_rest(in_layer_order(set(infos) - {*linear, *experts, *folded}))
+    found.take_experts(experts, linear)
+    with ThreadPoolExecutor(1, "sidecar") as background:
+        written = background.submit(found.write_sidecar, partial)
+        found.take_linear(linear)
+        written.result()
 
 
-def _write_vocabulary(directory: Path, found: Extraction) -> None:
-    """The base's tokens, by which merge maps the rows of embedding deltas."""
-    tokens = read_vocabulary(found.pair.base.directory)
+def _write_companions(directory: Path, found: Extraction) -> None:
+    """What merge and lineage ask of the base, and how to serve the adapter."""
+    pair = found.pair
+    tokens = read_vocabulary(pair.base.directory)
+    # By the base's tokens merge maps the rows of embedding deltas.
     if tokens is not None and any(map(is_vocabulary, found.tensors)):
         write_adapter_vocabulary(directory, tokens)
+    write_sample(pair.base, pair.infos, directory)
+    notes = differing_engines(str(pair.tuned_config.raw.get("model_type")), pair.tuned_config.rope)
+    write_serving(directory, adapter_serving(directory, tokenizer_dir=pair.base.directory,
+                                             notes=notes))
 
 
 def _say_limit(rule: RankRule, pair: ModelPair, linear: list[str]) -> None:
@@ -125,17 +143,6 @@ def _say_limit(rule: RankRule, pair: ModelPair, linear: list[str]) -> None:
 def _say_left(folding: Folding) -> None:
     for name, why in folding.left.items():
         log.info("%s is not folded: %s; its delta goes to the sidecar", name, why)
-
-
-def _pick_device(device: str) -> str:
-    available = torch.cuda.is_available()
-    if device == "auto":
-        return "cuda" if available else "cpu"
-    if device.split(":")[0] not in ("cpu", "cuda"):
-        raise RecipeError(f"device: unknown {device!r}; choose one of auto, cpu, cuda")
-    if device.startswith("cuda") and not available:
-        raise RecipeError(f"device is {device!r} but torch sees no CUDA device; choose cpu or auto")
-    return device
 
 
 def _check_rank(rank: int | None, pair: ModelPair, linear: list[str]) -> None:

@@ -3,33 +3,38 @@
 import itertools
 import logging
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from extend.adapter.parts import Parts
 from extend.adapter.rank import RankRule, even_rank, ranks_within
+from extend.adapter.workers import Workers
 from extend.adapter_format.peft_files import LoraModule, header_bytes, stream_adapter
 from extend.adapter_format.sidecar import (
     SIDECAR_WEIGHTS,
+    ExpertsReport,
     ModuleReport,
     RopeChange,
     Sidecar,
     Source,
     TensorReport,
+    expert_infos,
 )
 from extend.checkpoint import TensorInfo, dtype_name, write_safetensors
-from extend.delta.noise import Noise
 from extend.delta.pair import (
+    Difference,
     ModelPair,
-    frobenius,
+    Stored,
+    delta_blocks,
     is_vocabulary,
     layer_of,
-    read_delta,
-    read_linear_delta,
+    read_stored,
     residual_norm,
+    subtract,
 )
 from extend.errors import CheckpointError, CompatibilityError
 
@@ -38,17 +43,37 @@ log = logging.getLogger(__name__)
 _UNCHANGED: dict[str, Any] = {}  # the report of a parameter whose delta is zero
 
 
+class Matrix(NamedTuple):
+    """What is decomposed at once: a parameter, or one expert's part of it.
+
+    Attributes:
+        name: of the parameter.
+        expert: its number where the parameter holds all experts of a layer.
+        at_rank: how far a byte budget looks.
+    """
+
+    name: str
+    expert: int | None = None
+    at_rank: int = 1
+
+    @property
+    def key(self) -> str:
+        """Names its part, and the random numbers of its sketch."""
+        return self.name if self.expert is None else f"{self.name}[{self.expert}]"
+
+
 @dataclass
 class Extraction:
     """What has been taken from the pair so far: reports here, factors in `parts`."""
 
     pair: ModelPair
-    device: str
+    workers: Workers
     store: torch.dtype
     embeddings: bool
     rule: RankRule
     parts: Parts
     modules: dict[str, ModuleReport] = field(default_factory=dict)
+    experts: dict[str, ExpertsReport] = field(default_factory=dict)
     tensors: dict[str, TensorReport] = field(default_factory=dict)
     left_out: dict[str, TensorReport] = field(default_factory=dict)
     unchanged: list[str] = field(default_factory=list)
@@ -61,12 +86,11 @@ class Extraction:
             CompatibilityError: no linear weight differs.
             RecipeError: the budget does not hold rank 1.
         """
-        if self.parts.found:
-            log.info("going on after an interruption: %d of %d linear weights are done",
-                     self.parts.found, len(names))
         first = self._first_rank(names)
-        for layer, group in itertools.groupby(names, key=layer_of):
-            reports = [r for name in group if (r := self._take_one(name, first)) is not None]
+        done = self._factorize_all([Matrix(name, at_rank=first) for name in names])
+        for layer, group in itertools.groupby(done, key=lambda pair: layer_of(pair[0].name)):
+            reports = [r for matrix, report in group
+                       if (r := self._take_one(matrix.name, report)) is not None]
             if reports:
                 log.info("layer %d of %d: %d modules, rank %d, residual %.4f, |delta| / |W| %.2e",
                          layer + 1, self.pair.base_config.num_layers, len(reports),
@@ -87,41 +111,57 @@ class Extraction:
         return 2 * even_rank([self.pair.infos[name].shape for name in names],
                              self.rule.adapter_bytes, self.store.itemsize)
 
-    def _take_one(self, name: str, at_rank: int) -> ModuleReport | None:
-        report = self.parts.report(name)
-        if report is None:
-            report = self._factorize(name, at_rank)
+    def _factorize_all(self, matrices: list[Matrix]) -> Iterator[tuple[Matrix, dict[str, Any]]]:
+        """Each matrix with what its part reports, in order; those with a part are not read."""
+        found = {matrix.key: report for matrix in matrices
+                 if (report := self.parts.report(matrix.key)) is not None}
+        if found:
+            log.info("going on after an interruption: %d of %d matrices are done", len(found),
+                     len(matrices))
+        made = self._work([m for m in matrices if m.key not in found], self._factorize)
+        for matrix in matrices:
+            yield matrix, found[matrix.key] if matrix.key in found else next(made)
+
+    def _work(self, matrices: list[Matrix], work: Callable[[Matrix, Difference], Any]) -> Iterator:
+        """`work(matrix, its difference on a device)`, in order."""
+        def read(matrix: Matrix) -> Stored:
+            return read_stored(self.pair, matrix.name, matrix.expert, pin=self.workers.pinned)
+
+        return self.workers.run(
+            matrices, read,
+            lambda m, stored, device: work(m, subtract(self.pair, m.name, stored, device)))
+
+    def _take_one(self, name: str, report: dict[str, Any]) -> ModuleReport | None:
         if report == _UNCHANGED:
             self.unchanged.append(name)
             return None
         self.modules[_module(name)] = ModuleReport.model_validate(report)
         return self.modules[_module(name)]
 
-    def _factorize(self, name: str, at_rank: int) -> dict[str, Any]:
+    def _factorize(self, matrix: Matrix, found: Difference) -> dict[str, Any]:
         """Decompose one delta into its part, and return what the part reports."""
-        delta, base_norm, noise = read_linear_delta(self.pair, name, self.device)
-        delta_norm = frobenius(delta)
-        if delta_norm == 0:
-            self.parts.write(name, _UNCHANGED, {})
+        if found.delta_norm == 0:
+            self.parts.write(matrix.key, _UNCHANGED, {})
             return _UNCHANGED
-        found = self.rule.factorize(name, delta, noise, self.pair.tuned.infos[name].dtype, at_rank)
-        lora_a, lora_b = found.lora_a.to(self.store), found.lora_b.to(self.store)
-        report = self._report(name, delta, lora_a, lora_b, found.energy, noise, base_norm)
-        self.parts.write(name, report, {"lora_A": lora_a, "lora_B": lora_b, "values": found.values})
+        factors = self.rule.factorize(matrix.key, found.delta, found.noise,
+                                      self.pair.tuned.infos[matrix.name].dtype, matrix.at_rank)
+        lora_a, lora_b = factors.lora_a.to(self.store), factors.lora_b.to(self.store)
+        report = self._report(matrix.key, found, lora_a, lora_b, factors.energy)
+        self.parts.write(matrix.key, report,
+                         {"lora_A": lora_a, "lora_B": lora_b, "values": factors.values})
         return report
 
-    def _report(self, name: str, delta: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor,
-                energy: float, noise: Noise, base_norm: float) -> dict[str, Any]:
-        delta_norm = frobenius(delta)
-        residual = residual_norm(delta, lora_a, lora_b) / delta_norm
+    def _report(self, key: str, found: Difference, lora_a: torch.Tensor, lora_b: torch.Tensor,
+                energy: float) -> dict[str, Any]:
+        residual = residual_norm(found.delta, lora_a, lora_b) / found.delta_norm
         if not math.isfinite(residual):
             raise CheckpointError(
-                f"the factors of {name} overflow {self.store} (||delta||_F is {delta_norm:.3e}); "
-                "give --dtype bf16 or fp32")
+                f"the factors of {key} overflow {self.store} (||delta||_F is "
+                f"{found.delta_norm:.3e}); give --dtype bf16 or fp32")
         return ModuleReport(
-            shape=tuple(delta.shape), rank=lora_a.shape[0], residual=residual, energy=energy,
-            delta_norm=delta_norm, relative_norm=_ratio(delta_norm, base_norm),
-            noise_edge=noise.edge, noise_share=noise.energy / delta_norm ** 2,
+            shape=tuple(found.delta.shape), rank=lora_a.shape[0], residual=residual, energy=energy,
+            delta_norm=found.delta_norm, relative_norm=_ratio(found.delta_norm, found.base_norm),
+            noise_edge=found.noise.edge, noise_share=found.noise.energy / found.delta_norm ** 2,
         ).model_dump(mode="json")
 
     def _keep_to_budget(self, num_bytes: int) -> None:
@@ -132,39 +172,67 @@ class Extraction:
         while True:
             values = {module: self.parts.read(_weight(module), "values") for module in shapes}
             ranks = ranks_within(values, shapes, left, self.store.itemsize)
-            short = [module for module, rank in ranks.items()
+            short = [Matrix(_weight(module), at_rank=2 * rank) for module, rank in ranks.items()
                      if rank == len(values[module]) < min(shapes[module])]
             if not short:
                 break
-            for module in short:
-                self._factorize(_weight(module), 2 * ranks[module])
-        for module, rank in ranks.items():
-            self._cut(module, rank, values[module])
+            for _ in self._work(short, self._factorize):
+                pass
 
-    def _cut(self, module: str, rank: int, values: torch.Tensor) -> None:
-        """Report on the leading ranks of a part; the part itself stays as it is."""
-        delta, base_norm, noise = read_linear_delta(self.pair, _weight(module), self.device)
-        squares = values.double().square()[:rank].sum()
-        energy = min(1.0, float(squares) / frobenius(delta) ** 2)
-        lora_a, lora_b = (self._read_factor(module, factor, rank).to(self.device)
-                          for factor in ("lora_A", "lora_B"))
-        self.modules[module] = ModuleReport.model_validate(
-            self._report(_weight(module), delta, lora_a, lora_b, energy, noise, base_norm))
+        def cut(matrix: Matrix, found: Difference) -> dict[str, Any]:
+            module = _module(matrix.name)
+            squares = values[module].double().square()[:ranks[module]].sum()
+            lora_a, lora_b = (
+                self._read_factor(matrix, factor, ranks[module]).to(found.delta.device)
+                for factor in ("lora_A", "lora_B"))
+            return self._report(matrix.name, found, lora_a, lora_b,
+                                min(1.0, float(squares) / found.delta_norm ** 2))
 
-    def _read_factor(self, module: str, factor: str, rank: int) -> torch.Tensor:
-        whole = self.parts.read(_weight(module), factor)
+        for module, report in zip(ranks, self._work([Matrix(_weight(m)) for m in ranks], cut)):
+            self.modules[module] = ModuleReport.model_validate(report)
+
+    def _read_factor(self, matrix: Matrix, factor: str, rank: int) -> torch.Tensor:
+        """A factor cut to `rank`, or filled up with zeros to it."""
+        whole = self.parts.read(matrix.key, factor)
+        if whole.shape[factor == "lora_B"] < rank:
+            missing = rank - whole.shape[factor == "lora_B"]
+            size = (0, missing) if factor == "lora_B" else (0, 0, 0, missing)
+            return torch.nn.functional.pad(whole, size)
         return whole[:rank] if factor == "lora_A" else whole[:, :rank]
 
+    def take_experts(self, names: list[str], like: list[str]) -> None:
+        """Factorize every expert of parameters that hold all experts of a layer.
+
+        Args:
+            like: the linear weights; a byte budget, which is not for experts, gives these the rank
+                that it affords every one of those.
+
+        Raises:
+            CheckpointError: infinite or NaN values, or factors that overflow their dtype.
+        """
+        rank = max(1, self._first_rank(like) // 2)
+        done = self._factorize_all([Matrix(name, expert, rank) for name in names
+                                    for expert in range(self.pair.infos[name].shape[0])])
+        for name, group in itertools.groupby(done, key=lambda pair: pair[0].name):
+            reports = [None if report == _UNCHANGED else ModuleReport.model_validate(report)
+                       for _, report in group]
+            found = [report for report in reports if report is not None]
+            if not found:
+                self.unchanged.append(name)
+                continue
+            self.experts[name] = ExpertsReport.of(reports)
+            log.info("%s: %d experts, rank %d, residual %.4f", name, len(reports),
+                     self.experts[name].rank, self.experts[name].residual)
+
     def take_rest(self, names: list[str]) -> None:
-        """Measure the delta of everything else; `write` reads the non-zero ones again.
+        """Measure the delta of everything else; `write_sidecar` reads the non-zero ones again.
 
         Raises:
             CheckpointError: infinite or NaN values.
         """
-        for name in names:
-            delta, base_norm = read_delta(self.pair, name, self.device)
-            delta_norm = frobenius(delta)
-            report = TensorReport(shape=tuple(delta.shape), delta_norm=delta_norm,
+        measured = self.workers.run(names, self._measure, lambda name, norms, device: norms)
+        for name, (delta_norm, base_norm) in zip(names, measured):
+            report = TensorReport(shape=self.pair.infos[name].shape, delta_norm=delta_norm,
                                   relative_norm=_ratio(delta_norm, base_norm))
             if delta_norm == 0:
                 self.unchanged.append(name)
@@ -175,17 +243,44 @@ class Extraction:
             else:
                 self.tensors[name] = report
 
-    def write(self, directory: Path, *, base_name: str) -> None:
-        """Write PEFT's two files and the sidecar's deltas, one tensor at a time."""
+    def _measure(self, name: str) -> tuple[float, float]:
+        norms = [block[1:] for block in delta_blocks(self.pair, name)]
+        return tuple(math.fsum(x * x for x in column) ** 0.5 for column in zip(*norms))
+
+    def write_sidecar(self, directory: Path) -> None:
+        """Write the deltas and the experts' factors that the sidecar holds, block by block."""
+        factors = {info.name: (name, factor, info) for name, report in self.experts.items()
+                   for factor, info in expert_infos(name, report, dtype_name(self.store)).items()}
+        infos = [*(TensorInfo(name, "F32", self.tensors[name].shape) for name in self.tensors),
+                 *(info for _, _, info in factors.values())]
+
+        def read(name: str) -> Iterator[torch.Tensor]:
+            if name not in factors:
+                return (block for block, _, _ in delta_blocks(self.pair, name))
+            parameter, factor, info = factors[name]
+            rank = self.experts[parameter].rank
+            return (self._expert_factor(Matrix(parameter, expert), factor, rank)[None]
+                    for expert in range(info.shape[0]))
+
+        write_safetensors(directory / SIDECAR_WEIGHTS, sorted(infos), read)
+
+    def _expert_factor(self, matrix: Matrix, factor: str, rank: int) -> torch.Tensor:
+        """Zeros for an expert that did not change."""
+        if self.parts.report(matrix.key) != _UNCHANGED:
+            return self._read_factor(matrix, factor, rank)
+        rows, columns = self.pair.infos[matrix.name].shape[1:]
+        size = (rank, columns) if factor == "lora_A" else (rows, rank)
+        return torch.zeros(size, dtype=self.store)
+
+    def write_adapter(self, directory: Path, *, base_name: str) -> None:
+        """Write PEFT's two files, one factor at a time."""
         modules = [LoraModule(module, report.rank, 1.0, *report.shape)
                    for module, report in self.modules.items()]
         stream_adapter(
             directory, modules, dtype_name(self.store),
-            lambda module, factor: self._read_factor(module, factor, self.modules[module].rank),
+            lambda module, factor: self._read_factor(Matrix(_weight(module)), factor,
+                                                     self.modules[module].rank),
             base_name=base_name, all_modules=[_module(name) for name in self.pair.infos])
-        infos = [TensorInfo(name, "F32", self.tensors[name].shape) for name in sorted(self.tensors)]
-        write_safetensors(directory / SIDECAR_WEIGHTS, infos,
-                          lambda name: read_delta(self.pair, name)[0])
 
     def summary(self, adapter_bytes: int) -> dict[str, Any]:
         """The results of the manifest."""
@@ -193,7 +288,8 @@ class Extraction:
         return {"modules": len(self.modules), "adapter_bytes": adapter_bytes,
                 "max_rank": max(report.rank for report in self.modules.values()),
                 "mean_residual": _mean(residuals), "max_residual": max(residuals),
-                "sidecar_tensors": len(self.tensors), "left_out": sorted(self.left_out),
+                "sidecar_tensors": len(self.tensors), "sidecar_experts": len(self.experts),
+                "left_out": sorted(self.left_out),
                 "unchanged": len(self.unchanged)}
 
     def describe(self, record: dict[str, Any], options: dict[str, Any]) -> Sidecar:
@@ -202,7 +298,7 @@ class Extraction:
         return Sidecar(rope=RopeChange.between(pair.base_config, pair.tuned_config),
                        base=pair.identity, extraction=options, modules=self.modules,
                        sources={role: Source(**entry) for role, entry in record["inputs"].items()},
-                       tensors=self.tensors, left_out=self.left_out,
+                       tensors=self.tensors, experts=self.experts, left_out=self.left_out,
                        unchanged=sorted(self.unchanged))
 
 

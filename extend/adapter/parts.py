@@ -6,6 +6,7 @@ directory carries a fingerprint of the inputs and options; one with another fing
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,31 +16,34 @@ import torch
 
 from extend.adapter_format.peft_files import TensorFile
 from extend.checkpoint import TensorInfo, dtype_name, write_safetensors
-from extend.errors import CheckpointError, ExtendError
+from extend.errors import CheckpointError, ExtendError, SpaceError
+from extend.manifest import versions
 from extend.output import remove_directory, write_json
+
+log = logging.getLogger(__name__)
 
 _FINGERPRINT = "fingerprint.json"
 _REPORT = "report"
 
 
-def fingerprint(record: Mapping[str, Any], **more: Any) -> str:
+def fingerprint(stamps: Mapping[str, Any], options: Mapping[str, Any], seed: int,
+                device: str) -> str:
     """The sha256 of what decides the factors.
 
     Args:
-        record: of the stage's manifest: the contents of the inputs, the options and the seed.
-        more: anything else that does.
+        stamps: of the inputs' files (`stamp_files`): their contents are not read for this.
+        device: cpu or cuda.
     """
-    inputs = {role: entry["sha256"] for role, entry in record["inputs"].items()}
-    versions = {name: record["versions"][name] for name in ("extend", "torch")}
-    text = json.dumps([inputs, record["options"], record["seed"], versions, more], sort_keys=True)
+    found = {name: versions()[name] for name in ("extend", "torch")}
+    text = json.dumps([stamps, options, seed, found, device], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Parts:
     """The finished parameters of one extraction.
 
-    A context manager. Parts outlive an interruption, not an error that is reported: bad inputs must
-    change first, and on a full disk they would be in the way.
+    A context manager. Parts outlive an interruption and a disk that refuses a write, not an error
+    that is reported: bad inputs must change first. Several threads may write at once.
 
     Args:
         out: the output that they are for; they lie in `.NAME.parts` beside it.
@@ -88,16 +92,16 @@ class Parts:
             OSError: the disk refuses the file.
         """
         infos = [TensorInfo(key, dtype_name(x.dtype), tuple(x.shape)) for key, x in tensors.items()]
-        partial = self.directory / "partial"
-        write_safetensors(partial, infos, tensors.__getitem__, {_REPORT: json.dumps(report)})
         self.close()  # it may be the part that is replaced
-        partial.replace(self.path(name))
+        write_safetensors(self.path(name), infos, tensors.__getitem__,
+                          {_REPORT: json.dumps(report)}, sync=False)
 
     def read(self, name: str, key: str) -> torch.Tensor:
         """One tensor of a parameter; the file stays open until another is asked for."""
-        if self._open is None or self._open.path != self.path(name):
-            self._open = TensorFile(self.path(name))
-        return self._open.read(key)
+        file = self._open
+        if file is None or file.path != self.path(name):
+            file = self._open = TensorFile(self.path(name))
+        return file.read(key)
 
     def close(self) -> None:
         self._open = None
@@ -107,9 +111,13 @@ class Parts:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Delete the parts, unless something cut the work short that is no error of ours."""
-        reported = kind is None or issubclass(kind, (ExtendError, OSError))
-        if reported or not any(self.directory.glob("*.safetensors")):
+        some = any(self.directory.glob("*.safetensors"))
+        if kind is None or not some or (issubclass(kind, ExtendError)
+                                        and not issubclass(kind, SpaceError)):
             self.remove()
+        elif issubclass(kind, (OSError, SpaceError)):
+            log.warning("the finished part of the work is kept in %s: make the disk writable or "
+                        "free some space, and the same call goes on; or delete it", self.directory)
 
     def remove(self) -> None:
         """Delete all parts."""

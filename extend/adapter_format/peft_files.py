@@ -20,7 +20,7 @@ from extend.adapter_format.peft_keys import (
     refuse_variants,
     sort_tensors,
 )
-from extend.adapter_format.sidecar import SIDECAR_WEIGHTS, Sidecar, read_sidecar
+from extend.adapter_format.sidecar import SIDECAR_WEIGHTS, Sidecar, expert_infos, read_sidecar
 from extend.checkpoint import (
     TensorInfo,
     dtype_name,
@@ -103,6 +103,8 @@ class Adapter:
     def _check_sidecar(self, sidecar: Sidecar, infos: Mapping[str, TensorInfo]) -> None:
         found = {name: info.shape for name, info in infos.items()}
         announced = {name: report.shape for name, report in sidecar.tensors.items()}
+        announced |= {info.name: info.shape for name, report in sidecar.experts.items()
+                      for info in expert_infos(name, report, "F32").values()}
         ranks = {name: module.rank for name, module in self.modules.items()}
         announced_ranks = {name: report.rank for name, report in sidecar.modules.items()}
         for what, have, want in ((SIDECAR_WEIGHTS, found, announced),
@@ -144,6 +146,14 @@ class Adapter:
         """The shape of one of `biases` or `absolutes`."""
         key = name if name in self.absolutes else f"{name.removesuffix('.bias')}.lora_B.bias"
         return self._weights.infos[f"{PREFIX}{key}"].shape
+
+    def read_expert_factors(self, name: str,
+                            expert: int) -> "tuple[torch.Tensor, torch.Tensor]":
+        """`(lora_A [r, columns], lora_B [rows, r])` of one expert of `sidecar.experts`, in fp32."""
+        if self._side_weights is None:
+            raise CheckpointError(f"{self.directory}: has no sidecar, so no factors of {name!r}")
+        return (self._side_weights.read(f"{name}.lora_A")[expert].float(),
+                self._side_weights.read(f"{name}.lora_B")[expert].float())
 
     def read_side_delta(self, name: str) -> "torch.Tensor":
         """The fp32 delta of a parameter that the sidecar holds."""

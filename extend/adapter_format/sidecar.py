@@ -7,7 +7,8 @@ the deltas of norms, biases and embeddings that `extend_sidecar.safetensors` hol
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,48 @@ class ModuleReport(TensorReport):
     noise_share: float | None = None
 
 
+class ExpertsReport(TensorReport):
+    """The delta of a parameter [experts, rows, columns], each matrix kept as lora_B @ lora_A.
+
+    `extend_sidecar.safetensors` holds `NAME.lora_A` [experts, rank, columns] and `NAME.lora_B`
+    [experts, rows, rank]; an expert of a lower rank is filled up with zeros.
+
+    Attributes:
+        rank: the largest of any expert.
+        ranks: of each expert; 0 for one that did not change.
+        residual: ||delta - B A||_F / ||delta||_F of all experts together.
+        max_residual: of one expert.
+    """
+
+    rank: int
+    ranks: tuple[int, ...]
+    residual: float
+    max_residual: float
+
+    @classmethod
+    def of(cls, experts: Sequence[ModuleReport | None]) -> "ExpertsReport":
+        """From the reports of all experts, of which one at least is not None."""
+        changed = [report for report in experts if report is not None]
+        squares = math.fsum(report.delta_norm ** 2 for report in changed)
+        left = math.fsum((report.residual * report.delta_norm) ** 2 for report in changed)
+        base = math.fsum((report.delta_norm / report.relative_norm) ** 2 for report in changed
+                         if report.relative_norm)
+        return cls(shape=(len(experts), *changed[0].shape), delta_norm=squares ** 0.5,
+                   relative_norm=(squares / base) ** 0.5 if base else None,
+                   rank=max(report.rank for report in changed),
+                   ranks=tuple(report.rank if report else 0 for report in experts),
+                   residual=(left / squares) ** 0.5,
+                   max_residual=max(report.residual for report in changed))
+
+
+def expert_infos(name: str, report: ExpertsReport, dtype: str) -> dict[str, TensorInfo]:
+    """The two tensors that hold a parameter's experts in the sidecar, by factor."""
+    experts, rows, columns = report.shape
+    shapes = {"lora_A": (experts, report.rank, columns), "lora_B": (experts, rows, report.rank)}
+    return {factor: TensorInfo(f"{name}.{factor}", dtype, shape)
+            for factor, shape in shapes.items()}
+
+
 class Source(_Frozen):
     """A checkpoint that was read."""
 
@@ -198,7 +241,8 @@ class Sidecar(_Frozen):
 
     Attributes:
         modules: what each module of the adapter file approximates.
-        tensors: what `extend_sidecar.safetensors` holds.
+        tensors: what `extend_sidecar.safetensors` holds whole.
+        experts: parameters of which it holds factors for every expert.
         left_out: non-zero deltas that the caller asked not to keep.
         unchanged: parameters whose delta is exactly zero.
         folded: norms whose delta the modules carry, so that no one may add it again.
@@ -210,6 +254,7 @@ class Sidecar(_Frozen):
     extraction: dict[str, Any]
     modules: dict[str, ModuleReport]
     tensors: dict[str, TensorReport]
+    experts: dict[str, ExpertsReport] = {}
     left_out: dict[str, TensorReport]
     unchanged: list[str]
     folded: dict[str, TensorReport] = {}

@@ -35,7 +35,8 @@ class _Sink:
     block ends without an error.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, sync: bool):
+        self._sync = sync
         self._path, self._partial = path, path.with_name(f".{path.name}.partial")
         self._hash = hashlib.sha256()
         self._lanes = [ThreadPoolExecutor(1), ThreadPoolExecutor(1)]
@@ -74,13 +75,14 @@ class _Sink:
     def _finish(self) -> None:
         self._wait(-1)
         self._file.flush()
-        os.fsync(self._file.fileno())
+        if self._sync:
+            os.fsync(self._file.fileno())
         self._partial.replace(self._path)
         keep_finished(self._path, self._hash.hexdigest())
 
 
 def write_safetensors(path: Path, infos: Sequence[TensorInfo], read: "ReadTensor",
-                      metadata: dict[str, str] | None = None) -> None:
+                      metadata: dict[str, str] | None = None, *, sync: bool = True) -> None:
     """Write one safetensors file, tensor by tensor; it appears under its name when it is whole.
 
     Args:
@@ -88,6 +90,7 @@ def write_safetensors(path: Path, infos: Sequence[TensorInfo], read: "ReadTensor
         read: called once per name, in order; must return the dtype and shape announced, or
             blocks of rows that make up such a tensor, so that memory is bounded by a block. What
             it returned is still being written when it is called again.
+        sync: wait until the disk has it; not needed for what can be made again.
     """
     require_space(path.parent, sum(info.num_bytes for info in infos))
     header: dict[str, object] = {"__metadata__": metadata or {"format": "pt"}}
@@ -98,7 +101,7 @@ def write_safetensors(path: Path, infos: Sequence[TensorInfo], read: "ReadTensor
         position += info.num_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with _Sink(path) as sink:
+    with _Sink(path, sync) as sink:
         sink.put(struct.pack("<Q", len(text)) + text)
         for info in infos:
             _write_body(sink, read(info.name), info)

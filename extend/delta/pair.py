@@ -1,9 +1,11 @@
 """tuned - base, one parameter at a time, in fp32."""
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -15,12 +17,15 @@ from extend.adapter_format.sidecar import (
 )
 from extend.checkpoint import FLOAT_DTYPES, Checkpoint, TensorInfo
 from extend.delta.noise import Noise, rounding_noise
+from extend.delta.svd import frobenius_squared
 from extend.errors import CheckpointError, CompatibilityError
 from extend.model_config import ModelConfig, read_config
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-_ROUTER_SUFFIX = ".gate.weight"
-_ROWS_BYTES = 2**27  # fp32 scratch of `frobenius` and `residual_norm`
+_EXPERTS = re.compile(r"\.experts\b")
+_ROUTER_SUFFIXES = (".gate.weight", ".router.weight")
+_BLOCK_BYTES = 2**26  # of fp32, where a parameter is taken in blocks of rows
+_LEAST_LEFT = 0.1  # of ||delta||_F^2, of which fp32 products leave an error of about 1e-8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,41 +66,96 @@ def open_pair(base: Path | str, tuned: Path | str) -> ModelPair:
                      tuned=tuned_files, infos=infos, identity=identity)
 
 
+class Stored(NamedTuple):
+    """A matrix of both models as it is stored, on the CPU; of equal shape."""
+
+    base: torch.Tensor
+    tuned: torch.Tensor
+
+
+class Difference(NamedTuple):
+    """tuned - base of one matrix.
+
+    Attributes:
+        delta: [out, in], fp32.
+        delta_norm: ||delta||_F.
+        base_norm: ||base||_F.
+        noise: what rounding to the tuned model's stored dtype put into the delta.
+    """
+
+    delta: torch.Tensor
+    delta_norm: float
+    base_norm: float
+    noise: Noise
+
+
+def read_stored(pair: ModelPair, name: str, expert: int | None = None, *,
+                pin: bool = False) -> Stored:
+    """Read a parameter of both models, or one expert's matrix [rows, columns] of it.
+
+    Args:
+        pin: into pinned memory, from which a GPU copies faster and while others work.
+    """
+    rows = ... if expert is None else slice(expert, expert + 1)
+    both = (checkpoint.stored(name).read(rows, pin=pin) for checkpoint in (pair.base, pair.tuned))
+    return Stored(*(x if expert is None else x[0] for x in both))
+
+
+def subtract(pair: ModelPair, name: str, stored: Stored, device: str = "cpu") -> Difference:
+    """The difference of a 2-D parameter, or of one expert's matrix, on a device.
+
+    Raises:
+        CheckpointError: an infinite or NaN value.
+    """
+    base, tuned = (_to_fp32(x, device) for x in stored)
+    noise = rounding_noise(base, tuned, pair.tuned.infos[name].dtype)
+    base_norm = frobenius(base)
+    delta = tuned.sub_(base)
+    delta_norm = frobenius(delta)
+    _require_finite(pair, name, base_norm, delta_norm)
+    return Difference(delta, delta_norm, base_norm, noise)
+
+
 def read_delta(pair: ModelPair, name: str, device: str = "cpu") -> tuple[torch.Tensor, float]:
     """Return `(tuned - base, ||base||_F)` of one parameter; the delta is fp32 on `device`.
 
     Raises:
         CheckpointError: an infinite or NaN value.
     """
-    return _subtract(pair, name, *_read_both(pair, name, device))
+    base, tuned = (_to_fp32(x, device) for x in read_stored(pair, name))
+    base_norm, delta = frobenius(base), tuned.sub_(base)
+    _require_finite(pair, name, base_norm, frobenius(delta))
+    return delta, base_norm
 
 
-def read_linear_delta(pair: ModelPair, name: str,
-                      device: str = "cpu") -> tuple[torch.Tensor, float, Noise]:
-    """`read_delta` of a 2-D parameter, and the noise that its stored dtype put into the delta.
+def delta_blocks(pair: ModelPair, name: str) -> Iterator[tuple[torch.Tensor, float, float]]:
+    """Blocks of rows of `(delta, ||delta||_F, ||base||_F)`, so that memory is bounded by a block.
 
     Raises:
         CheckpointError: an infinite or NaN value.
     """
-    base, tuned = _read_both(pair, name, device)
-    noise = rounding_noise(base, tuned, pair.tuned.infos[name].dtype)
-    return *_subtract(pair, name, base, tuned), noise
+    shape = pair.infos[name].shape
+    step = max(1, _BLOCK_BYTES // max(1, 4 * math.prod(shape[1:])))
+    base, tuned = pair.base.stored(name), pair.tuned.stored(name)
+    for start in range(0, shape[0], step) if shape else (0,):
+        rows = slice(start, start + step)
+        old, delta = _to_fp32(base[rows], "cpu"), _to_fp32(tuned[rows], "cpu")
+        delta.sub_(old)
+        norms = frobenius(delta), frobenius(old)
+        _require_finite(pair, name, *norms)
+        yield delta, *norms
 
 
-def _read_both(pair: ModelPair, name: str, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both in fp32; the second is a copy that may be written to."""
-    return (pair.base.read(name).to(device, torch.float32),
-            pair.tuned.read(name).to(device, torch.float32, copy=True))
+def _to_fp32(x: torch.Tensor, device: str) -> torch.Tensor:
+    """Moved as it is stored, because 16 bits travel faster than 32; a tensor read for this use."""
+    return x.to(device, non_blocking=True).float()
 
 
-def _subtract(pair: ModelPair, name: str, base: torch.Tensor,
-              tuned: torch.Tensor) -> tuple[torch.Tensor, float]:
-    delta, base_norm = tuned.sub_(base), frobenius(base)
-    if not torch.isfinite(torch.tensor(base_norm)) or not bool(torch.isfinite(delta).all()):
+def _require_finite(pair: ModelPair, name: str, *norms: float) -> None:
+    if not all(map(math.isfinite, norms)):
         raise CheckpointError(f"tensor {name} of {pair.base.directory} or {pair.tuned.directory} "
                               "holds infinite or NaN values; take a checkpoint from before the "
                               "training diverged")
-    return delta, base_norm
 
 
 def layer_of(name: str) -> int | None:
@@ -112,14 +172,20 @@ def is_linear(info: TensorInfo) -> bool:
     LoRA on it, and an approximate one sends tokens to other experts.
 
     Raises:
-        CompatibilityError: a weight of more dimensions, such as all experts in one.
+        CompatibilityError: a weight of more dimensions that is not of experts; see `is_experts`.
     """
-    if len(info.shape) > 2:
-        raise CompatibilityError(f"tensor {info.name} {list(info.shape)} holds several matrices, "
-                                 "such as all experts of a layer; only weights stored one expert "
-                                 "a tensor (.experts.0.up_proj.weight) are supported yet")
+    if len(info.shape) > 2 and not is_experts(info):
+        raise CompatibilityError(f"tensor {info.name} {list(info.shape)} has {len(info.shape)} "
+                                 "dimensions; only matrices, and experts stored in one tensor "
+                                 "[experts, rows, columns], are supported")
     return (len(info.shape) == 2 and layer_of(info.name) is not None
-            and info.name.endswith(".weight") and not info.name.endswith(_ROUTER_SUFFIX))
+            and info.name.endswith(".weight") and not info.name.endswith(_ROUTER_SUFFIXES))
+
+
+def is_experts(info: TensorInfo) -> bool:
+    """Whether a parameter holds one matrix for each expert of a layer: [experts, rows, columns]."""
+    return (len(info.shape) == 3 and layer_of(info.name) is not None
+            and _EXPERTS.search(info.name) is not None)
 
 
 def is_vocabulary(name: str) -> bool:
@@ -137,22 +203,28 @@ def in_layer_order(names: Iterable[str]) -> list[str]:
 
 def frobenius(x: torch.Tensor) -> float:
     """||x||_F, squares summed in fp64 so that the result does not depend on the size."""
-    return sum(float(rows.double().square().sum()) for rows in _row_blocks(x)) ** 0.5
+    return frobenius_squared(x) ** 0.5
 
 
 def residual_norm(delta: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) -> float:
-    """||delta - lora_B @ lora_A||_F, block of rows by block of rows."""
+    """||delta - lora_B @ lora_A||_F.
+
+    By ||D||^2 - 2 <B^T D, A> + <B^T B, A A^T>, which makes no second matrix of the delta's size;
+    block of rows by block of rows where so little is left that the difference would be rounding.
+    """
     lora_a, lora_b = lora_a.float(), lora_b.float()
-    blocks = _row_blocks(delta)
+    total, wide_a, wide_b = frobenius_squared(delta), lora_a.double(), lora_b.double()
+    cross = float(((lora_b.T @ delta).double() * wide_a).sum())
+    product = float(((wide_b.T @ wide_b) * (wide_a @ wide_a.T)).sum())
+    left = total - 2 * cross + product
+    if left > _LEAST_LEFT * total and math.isfinite(left):
+        return left ** 0.5
     total, start = 0.0, 0
-    for rows in blocks:
-        gap = rows - lora_b[start:start + rows.shape[0]] @ lora_a
-        total += float(gap.double().square().sum())
+    for rows in _row_blocks(delta):
+        total += frobenius_squared(rows - lora_b[start:start + rows.shape[0]] @ lora_a)
         start += rows.shape[0]
     return total ** 0.5
 
 
 def _row_blocks(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    if x.dim() < 2:
-        return (x,)
-    return x.split(max(1, _ROWS_BYTES // (4 * x.shape[1])))
+    return x.split(max(1, _BLOCK_BYTES // (4 * x.shape[1])))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import threading
 import weakref
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from extend.adapter import extract
-from extend.checkpoint import Checkpoint
+from extend.checkpoint import StoredTensor
 from extend.errors import CheckpointError, CompatibilityError, RecipeError
 from extend.model_config import read_config
 from tests.adapter_format.tiny_models import (
@@ -296,20 +297,30 @@ def test_one_line_per_layer_and_a_summary(llama, tmp_path, caplog):
     assert lines[-1].startswith("as served by vllm ok (--max-lora-rank 8), sglang ok")
 
 
-def test_reads_one_pair_at_a_time(llama, tmp_path, monkeypatch):
-    """Never more than one tensor of each model alive, however many there are."""
+def test_reads_a_few_tensors_ahead_and_no_more(llama, tmp_path, monkeypatch):
+    """Two pairs, that in work and the next, however many there are."""
     alive: list[weakref.ref] = []
     most = SimpleNamespace(count=0)
-    read_tensor = Checkpoint.read
+    lock, read_tensor = threading.Lock(), StoredTensor.read
 
-    def counting(self, name):
-        tensor = read_tensor(self, name)
-        alive[:] = [ref for ref in alive if ref() is not None] + [weakref.ref(tensor)]
-        most.count = max(most.count, len(alive))
+    def counting(self, *arguments, **options):
+        tensor = read_tensor(self, *arguments, **options)
+        with lock:
+            alive[:] = [ref for ref in alive if ref() is not None] + [weakref.ref(tensor)]
+            most.count = max(most.count, len(alive))
         return tensor
-    monkeypatch.setattr(Checkpoint, "read", counting)
+    monkeypatch.setattr(StoredTensor, "read", counting)
     extract(llama.base, llama.tuned, tmp_path / "a", rank=4)
-    assert most.count == 2
+    # Two for the sidecar, which is written at the same time.
+    assert 4 <= most.count <= 2 * 2 + 2
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu,cpu", "cpu,cpu,cpu"])
+def test_the_number_of_devices_does_not_change_a_byte(llama, tmp_path, device):
+    one, many = (extract(llama.base, llama.tuned, tmp_path / name, adapter_bytes=47_111, device=d)
+                 for name, d in (("one", "cpu"), ("many", device)))
+    for file in FILES - {"manifest.json"}:
+        assert (one / file).read_bytes() == (many / file).read_bytes()
 
 
 def test_manifest_records_inputs_and_results(adapter, llama):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from extend.adapter import extract
 from extend.adapter.extraction import Extraction
 from extend.adapter.rank import RankRule
-from extend.errors import CheckpointError, RecipeError
+from extend.errors import CheckpointError, RecipeError, SpaceError
 from tests.adapter_format.tiny_models import LINEAR, Models
 
 
@@ -133,9 +133,9 @@ def test_budget_looks_further_where_one_module_needs_it(copies, tmp_path):
     seen = []
     original = Extraction._factorize
 
-    def counting(self, parameter, at_rank):
-        seen.append((parameter, at_rank))
-        return original(self, parameter, at_rank)
+    def counting(self, matrix, found):
+        seen.append((matrix.name, matrix.at_rank))
+        return original(self, matrix, found)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Extraction, "_factorize", counting)
         out = extract(copies.base, copies.tuned, tmp_path / "a", adapter_bytes=35_000)
@@ -169,11 +169,11 @@ def interrupt_at(count: int, error: BaseException) -> tuple[list[str], object]:
     done: list[str] = []
     original = Extraction._factorize
 
-    def factorize(self, name, at_rank):
+    def factorize(self, matrix, found):
         if len(done) == count:
             raise error
-        report = original(self, name, at_rank)
-        done.append(name)
+        report = original(self, matrix, found)
+        done.append(matrix.name)
         return report
     return done, factorize
 
@@ -210,7 +210,7 @@ def test_the_same_call_goes_on(interrupted, llama, tmp_path, caplog):
         rest = go_on(llama, out, rank=6)
     assert len(rest) == 9
     assert not set(rest) & set(done)
-    assert "5 of 14 linear weights are done" in caplog.text
+    assert "5 of 14 matrices are done" in caplog.text
     whole = extract(llama.base, llama.tuned, tmp_path / "whole", rank=6)
     assert hashes(out) == hashes(whole)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "whole"]
@@ -271,15 +271,31 @@ def test_unchanged_weights_are_known_after_an_interruption(copies, tmp_path):
     assert len(sidecar["modules"]) == 13
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"),
-                                   CheckpointError("only 7 bytes are free")])
-def test_an_error_that_is_reported_leaves_nothing(llama, tmp_path, error):
-    _, factorize = interrupt_at(3, error)
+def fail_at(count: int, error: Exception, models: Models, out: Path) -> list[str]:
+    """Extract with an error after `count` modules; return their names."""
+    done, factorize = interrupt_at(count, error)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(
             CheckpointError, match="no space left on the device|only 7 bytes"):
         patch.setattr(Extraction, "_factorize", factorize)
-        extract(llama.base, llama.tuned, tmp_path / "a", rank=6)
+        extract(models.base, models.tuned, out, rank=6)
+    return done
+
+
+def test_an_error_that_is_reported_leaves_nothing(llama, tmp_path):
+    fail_at(3, CheckpointError("only 7 bytes are right"), llama, tmp_path / "a")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"),
+                                   SpaceError("only 7 bytes are free")])
+def test_a_full_disk_loses_nothing_that_is_done(llama, tmp_path, caplog, error):
+    done = fail_at(3, error, llama, tmp_path / "a")
+    assert [path.name for path in tmp_path.iterdir()] == [".a.parts"]
+    assert f"kept in {tmp_path / '.a.parts'}" in caplog.text
+    rest = go_on(llama, tmp_path / "a", rank=6)
+    assert len(rest) == 11
+    assert not set(rest) & set(done)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_an_interruption_while_files_are_joined_loses_nothing(llama, tmp_path, monkeypatch):

@@ -8,8 +8,10 @@ from safetensors.torch import load_file, save_file
 
 from extend.checkpoint import TensorInfo
 from extend.delta.pair import (
+    delta_blocks,
     frobenius,
     in_layer_order,
+    is_experts,
     is_linear,
     open_pair,
     read_delta,
@@ -60,7 +62,7 @@ def test_layers_sort_by_number():
 
 
 def test_norms_of_blocks_equal_those_of_the_whole(monkeypatch):
-    monkeypatch.setattr("extend.delta.pair._ROWS_BYTES", 4 * 20 * 3)
+    monkeypatch.setattr("extend.delta.pair._BLOCK_BYTES", 4 * 20 * 3)
     generator = torch.Generator().manual_seed(0)
     delta = torch.randn(10, 20, generator=generator)
     lora_a = torch.randn(2, 20, generator=generator)
@@ -152,10 +154,20 @@ def test_values_that_are_not_finite_are_refused(copies, value):
         read_delta(open_pair(copies.base, copies.tuned), "model.norm.weight")
 
 
-def test_experts_in_one_tensor_are_refused():
-    name = "model.layers.0.mlp.experts.gate_up_proj"
-    with pytest.raises(CompatibilityError, match=r"gate_up_proj \[4, 8, 8\] holds several"):
-        is_linear(TensorInfo(name, "F32", (4, 8, 8)))
+@pytest.mark.parametrize(("name", "shape"), [
+    ("model.layers.0.conv.weight", (4, 8, 8)), ("model.experts.up_proj", (4, 8, 8)),
+    ("model.layers.0.mlp.experts.up_proj", (4, 8, 8, 8))])
+def test_other_tensors_of_many_dimensions_are_refused(name, shape):
+    with pytest.raises(CompatibilityError, match=rf"{name} .* has {len(shape)} dimensions"):
+        is_linear(TensorInfo(name, "F32", shape))
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.experts.gate_up_proj",
+                                  "model.layers.3.feed_forward.experts.down_proj.weight"])
+def test_experts_in_one_tensor_are_no_linear_weight(name):
+    info = TensorInfo(name, "F32", (4, 8, 8))
+    assert is_experts(info)
+    assert not is_linear(info)
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.mlp.experts.3.up_proj.weight",
@@ -165,7 +177,8 @@ def test_experts_of_their_own_are_linear(name):
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.mlp.gate.weight",
-                                  "model.layers.0.block_sparse_moe.gate.weight"])
+                                  "model.layers.0.block_sparse_moe.gate.weight",
+                                  "model.layers.0.mlp.router.weight"])
 def test_routers_are_kept_whole(name):
     assert not is_linear(TensorInfo(name, "F32", (4, 8)))
 
@@ -188,3 +201,28 @@ def test_models_without_architecture_key_still_compare(copies):
         del config["architectures"]
         (directory / "config.json").write_text(json.dumps(config))
     assert open_pair(copies.base, copies.tuned).identity.architecture == "unknown"
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
+def test_blocks_make_up_the_delta(qwen2, name, monkeypatch):
+    monkeypatch.setattr("extend.delta.pair._BLOCK_BYTES", 4 * 64 * 7)
+    pair = open_pair(qwen2.base, qwen2.tuned)
+    delta, base_norm = read_delta(pair, name)
+    blocks, norms, base_norms = zip(*delta_blocks(pair, name))
+    assert len(blocks) > 1 or delta.dim() == 1
+    torch.testing.assert_close(torch.cat(blocks), delta, rtol=0, atol=0)
+    assert sum(x * x for x in norms) == pytest.approx(frobenius(delta) ** 2, rel=1e-12)
+    assert sum(x * x for x in base_norms) == pytest.approx(base_norm ** 2, rel=1e-12)
+
+
+@pytest.mark.parametrize("left", [1.0, 0.3, 0.11, 0.09, 1e-3, 1e-5])
+def test_residual_norm_is_that_of_the_difference(left):
+    """Both ways of taking it: from products, and directly where little is left."""
+    generator = torch.Generator().manual_seed(0)
+    lora_a, lora_b, rest = (torch.randn(shape, generator=generator)
+                            for shape in ((4, 200), (100, 4), (100, 200)))
+    delta = lora_b @ lora_a + left * 2 * rest
+    expected = torch.linalg.norm(delta.double() - lora_b.double() @ lora_a.double())
+    # fp32 elements of size 2, of which the difference may be far smaller.
+    assert residual_norm(delta, lora_a, lora_b) == pytest.approx(
+        float(expected), rel=2e-6, abs=2e-7 * float(torch.linalg.norm(delta)))
