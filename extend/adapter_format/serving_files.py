@@ -94,10 +94,10 @@ def checkpoint_serving(length: int, *, notes: Sequence[str] = ()) -> dict[str, A
 
 def unserved(sidecar: Sidecar) -> dict[str, Any]:
     """What no engine gets from the adapter files: how many deltas, and the largest one."""
-    largest = max(sidecar.tensors, key=lambda name: sidecar.tensors[name].relative_norm or 0.0,
-                  default=None)
-    return {"tensors": len(sidecar.tensors), "largest": largest,
-            "relative_norm": sidecar.tensors[largest].relative_norm if largest else None}
+    held = {**sidecar.tensors, **sidecar.experts}
+    largest = max(held, key=lambda name: held[name].relative_norm or 0.0, default=None)
+    return {"tensors": len(held), "largest": largest,
+            "relative_norm": held[largest].relative_norm if largest else None}
 
 
 def _vllm(base: str, length: int, override: str) -> list[str]:
@@ -175,8 +175,9 @@ def _text(serving: Mapping[str, Any]) -> str:
         lost = serving["unserved"]
         size = "" if lost["relative_norm"] is None else (
             f" (|delta| / |W| {lost['relative_norm']:.2e})")
-        lines += ["", f"{lost['tensors']} deltas of norms, biases or embeddings lie in the sidecar "
-                  f"and reach no engine; the largest is that of {lost['largest']}{size}. `extend "
+        lines += ["", f"{lost['tensors']} deltas (norms, biases, embeddings, fused experts) "
+                  "lie in the sidecar and reach no engine; "
+                  f"the largest is that of {lost['largest']}{size}. `extend "
                   "merge` applies them; `extend extract --fold-norms` carries those of most norms "
                   "inside the matrices."]
     for note in serving["notes"]:

@@ -54,9 +54,9 @@ def _findings(verdicts: Sequence[ServingVerdict]) -> list[Finding]:
 
 def _unserved(directory: Path, names: Sequence[str]) -> list[Finding]:
     sidecar = read_sidecar(directory)
-    if sidecar is None or not sidecar.tensors:
+    lost = {} if sidecar is None else unserved(sidecar)
+    if not lost.get("tensors"):
         return []
-    lost = unserved(sidecar)
     return [Finding(
         severity=WARNING, what="sidecar",
         readers=tuple(n for n in ("vllm", "sglang", "llama.cpp") if n in names),
