@@ -14,6 +14,8 @@ from extend.adapter.rank import FLOATS_OF_32_BITS, LIMIT_32_BITS, RankRule
 from extend.adapter.report import write_report
 from extend.adapter.workers import Workers, pick_devices
 from extend.adapter_format.peft_files import ADAPTER_WEIGHTS, stored_dtype
+from extend.adapter_format.serving import check_serving
+from extend.adapter_format.serving_files import adapter_serving, verdict_line, write_serving
 from extend.adapter_format.vocabulary import write_adapter_vocabulary
 from extend.delta.pair import (
     ModelPair,
@@ -27,6 +29,7 @@ from extend.delta.sample import write_sample
 from extend.errors import CompatibilityError, RecipeError
 from extend.manifest import Manifest
 from extend.output import atomic_directory, stamp_files
+from extend.rope.engines import differing_engines
 from extend.tokenizer import read_vocabulary
 
 log = logging.getLogger(__name__)
@@ -94,22 +97,22 @@ def extract(base: Path | str, tuned: Path | str, out: Path | str, *, rank: int |
         mark = fingerprint(stamp_files(inputs), options, seed, torch.device(devices[0]).type)
         with Parts(out, mark) as parts, Workers(devices) as workers:
             found = Extraction(pair, workers, store, embeddings, rule, parts)
-            _take(found, linear, set(folding.folded), partial)
+            _take(found, linear, frozenset(folding.folded), partial)
             found.write_adapter(partial, base_name=str(base))
             # Parts stay until all is written, so that what fails late has not lost them.
             sidecar = found.describe(manifest.record, {**options, "seed": seed})
             sidecar.model_copy(update={"folded": folding.folded}).write(partial)
-            _write_vocabulary(partial, found)
-            write_sample(pair.base, pair.infos, partial)
+            _write_companions(partial, found)
             write_report(partial, pair.base)
         summary = found.summary((partial / ADAPTER_WEIGHTS).stat().st_size)
         manifest.write(partial, **summary, folded=len(folding.folded), not_folded=folding.left)
     log.info("adapter of %(modules)d modules, %(adapter_bytes)d bytes, mean residual "
              "%(mean_residual).4f, largest %(max_residual).4f", summary)
+    log.info("%s", verdict_line(check_serving(out)))
     return Path(out)
 
 
-def _take(found: Extraction, linear: list[str], folded: set[str], partial: Path) -> None:
+def _take(found: Extraction, linear: list[str], folded: frozenset[str], partial: Path) -> None:
     """Take all but folded norms; the sidecar is written while linear weights are factorized."""
     infos = found.pair.infos
     experts = in_layer_order(name for name, info in infos.items() if is_experts(info))
@@ -121,11 +124,17 @@ def _take(found: Extraction, linear: list[str], folded: set[str], partial: Path)
         written.result()
 
 
-def _write_vocabulary(directory: Path, found: Extraction) -> None:
-    """The base's tokens, by which merge maps the rows of embedding deltas."""
-    tokens = read_vocabulary(found.pair.base.directory)
+def _write_companions(directory: Path, found: Extraction) -> None:
+    """What merge and lineage ask of the base, and how to serve the adapter."""
+    pair = found.pair
+    tokens = read_vocabulary(pair.base.directory)
+    # By the base's tokens merge maps the rows of embedding deltas.
     if tokens is not None and any(map(is_vocabulary, found.tensors)):
         write_adapter_vocabulary(directory, tokens)
+    write_sample(pair.base, pair.infos, directory)
+    notes = differing_engines(str(pair.tuned_config.raw.get("model_type")), pair.tuned_config.rope)
+    write_serving(directory, adapter_serving(directory, tokenizer_dir=pair.base.directory,
+                                             notes=notes))
 
 
 def _say_limit(rule: RankRule, pair: ModelPair, linear: list[str]) -> None:

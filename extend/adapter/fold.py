@@ -16,13 +16,13 @@ nothing but linear weights of its own layer.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import EllipsisType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from extend.adapter_format.sidecar import TensorReport
-from extend.checkpoint import StoredTensor, TensorInfo
+from extend.checkpoint import Checkpoint, TensorInfo
+from extend.checkpoint.read import StoredTensor
 from extend.delta.pair import ModelPair, frobenius, layer_of
 from extend.errors import CompatibilityError
 
@@ -41,16 +41,20 @@ class Feeds(NamedTuple):
     one_plus: bool = False
 
 
-class FoldedTensor(NamedTuple):
-    """A linear weight after a folded norm [out, in]: fp32, its columns scaled by `ratio` [in]."""
+@dataclass(frozen=True, slots=True)
+class ScaledTensor:
+    """A linear weight W' [out, in] on disk that is read as W' diag(ratio), in fp32."""
 
-    tensor: StoredTensor
+    stored: StoredTensor
     ratio: torch.Tensor
 
-    def read(self, rows: slice | EllipsisType = ..., *, pin: bool = False) -> torch.Tensor:
-        """See `StoredTensor.read`."""
-        found = self.tensor.read(rows).float() * self.ratio
-        return found.pin_memory() if pin else found
+    def __getitem__(self, rows: Any) -> torch.Tensor:
+        return self.read(rows)
+
+    def read(self, rows: Any = ..., *, pin: bool = False) -> torch.Tensor:
+        """Rows of it; see `StoredTensor.read`."""
+        scaled = self.stored.read(rows).float() * self.ratio
+        return scaled.pin_memory() if pin else scaled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,24 +77,24 @@ class FoldedTuned:
     def infos(self) -> Mapping[str, TensorInfo]:
         return self.pair.tuned.infos
 
-    def stored(self, name: str) -> "StoredTensor | FoldedTensor":
-        """A parameter, to be read in blocks of rows."""
+    def stored(self, name: str) -> StoredTensor | ScaledTensor:
+        """One tensor, to be read in blocks of rows."""
         if name in self.gains.values():
             return self.pair.base.stored(name)
-        tensor = self.pair.tuned.stored(name)
-        return FoldedTensor(tensor, self.ratio(self.gains[name])) if name in self.gains else tensor
+        stored = self.pair.tuned.stored(name)
+        return ScaledTensor(stored, self.ratio(self.gains[name])) if name in self.gains else stored
 
     def read(self, name: str) -> torch.Tensor:
-        """A whole parameter."""
-        return self.stored(name).read()
+        """The tensor on the CPU."""
+        return self.stored(name)[...]
 
     def ratio(self, norm: str) -> torch.Tensor:
         """g' / g [in] in fp32; 1 where both are zero."""
         base, tuned = (self._gain(files, norm) for files in (self.pair.base, self.pair.tuned))
         return torch.where(base == tuned, 1.0, tuned / base)
 
-    def _gain(self, files, norm: str) -> torch.Tensor:
-        return files.read(norm).float() + (1.0 if self.one_plus else 0.0)
+    def _gain(self, files: Checkpoint, norm: str) -> torch.Tensor:
+        return files.stored(norm)[...].float() + (1.0 if self.one_plus else 0.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -40,6 +40,12 @@ def rope_override(change: RopeChange) -> dict[str, Any]:
             "rope_parameters": keys["rope_parameters"]}
 
 
+def sglang_override(change: RopeChange) -> dict[str, Any]:
+    """The same for SGLang, which lays a RoPE over the keys of the one before; a null clears them.
+    """
+    return {"rope_scaling": None, **rope_override(change)}
+
+
 def adapter_serving(directory: Path, *, tokenizer_dir: Path | None = None,
                     notes: Sequence[str] = ()) -> dict[str, Any]:
     """The content of an adapter's `serving.json`.
@@ -58,8 +64,8 @@ def adapter_serving(directory: Path, *, tokenizer_dir: Path | None = None,
                                  "to be served with; extract it with `extend extract`")
     change, base = view.sidecar.rope, str(view.config.get("base_model_name_or_path") or "BASE_DIR")
     length, verdicts = change.max_position_embeddings_after, check_serving(directory)
-    override = json.dumps(rope_override(change))
-    commands = {"vllm": _vllm(base, length, override), "sglang": _sglang(base, length, override)}
+    commands = {"vllm": _vllm(base, length, json.dumps(rope_override(change))),
+                "sglang": _sglang(base, length, json.dumps(sglang_override(change)))}
     engines = {v.engine: v.to_json() for v in verdicts}
     for verdict in verdicts:
         if verdict.engine in commands and verdict.max_rank is not None:
@@ -88,10 +94,10 @@ def checkpoint_serving(length: int, *, notes: Sequence[str] = ()) -> dict[str, A
 
 def unserved(sidecar: Sidecar) -> dict[str, Any]:
     """What no engine gets from the adapter files: how many deltas, and the largest one."""
-    largest = max(sidecar.tensors, key=lambda name: sidecar.tensors[name].relative_norm or 0.0,
-                  default=None)
-    return {"tensors": len(sidecar.tensors), "largest": largest,
-            "relative_norm": sidecar.tensors[largest].relative_norm if largest else None}
+    held = {**sidecar.tensors, **sidecar.experts}
+    largest = max(held, key=lambda name: held[name].relative_norm or 0.0, default=None)
+    return {"tensors": len(held), "largest": largest,
+            "relative_norm": held[largest].relative_norm if largest else None}
 
 
 def _vllm(base: str, length: int, override: str) -> list[str]:
@@ -169,8 +175,9 @@ def _text(serving: Mapping[str, Any]) -> str:
         lost = serving["unserved"]
         size = "" if lost["relative_norm"] is None else (
             f" (|delta| / |W| {lost['relative_norm']:.2e})")
-        lines += ["", f"{lost['tensors']} deltas of norms, biases or embeddings lie in the sidecar "
-                  f"and reach no engine; the largest is that of {lost['largest']}{size}. `extend "
+        lines += ["", f"{lost['tensors']} deltas (norms, biases, embeddings, fused experts) "
+                  "lie in the sidecar and reach no engine; "
+                  f"the largest is that of {lost['largest']}{size}. `extend "
                   "merge` applies them; `extend extract --fold-norms` carries those of most norms "
                   "inside the matrices."]
     for note in serving["notes"]:

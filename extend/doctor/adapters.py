@@ -26,7 +26,7 @@ def diagnose_serving(found: Diagnosis, names: Sequence[str]) -> Diagnosis:
         CheckpointError: a file is missing or damaged.
     """
     verdicts = tuple(v for v in check_serving(found.directory) if v.engine in names)
-    findings = [*found.findings, *_findings(verdicts), *_unserved(found.directory)]
+    findings = [*found.findings, *_findings(verdicts), *_unserved(found.directory, names)]
     order = (ERROR, WARNING, NOTE)
     findings.sort(key=lambda finding: order.index(finding.severity))
     return replace(found, findings=tuple(findings), serving=verdicts)
@@ -52,13 +52,14 @@ def _findings(verdicts: Sequence[ServingVerdict]) -> list[Finding]:
             for verdict in verdicts for problem in verdict.problems]
 
 
-def _unserved(directory: Path) -> list[Finding]:
+def _unserved(directory: Path, names: Sequence[str]) -> list[Finding]:
     sidecar = read_sidecar(directory)
-    if sidecar is None or not sidecar.tensors:
+    lost = {} if sidecar is None else unserved(sidecar)
+    if not lost.get("tensors"):
         return []
-    lost = unserved(sidecar)
     return [Finding(
-        severity=WARNING, what="sidecar", readers=("vllm", "sglang", "llama.cpp"),
+        severity=WARNING, what="sidecar",
+        readers=tuple(n for n in ("vllm", "sglang", "llama.cpp") if n in names),
         message=f"{lost['tensors']} deltas in the sidecar reach no engine that serves the adapter; "
                 f"the largest is that of {lost['largest']}",
         remedy="`extend merge` applies them; `extend extract --fold-norms` carries those of most "

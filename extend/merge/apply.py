@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from extend.adapter_format.peft_files import stored_dtype
+from extend.adapter_format.serving_files import checkpoint_serving, write_serving
 from extend.adapter_format.sidecar import RopeChange
 from extend.checkpoint import copy_side_files, write_checkpoint
 from extend.errors import RecipeError
@@ -20,7 +21,9 @@ from extend.merge.prepare import Plan, Problems, prepare
 from extend.merge.related import require_related
 from extend.merge.request import Paths, Request, Weights
 from extend.merge.total import Total
+from extend.model_config import RopeSpec
 from extend.output import atomic_directory, stamp_files, write_json
+from extend.rope.engines import differing_engines
 
 log = logging.getLogger(__name__)
 
@@ -98,12 +101,20 @@ def merge(adapter: Paths, target: Path | str, out: Path | str, *, weight: Weight
         write_json(partial / "config.json", _config(plan.config.raw, plan.change, dtype))
         copy_side_files(plan.files.directory, partial,
                         max_len=plan.change.max_position_embeddings_after)
+        _write_serving(partial, plan)
         summary = {**_summary(plan), "device": device}
         manifest.write(partial, **summary, lineage=related)
     log.info("merged %(modules)d modules, %(sidecar_tensors)d sidecar tensors and %(raw_tensors)d "
              "differences into %(tensors)d tensors; context %(max_position_embeddings)d tokens",
              summary)
     return Path(out)
+
+
+def _write_serving(directory: Path, plan: Plan) -> None:
+    rope = RopeSpec.from_json(plan.change.after)
+    write_serving(directory, checkpoint_serving(
+        plan.change.max_position_embeddings_after,
+        notes=differing_engines(str(plan.config.raw.get("model_type")), rope)))
 
 
 def _mark(request: Request, device: str) -> str:

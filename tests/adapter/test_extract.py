@@ -27,7 +27,7 @@ from tests.adapter_format.tiny_models import (
 
 FILES = {"adapter_config.json", "adapter_model.safetensors", "extend_lineage.safetensors",
          "extend_sidecar.json", "extend_sidecar.safetensors", "extend_vocabulary.json",
-         "manifest.json", "report.html", "report.json"}
+         "manifest.json", "report.html", "report.json", "serving.json", "SERVING.md"}
 
 
 def read(path) -> dict:
@@ -292,8 +292,9 @@ def test_one_line_per_layer_and_a_summary(llama, tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="extend"):
         extract(llama.base, llama.tuned, tmp_path / "a", rank=4)
     lines = [record.getMessage() for record in caplog.records]
-    assert [line.split(":")[0] for line in lines[:-1]] == ["layer 1 of 2", "layer 2 of 2"]
-    assert lines[-1].startswith("adapter of 14 modules, ")
+    assert [line.split(":")[0] for line in lines[:-2]] == ["layer 1 of 2", "layer 2 of 2"]
+    assert lines[-2].startswith("adapter of 14 modules, ")
+    assert lines[-1].startswith("as served by vllm ok (--max-lora-rank 8), sglang ok")
 
 
 def test_reads_a_few_tensors_ahead_and_no_more(llama, tmp_path, monkeypatch):

@@ -148,7 +148,8 @@ def test_side_files_come_from_the_target(case, tmp_path):
     out = merge(case.adapter, target, tmp_path / "out")
     assert {file.name for file in out.iterdir()} == {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-        "chat_template.jinja", "generation_config.json", "manifest.json"}
+        "chat_template.jinja", "generation_config.json", "manifest.json", "serving.json",
+        "SERVING.md"}
     for file in ("tokenizer.json", "chat_template.jinja"):
         assert (out / file).read_bytes() == (target / file).read_bytes()
     assert AutoTokenizer.from_pretrained(out).model_max_length == LONG
