@@ -69,8 +69,8 @@ class Change:
 
 def write_factors(path: Path, factors: Mapping[str, Factors]) -> None:
     parts = {f"{name}:{key}": tensor.contiguous() for name, f in factors.items()
-             for key, tensor in zip(Factors._fields, (*f[:3], torch.tensor(f.total).double()),
-                                    strict=True)}
+             for key, tensor in zip(Factors._fields, (*f[:3], torch.tensor(f.total,
+                                    dtype=torch.float64)), strict=True)}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
     save_file(parts, partial)

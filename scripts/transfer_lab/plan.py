@@ -5,7 +5,7 @@ that a run whose time is up leaves the rows that tell most.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,27 +152,30 @@ def list_units(level: Level) -> Iterator[Unit]:
     strong, milder = trained[:len(level.skills)], trained[len(level.skills):]
     for target in (*strong, base, *milder):
         yield Unit("alone", target, ALONE)
-    yield from (Unit("main", target, long) for target in (*strong, base) for long in plain[:3])
-    yield from (Unit("norms", target, gentle) for target in (base, strong[0]))
-    yield from (Unit("mergers", strong[0], long) for long in (every_pair, gentle, far_theta))
-    yield from (Unit("rank", target, gentle) for target in (base, strong[0]))
-    yield from (Unit("learned", target, long) for target in strong[:2]
-                for long in (every_pair, far_theta))
-    yield from (Unit("main", target, long) for target in milder for long in plain[:3])
-    yield from (Unit("ablations", strong[0], long) for long in (every_pair, gentle))
-    yield from (Unit("embeddings", target, long.name) for target in (base, strong[0])
-                for long in level.longs if long.embeddings)
-    yield from (Unit("learned", strong[0], gentle), Unit("learned-other", strong[0], every_pair))
-    yield from (Unit("mergers", target, long) for target in strong[1:]
-                for long in (every_pair, gentle))
-    yield from (Unit("far", strong[0], long) for long in (every_pair, gentle))
-    yield from (Unit("main", target, long) for long in plain[3:] for target in (*strong, base))
-    yield from (Unit("rank", target, long) for target, long in
-                ((strong[1], gentle), (strong[0], every_pair), (base, every_pair)))
-    yield from (Unit("ablations", strong[1], long) for long in (every_pair, gentle))
-    yield from (Unit("learned", target, every_pair) for target in strong[2:])
-    yield from (Unit("learned-other", target, long) for target, long in
-                ((strong[1], every_pair), (strong[0], gentle)))
+    yield from _units("main", (*strong, base), plain[:3])
+    yield from _units("norms", (base, strong[0]), [gentle])
+    yield from _units("mergers", strong[:1], (every_pair, gentle, far_theta))
+    yield from _units("rank", (base, strong[0]), [gentle])
+    yield from _units("learned", strong[:2], (every_pair, far_theta))
+    yield from _units("main", milder, plain[:3])
+    yield from _units("ablations", strong[:1], (every_pair, gentle))
+    yield from _units("embeddings", (base, strong[0]),
+                      [long.name for long in level.longs if long.embeddings])
+    yield from _units("learned", strong[:1], [gentle])
+    yield from _units("learned-other", strong[:1], [every_pair])
+    yield from _units("mergers", strong[1:], (every_pair, gentle))
+    yield from _units("far", strong[:1], (every_pair, gentle))
+    yield from _units("main", (*strong, base), plain[3:])
+    yield from _units("rank", strong[1:2], [gentle])
+    yield from _units("rank", (strong[0], base), [every_pair])
+    yield from _units("ablations", strong[1:2], (every_pair, gentle))
+    yield from _units("learned", strong[2:], [every_pair])
+    yield from _units("learned-other", strong[1:2], [every_pair])
+    yield from _units("learned-other", strong[:1], [gentle])
+
+
+def _units(group: str, targets: Sequence[Target], longs: Sequence[str]) -> Iterator[Unit]:
+    return (Unit(group, target, long) for target in targets for long in longs)
 
 
 def say(message: str) -> None:
