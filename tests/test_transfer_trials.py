@@ -228,7 +228,7 @@ def run(tmp_path_factory):
         noise = {n: w if "embed" in n else w + 0.02 * w.std() * torch.randn(w.shape)
                  for n, w in stored.items()}
         save_file(noise, folder / "model.safetensors", {"format": "pt"})
-    small = replace(level, skills=("record",), steps=(8,), text=root / "skills/tiny/text.txt",
+    small = replace(level, skills=("record",), steps=(8,), studied=8, text=root / "skills/tiny/text.txt",
                     windows=2, limit=6, depths=1, length=300, far=(400,), prompts=4, max_new=6,
                     keep_length=300)
     with pytest.MonkeyPatch.context() as patch:
@@ -255,14 +255,28 @@ def test_a_run_goes_on_where_it_was_stopped(run):
     assert [row for row in found["rows"] if row["group"] == "alone"] == stopped["rows"]
 
 
-def test_no_time_means_no_row(run, tmp_path):
+@pytest.fixture()
+def bare(run, tmp_path):
+    """The same targets, no long models and no rows."""
     out, *_ = run
-    (tmp_path / "targets").symlink_to(out / "targets")
-    (tmp_path / "prose.txt").symlink_to(out / "prose.txt")
-    level = plan.LEVELS["tiny"]
-    bench = Bench("tiny", level, tmp_path, out.parent / "skills", 0, "abc", CPU)
-    units.run_units(bench, Clock(0.0), None)
-    assert not list(tmp_path.glob("units/*.json"))
+    for name in ("targets", "prose.txt"):
+        (tmp_path / name).symlink_to(out / name)
+    return Bench("tiny", plan.LEVELS["tiny"], tmp_path, out.parent / "skills", 0, "abc", CPU)
+
+
+def test_no_time_means_no_row(bare):
+    units.run_units(bare, Clock(0.0), None)
+    assert not list(bare.out.glob("units/*.json"))
+
+
+def test_units_that_lack_a_model_or_fail_are_named_and_the_others_done(bare, monkeypatch, capsys):
+    def fail(target):
+        raise ValueError("broken on purpose")
+
+    monkeypatch.setattr(bare, "put_native", fail)
+    with pytest.raises(SystemExit, match=r"alone, base.*error above.*critical-x4 not trained"):
+        units.run_units(bare, Clock(None), {"alone", "main"})
+    assert capsys.readouterr().err.count("ValueError: broken on purpose") == 2
 
 
 def test_a_delta_of_weight_0_is_the_rope_alone(run):
@@ -329,6 +343,11 @@ def test_prompts_are_given_without_answers(run):
     assert [text.strip() for text in found] == [text.strip() for text in asked]
     assert {len(ids) for ids in learned.make_prompts(case, "other")} == {learned.TEXT_TOKENS}
     assert [len(row.ids) for row in learned.keep_rows(case)] == [level.keep_length] * 2
+
+
+def test_steps_without_the_studied_ones_are_refused(tmp_path):
+    with pytest.raises(SystemExit, match=r"--studied 300 is none of --steps \(5, 20\)"):
+        transfer_trials.main(["--level", "tiny", "--out", str(tmp_path), "--steps", "5,20"])
 
 
 def test_nothing_to_collect_is_said(tmp_path):
