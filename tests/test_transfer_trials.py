@@ -228,8 +228,9 @@ def run(tmp_path_factory):
         noise = {n: w if "embed" in n else w + 0.02 * w.std() * torch.randn(w.shape)
                  for n, w in stored.items()}
         save_file(noise, folder / "model.safetensors", {"format": "pt"})
-    small = replace(level, skills=("record",), steps=(8,), studied=8, text=root / "skills/tiny/text.txt",
-                    windows=2, limit=6, depths=1, length=300, far=(400,), prompts=4, max_new=6,
+    small = replace(level, skills=("record",), steps=(8,), studied=8,
+                    text=root / "skills/tiny/text.txt", windows=2, limit=6, depths=1,
+                    length=300, far=(400,), prompts=4, max_new=6,
                     keep_length=300)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(plan.LEVELS, "tiny", small)
