@@ -119,7 +119,7 @@ LEVELS = {
         step_tokens=6144, length=32768, far=(65536, 131072), depths=10,
         text=ROOT / "data/text/heldout-prose/jargon-000-jargon-jargon.txt", windows=24, window=1024,
         stride=4,
-        heldout=ROOT / "data/text/heldout-docs/linux-012-core-api-asm-annotations.txt",
+        heldout=ROOT / "data/text/heldout-docs/linux-036-powerpc-associativity.txt",
         long_text=ROOT / "data/text/train/python-doc",
         prompt_text=ROOT / "data/text/train/handbook", prompts=48, max_new=64,
         keep_length=16384, limit=200, batch_tokens=32768,
