@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 
 _STAGES = {"plan": "extend.plan", "search": "extend.search", "rescale": "extend.rope",
            "train": "extend.train", "extract": "extend.adapter", "merge": "extend.merge",
+           "fit": "extend.transfer", "repair": "extend.transfer",
            "evaluate": "extend.evaluate", "report": "extend.evaluate",
            "doctor": "extend.doctor", "run": "extend.run"}
 

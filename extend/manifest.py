@@ -16,7 +16,7 @@ from typing import Any
 
 from extend.errors import CheckpointError
 from extend.model_config import read_json
-from extend.output import write_json
+from extend.output import FINISHED_NAME, finished_files, write_json
 
 MANIFEST_NAME = "manifest.json"
 METRICS_NAME = "metrics.jsonl"
@@ -30,10 +30,16 @@ def hash_file(path: Path) -> str:
 
 
 def hash_files(directory: Path) -> dict[str, dict[str, Any]]:
-    """`{relative name: {"bytes", "sha256"}}` of every file but the manifest, sorted by name."""
-    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST_NAME)
-    return {p.relative_to(directory).as_posix(): {"bytes": p.stat().st_size, "sha256": hash_file(p)}
-            for p in files}
+    """`{relative name: {"bytes", "sha256"}}` of every file but the manifest, sorted by name.
+
+    What was hashed while it was written is not read again.
+    """
+    known = finished_files(directory)
+    files = sorted(p for p in directory.rglob("*")
+                   if p.is_file() and p.name not in (MANIFEST_NAME, FINISHED_NAME))
+    names = {p.relative_to(directory).as_posix(): p for p in files}
+    return {name: known.get(name) or {"bytes": p.stat().st_size, "sha256": hash_file(p)}
+            for name, p in names.items()}
 
 
 def hash_content(path: Path | str) -> str:

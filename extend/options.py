@@ -9,36 +9,15 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
+
+from extend.option_types import FloatDtype, InputPath, Length, Number, Options, parse_number
+from extend.transfer_options import FitOptions, RepairOptions
 
 TASK_PATHS = ("haystack", "file", "text")  # options of evaluation tasks that name files
 STRATEGIES = {"auto": False, "ring": False, "all-gather": False, "ulysses": False, "usp": True,
               "double-ring": True}
 """How a ring computes attention: name -> whether a number may follow it, as in `usp:4`."""
-_UNITS = {"": 1, "k": 1024, "m": 1024 ** 2}
-
-
-def parse_length(value: Any) -> int:
-    """Read a length in tokens: an integer, or text such as `8192`, `128k`, `1m`.
-
-    Raises:
-        ValueError: anything else, or a length below 1.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", str(value).strip())
-    length = float(match[1]) * _UNITS[match[2].lower()] if match else 0
-    if isinstance(value, bool) or length < 1 or length != int(length):
-        raise ValueError(f"{value!r} is not a length in tokens; write 8192, 128k or 1m")
-    return int(length)
-
-
-def parse_number(value: Any) -> Any:
-    """Read `2.8e9` and `1e-5`, which YAML 1.1 takes for text, as numbers."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def parse_strategy(value: Any) -> str:
@@ -55,19 +34,6 @@ def parse_strategy(value: Any) -> str:
         known = ", ".join(f"{name}[:N]" if number else name for name, number in STRATEGIES.items())
         raise ValueError(f"{value!r} is no strategy; write one of {known}, where N is a number")
     return str(value)
-
-
-Length = Annotated[int, BeforeValidator(parse_length)]
-Number = Annotated[float, BeforeValidator(parse_number)]
-FloatDtype = Literal["float32", "bfloat16", "float16"]
-InputPath = Annotated[str, "input path"]
-"""A path, or in a recipe the name of an earlier stage; relative paths start at the recipe."""
-
-
-class Options(BaseModel):
-    """Base of all option models."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class RopeOptions(Options):
@@ -267,14 +233,32 @@ class ExtractOptions(Options):
 
 
 class MergeOptions(Options):
-    """merge: an adapter into a fine-tune of the same base."""
+    """merge: adapters, or a long model's whole delta, into a fine-tune of the same base."""
 
-    adapter: InputPath
+    adapter: InputPath | list[InputPath] | None = None
     target: InputPath
-    weight: Number = 1.0
+    weight: Number | list[Number] = 1.0
+    """Of all deltas, or one for each adapter and then one for tuned - base."""
+    tuned: InputPath | None = None
+    """A long model; tuned - base is added, with no LoRA between."""
+    base: InputPath | None = None
+    method: str = "add"
+    """A member of `extend.merge.METHODS`."""
+    options: dict[str, Annotated[Any, BeforeValidator(parse_number)]] = {}
+    """Keyword-only parameters of the method."""
+    layer_weights: Number | list[Number] | dict[str, Number] | InputPath | None = None
+    """A number, a list laid over the layers, name or expression -> number, or a JSON file."""
     sidecar: bool = True
     rope_from: InputPath | None = None
     dtype: FloatDtype | None = None
+
+    @model_validator(mode="after")
+    def _some_delta(self) -> "MergeOptions":
+        if not self.adapter and self.tuned is None:
+            raise ValueError("there is nothing to merge; give adapter, or tuned and base")
+        if self.tuned is not None and self.base is None:
+            raise ValueError(f"tuned is {self.tuned} but there is no base to subtract from it")
+        return self
 
 
 class EvalOptions(Options):
@@ -304,7 +288,8 @@ class ReportOptions(Options):
 
 STAGES: dict[str, type[Options]] = {
     "rescale": RescaleOptions, "train": TrainOptions, "extract": ExtractOptions,
-    "merge": MergeOptions, "eval": EvalOptions, "report": ReportOptions}
+    "merge": MergeOptions, "fit": FitOptions, "repair": RepairOptions, "eval": EvalOptions,
+    "report": ReportOptions}
 
 
 def _is_path(metadata: Sequence[Any]) -> bool:
@@ -319,10 +304,12 @@ def input_paths(options: BaseModel) -> Iterator[tuple[tuple[str | int, ...], str
         if isinstance(value, str) and text:
             yield (name,), value
         elif isinstance(value, dict) and text:
-            yield from (((name, key), item) for key, item in value.items())
+            yield from (((name, key), item) for key, item in value.items() if isinstance(item, str))
         elif isinstance(value, list):
             for i, item in enumerate(value):
-                if isinstance(item, BaseModel):
+                if isinstance(item, str) and text:
+                    yield (name, i), item
+                elif isinstance(item, BaseModel):
                     yield from (((name, i, *loc), v) for loc, v in input_paths(item))
                 elif isinstance(item, dict):
                     yield from (((name, i, key), item[key]) for key in TASK_PATHS if key in item)

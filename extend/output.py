@@ -8,10 +8,15 @@ import errno
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from extend.errors import CheckpointError, RecipeError
+
+FINISHED_NAME = ".finished.json"
+_RECORDING = threading.Lock()
 
 
 def write_json(path: Path, data: object) -> None:
@@ -63,34 +68,130 @@ def require_apart(out: Path, inputs: Mapping[str, Path]) -> None:
                               "its own")
 
 
+def require_inputs_outside(out: Path | str, inputs: Mapping[str, Path | str]) -> None:
+    """Refuse an `out` that is an input or holds one, because the output would take its place.
+
+    An `out` inside an input's folder is no danger to it.
+
+    Args:
+        inputs: role, for the message, to path.
+
+    Raises:
+        RecipeError: an input lies in `out`, as they are written or where links lead.
+    """
+    for role, path in inputs.items():
+        if _lies_in(Path(path), Path(out)):
+            raise RecipeError(f"out {out} is or holds the {role} {path}, which the output would "
+                              "replace; choose an out of its own")
+
+
 def overlap(path: Path, other: Path) -> bool:
     """Whether one lies in the other or is it, as they are written or where links lead."""
-    return any(
-        a.is_relative_to(b) or b.is_relative_to(a)
-        for a, b in ((path.resolve(), other.resolve()), (path.absolute(), other.absolute())))
+    return _lies_in(path, other) or _lies_in(other, path)
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    return (path.resolve().is_relative_to(folder.resolve())
+            or path.absolute().is_relative_to(folder.absolute()))
 
 
 @contextlib.contextmanager
-def atomic_directory(out: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_directory(out: Path | str, *, overwrite: bool = False,
+                     inputs: Mapping[str, Path | str] | None = None,
+                     mark: str | None = None) -> Iterator[Path]:
     """Yield a temporary directory that becomes `out` when the block ends without an error.
 
+    With a mark, files that the block reports to `keep_finished` outlive an interruption (also that
+    of the whole process): the same call with the same mark finds them in the directory again, and
+    `finished_files` names them. They do not outlive an error that is reported: bad inputs must
+    change first, and on a full disk they would be in the way.
+
+    Args:
+        inputs: role -> path of what the block reads; see `require_inputs_outside`.
+        mark: stands for everything that decides the output, such as `stamp_files` and options.
+
     Raises:
+        RecipeError: see `require_inputs_outside`.
         CheckpointError: `out` exists and `overwrite` is false, or the disk refuses a write.
     """
+    require_inputs_outside(out, inputs or {})
     out = Path(out).absolute()
     require_new(out, overwrite=overwrite)
     partial = out.with_name(f".{out.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        _prepare(partial, mark)
         yield partial
+        (partial / FINISHED_NAME).unlink(missing_ok=True)
         _replace(partial, out)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"{out}: cannot be written ({_reason(error)})") from error
-    except BaseException:
+    except Exception:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    except BaseException:  # an interruption: what is finished may be used again
+        if mark is None or not finished_files(partial):
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _prepare(partial: Path, mark: str | None) -> None:
+    """Empty the temporary directory, but for files that were finished under the same mark."""
+    if mark is None or _read_finished(partial).get("mark") != mark:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write_json(partial / FINISHED_NAME, {"mark": mark, "files": {}})
+        return
+    kept = {FINISHED_NAME, *finished_files(partial)}
+    for path in partial.iterdir():
+        if path.name in kept:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def finished_files(partial: Path) -> dict[str, dict[str, Any]]:
+    """`{name: {"bytes", "sha256"}}` of the whole files in a directory of `atomic_directory`."""
+    files = _read_finished(partial).get("files")
+    return {name: entry for name, entry in (files if isinstance(files, dict) else {}).items()
+            if (partial / name).is_file() and (partial / name).stat().st_size == entry["bytes"]}
+
+
+def keep_finished(path: Path, sha256: str) -> None:
+    """Report a file that will not change any more, with the hash of its content.
+
+    Does nothing in a directory that is not of `atomic_directory`.
+    """
+    with _RECORDING:
+        record = _read_finished(path.parent)
+        if record:
+            entry = {"bytes": path.stat().st_size, "sha256": sha256}
+            write_json(path.parent / FINISHED_NAME,
+                       {**record, "files": {**record["files"], path.name: entry}})
+
+
+def _read_finished(partial: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((partial / FINISHED_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def stamp_files(inputs: Mapping[str, Path | str]) -> dict[str, list[Any]]:
+    """Names, sizes and times of the inputs' files: what tells cheaply that one changed.
+
+    Args:
+        inputs: role -> a file, or a directory, of which the files directly in it count.
+    """
+    return {role: [[str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns]
+                   for file in _files_of(Path(path))] for role, path in inputs.items()}
+
+
+def _files_of(path: Path) -> list[Path]:
+    return sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
 
 
 def _replace(partial: Path, out: Path) -> None:

@@ -26,10 +26,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from extend.errors import RecipeError
+from extend.option_types import Options
 from extend.options import (
     STAGES,
     EvalOptions,
-    Options,
+    MergeOptions,
     RescaleOptions,
     RopeOptions,
     TrainOptions,
@@ -278,6 +279,8 @@ def check_family(options: Options) -> Iterator[tuple[Location, str]]:
         yield from _problem(location, lambda rope=rope: _check_rope(rope))
     if isinstance(options, EvalOptions):
         yield from _problem(("tasks",), lambda: _check_tasks(options))
+    if isinstance(options, MergeOptions):
+        yield from _problem(("method",), lambda: _check_merge(options))
 
 
 def _problem(location: Location, check: Callable[[], None]) -> Iterator[tuple[Location, str]]:
@@ -291,6 +294,12 @@ def _check_rope(rope: RopeOptions) -> None:
     from extend.rope.methods import check_method
 
     check_method(rope.method, rope.options)
+
+
+def _check_merge(options: MergeOptions) -> None:
+    from extend.merge.methods import make_method
+
+    make_method(options.method, options.options)
 
 
 def _check_tasks(options: EvalOptions) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 from extend.errors import CheckpointError, ExtendError, RecipeError
 from extend.manifest import MANIFEST_NAME, hash_content, hash_file, outputs_intact
 from extend.model_config import read_json
-from extend.options import Options, input_paths, resolve_inputs
+from extend.option_types import Options
+from extend.options import input_paths, resolve_inputs
 from extend.output import remove_directory, write_json
 from extend.recipe import Recipe, Stage, load_recipe
 
@@ -44,6 +45,18 @@ def _merge(options: Any, out: Path) -> Path:
     return merge(**options.model_dump(), out=out, overwrite=True)
 
 
+def _fit(options: Any, out: Path) -> Path:
+    from extend.transfer import fit
+
+    return fit(options, out, overwrite=True)
+
+
+def _repair(options: Any, out: Path) -> Path:
+    from extend.transfer import repair
+
+    return repair(options, out, overwrite=True)
+
+
 def _eval(options: Any, out: Path) -> Path:
     from extend.evaluate import evaluate
 
@@ -58,8 +71,8 @@ def _report(options: Any, out: Path) -> Path:
 
 
 RUNNERS: dict[str, Callable[[Any, Path], Path]] = {
-    "rescale": _rescale, "train": _train, "extract": _extract, "merge": _merge, "eval": _eval,
-    "report": _report}
+    "rescale": _rescale, "train": _train, "extract": _extract, "merge": _merge, "fit": _fit,
+    "repair": _repair, "eval": _eval, "report": _report}
 
 
 def run(recipe: Path | str, out: Path | str) -> Path:

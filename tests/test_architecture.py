@@ -10,13 +10,13 @@ import pytest
 ROOT = Path(__file__).parents[1] / "extend"
 LAYERS = [
     {"errors"},
-    {"registry", "model_config", "documents", "options", "output", "tokenizer"},
-    {"checkpoint", "haystack"},
-    {"manifest", "retrieval", "loading"},
+    {"registry", "model_config", "documents", "option_types", "output"},
+    {"checkpoint", "haystack", "tokenizer", "transfer_options"},
+    {"manifest", "retrieval", "loading", "options"},
     {"adapter_format"},
     {"delta"},
     {"ring", "rope"},
-    {"train", "adapter", "merge", "transfer", "evaluate", "plan", "search", "doctor"},
+    {"train", "adapter", "merge", "transfer", "evaluate", "plan", "search", "doctor", "lineage"},
     {"recipe"},
     {"run"},
     {"cli"},

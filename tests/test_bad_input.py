@@ -234,9 +234,6 @@ CASES = {
         "eval trainable --lengths 320 --adapter adapter",
         ("adapter: was made for another model than", "vocab_size is 96 in the base of",
          "but 264 in")),
-    "other vocabulary, merge": Case(
-        "merge --adapter adapter --target other-vocabulary",
-        ("adapter does not fit", "vocab_size is 96 in the adapter's base but 100 in the target")),
     "other vocabulary, extract": Case(
         "extract --base base --tuned other-vocabulary",
         ("other-vocabulary is not a fine-tune of", "vocab_size is 96 in base but 100 in tuned")),

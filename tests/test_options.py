@@ -5,7 +5,8 @@ from typing import get_args
 import pytest
 from pydantic import ValidationError
 
-from extend.options import STRATEGIES, ExtractOptions, Phase, TrainOptions, parse_length
+from extend.option_types import parse_length
+from extend.options import STRATEGIES, ExtractOptions, Phase, TrainOptions
 
 
 @pytest.mark.parametrize(("text", "tokens"), [

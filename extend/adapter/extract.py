@@ -9,10 +9,13 @@ from extend.adapter.extraction import Extraction
 from extend.adapter.parts import Parts, fingerprint
 from extend.adapter.rank import FLOATS_OF_32_BITS, LIMIT_32_BITS, RankRule
 from extend.adapter_format.peft_files import ADAPTER_WEIGHTS, stored_dtype
-from extend.delta.pair import ModelPair, in_layer_order, is_linear, open_pair
+from extend.adapter_format.vocabulary import write_adapter_vocabulary
+from extend.delta.pair import ModelPair, in_layer_order, is_linear, is_vocabulary, open_pair
+from extend.delta.sample import write_sample
 from extend.errors import CompatibilityError, RecipeError
 from extend.manifest import Manifest
 from extend.output import atomic_directory
+from extend.tokenizer import read_vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -64,20 +67,30 @@ def extract(base: Path | str, tuned: Path | str, out: Path | str, *, rank: int |
     linear = in_layer_order(name for name, info in pair.infos.items() if is_linear(info))
     _check_rank(rank, pair, linear)
     _say_limit(rule, pair, linear)
-    with atomic_directory(out, overwrite=overwrite) as partial:
-        manifest = Manifest("extract", {"base": base, "tuned": tuned}, options, seed)
+    inputs = {"base": base, "tuned": tuned}
+    with atomic_directory(out, overwrite=overwrite, inputs=inputs) as partial:
+        manifest = Manifest("extract", inputs, options, seed)
         mark = fingerprint(manifest.record, device=torch.device(device).type)
         with Parts(out, mark) as parts:
             found = Extraction(pair, device, store, embeddings, rule, parts)
             found.take_linear(linear)
             found.take_rest(in_layer_order(set(pair.infos) - set(linear)))
             found.write(partial, base_name=str(base))
+        _write_vocabulary(partial, found)
+        write_sample(pair.base, pair.infos, partial)
         found.describe(manifest.record, {**options, "seed": seed}).write(partial)
         summary = found.summary((partial / ADAPTER_WEIGHTS).stat().st_size)
         manifest.write(partial, **summary)
     log.info("adapter of %(modules)d modules, %(adapter_bytes)d bytes, mean residual "
              "%(mean_residual).4f, largest %(max_residual).4f", summary)
     return Path(out)
+
+
+def _write_vocabulary(directory: Path, found: Extraction) -> None:
+    """The base's tokens, by which merge maps the rows of embedding deltas."""
+    tokens = read_vocabulary(found.pair.base.directory)
+    if tokens is not None and any(map(is_vocabulary, found.tensors)):
+        write_adapter_vocabulary(directory, tokens)
 
 
 def _say_limit(rule: RankRule, pair: ModelPair, linear: list[str]) -> None:

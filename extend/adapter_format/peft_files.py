@@ -9,56 +9,43 @@ that ignores `rank_pattern` and `alpha_pattern`.
 """
 
 import json
-import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from extend.adapter_format.peft_keys import (
+    ADAPTER_CONFIG,
+    PREFIX,
+    LoraModule,
+    refuse_variants,
+    sort_tensors,
+)
 from extend.adapter_format.sidecar import SIDECAR_WEIGHTS, Sidecar, read_sidecar
 from extend.checkpoint import (
-    FLOAT_DTYPES,
     TensorInfo,
     dtype_name,
     read_header,
     torch_dtype,
     write_safetensors,
 )
-from extend.errors import CheckpointError, CompatibilityError
+from extend.errors import CheckpointError
 from extend.model_config import read_json
 from extend.registry import lookup
 
 if TYPE_CHECKING:
     import torch
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 STORE_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_PREFIX = "base_model.model."
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<factor>lora_[AB])\.weight")
 
-# Config entries under which W + scaling * B A is not the adapted weight.
-_REFUSED = {
-    "use_dora": "DoRA rescales every output row", "use_qalora": "QALoRA pools the inputs",
-    "use_bdlora": "block-diagonal factors", "kasa_config": "KaSA changes the base weights",
-    "alora_invocation_tokens": "activated LoRA applies to a part of the tokens only",
-    "arrow_config": "a router over several adapters", "monteclora_config": "MonteCLoRA",
-    "layer_replication": "copied layers", "trainable_token_indices": "trained embedding rows",
-    "target_parameters": "adapted expert parameters", "lora_bias": "a bias on lora_B",
-    "modules_to_save": "whole modules that would replace the target's own"}
-# Initialisations that subtract the first B A from the base, so that the plain base does not fit.
-_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-class LoraModule(NamedTuple):
-    """One adapted linear weight [out_features, in_features]; `scaling` multiplies B @ A."""
-
-    name: str
-    rank: int
-    scaling: float
-    out_features: int
-    in_features: int
-
+# What PEFT writes for a plain LoRA of linear layers, ready for inference.
+_PLAIN_LORA: dict[str, Any] = {
+    "peft_type": "LORA", "task_type": "CAUSAL_LM", "auto_mapping": None, "revision": None,
+    "inference_mode": True, "lora_dropout": 0.0, "fan_in_fan_out": False, "bias": "none",
+    "use_rslora": False, "use_dora": False, "lora_bias": False, "modules_to_save": None,
+    "init_lora_weights": True,
+    "layers_to_transform": None, "layers_pattern": None, "layer_replication": None,
+    "megatron_config": None, "megatron_core": "megatron.core", "loftq_config": {}}
 
 class TensorFile:
     """One safetensors file whose tensors are read one at a time.
@@ -89,6 +76,8 @@ class Adapter:
 
     Attributes:
         modules: module name (such as `model.layers.0.mlp.up_proj`) -> `LoraModule`.
+        embeddings, biases, absolutes: what other programs write beside these; see
+            `AdapterTensors`.
         sidecar: None for an adapter that another program wrote.
 
     Raises:
@@ -99,9 +88,12 @@ class Adapter:
     def __init__(self, directory: Path | str):
         self.directory = Path(directory)
         self.config = read_json(self.directory / ADAPTER_CONFIG)
-        _refuse_variants(self.config, self.directory / ADAPTER_CONFIG)
+        refuse_variants(self.config, self.directory / ADAPTER_CONFIG)
         self._weights = TensorFile(_find_weights(self.directory))
-        self.modules = _pair_factors(self._weights, self.config)
+        self.modules, self.embeddings, self.biases, self.absolutes = sort_tensors(
+            self._weights.infos, self.config, self._weights.path)
+        if not (self.modules or self.embeddings):
+            raise CheckpointError(f"{self._weights.path}: holds no LoRA factors")
         self.sidecar = read_sidecar(self.directory)
         self._side_weights: TensorFile | None = None
         if self.sidecar is not None:
@@ -124,8 +116,28 @@ class Adapter:
 
     def read_factors(self, module: str) -> "tuple[torch.Tensor, torch.Tensor]":
         """`(lora_A [r, in], lora_B [out, r])` of a module in fp32."""
-        return (self._weights.read(f"{_PREFIX}{module}.lora_A.weight").float(),
-                self._weights.read(f"{_PREFIX}{module}.lora_B.weight").float())
+        return (self._weights.read(f"{PREFIX}{module}.lora_A.weight").float(),
+                self._weights.read(f"{PREFIX}{module}.lora_B.weight").float())
+
+    def read_embedding_factors(self, name: str) -> "tuple[torch.Tensor, torch.Tensor]":
+        """`(lora_A [r, tokens], lora_B [hidden, r])` of an embedding's weight in fp32."""
+        module = f"{PREFIX}{name.removesuffix('.weight')}"
+        return (self._weights.read(f"{module}.lora_embedding_A").float(),
+                self._weights.read(f"{module}.lora_embedding_B").float())
+
+    def read_bias(self, name: str) -> "torch.Tensor":
+        """The fp32 delta of one of `biases`, [out]."""
+        stored = self._weights.read(f"{PREFIX}{name.removesuffix('.bias')}.lora_B.bias")
+        return stored.float() * self.biases[name]
+
+    def read_absolute(self, name: str) -> "torch.Tensor":
+        """The whole value of one of `absolutes`, in the dtype of the file."""
+        return self._weights.read(f"{PREFIX}{name}")
+
+    def stored_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one of `biases` or `absolutes`."""
+        key = name if name in self.absolutes else f"{name.removesuffix('.bias')}.lora_B.bias"
+        return self._weights.infos[f"{PREFIX}{key}"].shape
 
     def read_side_delta(self, name: str) -> "torch.Tensor":
         """The fp32 delta of a parameter that the sidecar holds."""
@@ -140,69 +152,6 @@ def _find_weights(directory: Path) -> Path:
         raise CheckpointError(f"{directory}: holds adapter_model.bin, a pickle, which is not read; "
                               "load it with PEFT and save it as safetensors")
     return path
-
-
-def _refuse_variants(config: Mapping[str, Any], path: Path) -> None:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise CompatibilityError(f"{path}: peft_type is {kind!r}; only 'LORA' can be merged")
-    problems = [f"{key} is {config[key]!r} ({why})" for key, why in _REFUSED.items()
-                if config.get(key)]
-    if config.get("bias", "none") != "none":
-        problems.append(f"bias is {config['bias']!r} (trained biases that would replace the "
-                        "target's own)")
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
-        problems.append(f"init_lora_weights is {init!r} (it changes the base weights; convert the "
-                        "adapter with PEFT's path_initial_model_for_weight_conversion)")
-    if problems:
-        raise CompatibilityError(f"{path}: not a plain LoRA adapter: {'; '.join(problems)}; merge "
-                                 "it with PEFT instead")
-
-
-def _pair_factors(file: TensorFile, config: Mapping[str, Any]) -> dict[str, LoraModule]:
-    factors: dict[str, dict[str, TensorInfo]] = {}
-    for key, info in file.infos.items():
-        match = _KEY.fullmatch(key)
-        if match is None or len(info.shape) != 2 or info.dtype not in FLOAT_DTYPES:
-            raise CompatibilityError(
-                f"{file.path}: tensor {key!r} {info.dtype} {list(info.shape)} is not a lora_A or "
-                "lora_B of a linear weight; merge this adapter with PEFT instead")
-        factors.setdefault(match["module"], {})[match["factor"]] = info
-    if not factors:
-        raise CheckpointError(f"{file.path}: holds no LoRA factors")
-    return {name: _check_pair(name, pair, config, file.path)
-            for name, pair in sorted(factors.items())}
-
-
-def _check_pair(name: str, pair: Mapping[str, TensorInfo], config: Mapping[str, Any],
-                path: Path) -> LoraModule:
-    if len(pair) != 2:
-        raise CheckpointError(f"{path}: module {name} has {next(iter(pair))} but not the other "
-                              "factor; fetch or extract the adapter again")
-    (rank, in_features), (out_features, rank_b) = pair["lora_A"].shape, pair["lora_B"].shape
-    announced = _by_pattern(config.get("rank_pattern"), name, config.get("r"))
-    alpha = _by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha"))
-    if not rank == rank_b == announced or rank < 1:
-        raise CheckpointError(f"{path}: module {name} has rank {rank} in lora_A, {rank_b} in "
-                              f"lora_B and {announced} in {ADAPTER_CONFIG}; they must agree")
-    if not isinstance(alpha, (int, float)):
-        raise CheckpointError(f"{path.with_name(ADAPTER_CONFIG)}: lora_alpha of {name} is "
-                              f"{alpha!r}, not a number")
-    scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return LoraModule(name, rank, scaling, out_features, in_features)
-
-
-def _by_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """The entry of the first key that fits the end of a module name.
-
-    Source: `get_pattern_key` in peft/utils/other.py, PEFT 0.21: keys are regular expressions that
-    must match whole dotted components up to the end.
-    """
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
 
 
 def write_adapter(directory: Path, factors: "Mapping[str, tuple[torch.Tensor, torch.Tensor]]",
@@ -245,7 +194,7 @@ def factor_infos(module: LoraModule, dtype: str) -> dict[str, TensorInfo]:
     """The two tensors of a module in the adapter file, by factor."""
     shapes = {"lora_A": (module.rank, module.in_features),
               "lora_B": (module.out_features, module.rank)}
-    return {factor: TensorInfo(f"{_PREFIX}{module.name}.{factor}.weight", dtype, shape)
+    return {factor: TensorInfo(f"{PREFIX}{module.name}.{factor}.weight", dtype, shape)
             for factor, shape in shapes.items()}
 
 
@@ -265,17 +214,16 @@ def header_bytes(modules: Iterable[LoraModule], dtype: str) -> int:
 
 def peft_config(ranks: Mapping[str, int], target_modules: list[str],
                 base_name: str) -> dict[str, Any]:
-    """The content of `adapter_config.json`, from PEFT's own class; alpha is the rank everywhere."""
-    from peft import LoraConfig
+    """The content of `adapter_config.json`; alpha is the rank everywhere.
 
+    The keys are those that PEFT has written for years and that readers look for. PEFT itself fills
+    in the rest, and takes seconds to import, which is why its class is not asked here.
+    """
     largest = max(ranks.values())
     smaller = {module: rank for module, rank in ranks.items() if rank < largest}
-    config = LoraConfig(
-        r=largest, lora_alpha=largest, rank_pattern=smaller, alpha_pattern=dict(smaller),
-        target_modules=target_modules, bias="none", modules_to_save=None, task_type="CAUSAL_LM",
-        base_model_name_or_path=base_name, inference_mode=True).to_dict()
-    # PEFT keeps the names as a set, whose order differs from process to process.
-    return {**config, "peft_type": "LORA", "target_modules": target_modules}
+    return {**_PLAIN_LORA, "base_model_name_or_path": base_name, "target_modules": target_modules,
+            "r": largest, "lora_alpha": largest, "rank_pattern": smaller,
+            "alpha_pattern": dict(smaller)}
 
 
 def shorten(modules: Iterable[str], all_modules: Iterable[str]) -> list[str]:

@@ -7,9 +7,11 @@ Exit codes: 0 done, 1 a mistake of the user's (one message), 2 wrong usage.
 from extend.cli import (  # noqa: F401  (each registers its subcommands with `main`)
     doctor,
     evaluation,
+    lineage,
     plan,
     search,
     stages,
+    transfer,
 )
 from extend.cli.group import main
 

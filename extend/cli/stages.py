@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from extend.cli.group import main, out_option, overwrite_option, reporting
-from extend.cli.types import LENGTH, parse_pairs
+from extend.cli.types import LENGTH, parse_numbers, parse_pairs
 from extend.rope.methods import METHODS
 
 _NOT_OPTIONS = ("model", "out", "target_len", "method", "sliding_window", "overwrite", "from_len")
@@ -111,35 +111,54 @@ def extract(base, tuned, rank, energy, adapter_bytes, exact, no_embeddings, dtyp
 
 
 @main.command()
-@click.option("--adapter", required=True, metavar="DIR", help="An adapter of `extend extract`.")
+@click.option("--adapter", multiple=True, metavar="DIR",
+              help="An adapter of `extend extract`, PEFT or mergekit; again for another one.")
+@click.option("--tuned", metavar="DIR", default=None,
+              help="A long model; TUNED - BASE is added, with no adapter between.")
+@click.option("--base", metavar="DIR", default=None,
+              help="The model that all started from: for --tuned, for methods that look at what "
+                   "the target changed, and for mergekit's adapters.")
 @click.option("--target", required=True, metavar="DIR", help="A fine-tune of the same base.")
-@click.option("--weight", type=float, default=1.0, show_default=True, help="Factor of the delta.")
+@click.option("--weight", type=float, multiple=True,
+              help="Factor of the deltas, 1 by default; or one for each adapter, in order, and "
+                   "then one for TUNED - BASE.")
+@click.option("--method", default="add", show_default=True,
+              help="How a delta is fitted to the target: add, drift-aware, orthogonal.")
+@click.option("-o", "--option", multiple=True, metavar="KEY=VALUE", help="Option of the method.")
+@click.option("--layer-weights", metavar="FILE|LIST", default=None,
+              help="Factors of single parameters: a JSON file, or numbers laid over the layers, "
+                   "as in 0,0.5,1.")
 @click.option("--no-sidecar", is_flag=True, help="Apply the LoRA matrices and the RoPE only.")
 @click.option("--rope-from", metavar="DIR", default=None,
               help="Long model to take the RoPE from, for an adapter without a sidecar.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default=None,
               help="Dtype of the output; the target's by default.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
 @click.option("--dry-run", is_flag=True,
               help="Read headers and configs only; list every problem, or what would be written.")
 @out_option
 @overwrite_option
 @reporting
-def merge(adapter, target, weight, no_sidecar, rope_from, dtype, dry_run, out, overwrite):
-    """Add an adapter to a fine-tune of the same base; write a long-context checkpoint.
+def merge(adapter, target, weight, option, layer_weights, no_sidecar, device, dry_run, out,
+          **options):
+    """Add adapters to a fine-tune of the same base; write a long-context checkpoint.
 
     \b
     extend merge --adapter ./adapter --target ./my-finetune --out ./my-finetune-128k
+    extend merge --base ./llama --tuned ./llama-128k --target ./my-finetune \\
+        --method orthogonal -o rank=16 --out ./my-finetune-128k
     """
     from extend.merge import merge as stage
     from extend.merge import preview
 
-    options = {"weight": weight, "sidecar": not no_sidecar, "rope_from": rope_from, "dtype": dtype,
-               "overwrite": overwrite}
+    options |= {"weight": list(weight) or 1.0, "sidecar": not no_sidecar,
+                "options": parse_pairs(option),
+                "layer_weights": parse_numbers(layer_weights)}
     if dry_run:
-        found = preview(adapter, target, out, **options)
+        found = preview(list(adapter), target, out, **options)
         found.raise_if_any()
         return found.to_json(), found.text()
-    return {"output": str(stage(adapter, target, out, **options))}
+    return {"output": str(stage(list(adapter), target, out, device=device, **options))}
 
 
 @main.command()

@@ -10,7 +10,7 @@ class _LengthType(click.ParamType):
     name = "length"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        from extend.options import parse_length
+        from extend.option_types import parse_length
 
         try:
             return parse_length(value)
@@ -64,7 +64,7 @@ def parse_pairs(pairs: tuple[str, ...], reserved: Collection[str] = ()) -> dict[
     import yaml
 
     from extend.errors import RecipeError
-    from extend.options import parse_number
+    from extend.option_types import parse_number
 
     found = {}
     for pair in pairs:
@@ -79,3 +79,11 @@ def parse_pairs(pairs: tuple[str, ...], reserved: Collection[str] = ()) -> dict[
             raise RecipeError(f"--option {pair!r}: its value cannot be read; write a number, text "
                               "or a list, [1, 2], in quotes for the shell") from None
     return found
+
+
+def parse_numbers(value: str | None) -> list[float] | str | None:
+    """Numbers separated by commas as a list; anything else, such as a path, as it is."""
+    try:
+        return None if value is None else [float(part) for part in value.split(",")]
+    except ValueError:
+        return value

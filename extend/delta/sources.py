@@ -4,8 +4,9 @@ A source names the parameters that it changes and gives each delta in blocks of 
 merge holds no more of it than a block. All deltas are fp32, at weight 1.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import EllipsisType
 from typing import Protocol
@@ -13,8 +14,19 @@ from typing import Protocol
 import torch
 
 from extend.adapter_format.peft_files import Adapter
-from extend.adapter_format.sidecar import RopeChange
+from extend.adapter_format.sidecar import (
+    EMBEDDING_SUFFIX,
+    HEAD_NAME,
+    ModelIdentity,
+    RopeChange,
+    parameter_infos,
+)
+from extend.adapter_format.vocabulary import read_adapter_vocabulary
+from extend.checkpoint import Checkpoint, TensorInfo
 from extend.delta.pair import ModelPair, open_pair
+from extend.errors import CompatibilityError
+from extend.model_config import ModelConfig, read_config
+from extend.tokenizer import read_vocabulary
 
 Rows = slice | EllipsisType
 RowsDelta = Callable[[Rows], torch.Tensor]
@@ -28,52 +40,172 @@ class DeltaSource(Protocol):
         label: names the source in messages, such as its directory.
     """
 
-    label: str
+    @property
+    def label(self) -> str: ...
 
     @property
     def names(self) -> frozenset[str]:
         """The parameters that it changes, such as `model.layers.0.mlp.up_proj.weight`."""
 
     @property
+    def lora_names(self) -> frozenset[str]:
+        """Those of `names` that get a product of LoRA factors of a linear weight."""
+
+    @property
     def rope(self) -> RopeChange | None:
         """The RoPE before and after; None where the source does not know it."""
 
-    def read(self, name: str) -> RowsDelta:
-        """The whole delta of one of `names`, at weight 1."""
+    @property
+    def identity(self) -> ModelIdentity | None:
+        """The model that it changes; None where the source does not know it."""
+
+    @property
+    def vocabulary(self) -> Mapping[str, int] | None:
+        """Token -> row of that model's embedding; None where the source does not know them."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one of `names` in the model that the source changes."""
+
+    def read(self, name: str, device: str = "cpu") -> RowsDelta:
+        """The whole delta of one of `names`, at weight 1, on a device."""
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The model that deltas and fine-tunes started from, to be compared with."""
+
+    config: ModelConfig
+    files: Checkpoint
+    infos: Mapping[str, TensorInfo]
+
+    @classmethod
+    def open(cls, directory: Path | str, *, headers_only: bool = False) -> "BaseModel":
+        """See `parameter_infos` for `headers_only` and for what is refused."""
+        config, files = read_config(directory), Checkpoint(directory)
+        return cls(config, files, parameter_infos(config, files, headers_only=headers_only))
+
+    @cached_property
+    def identity(self) -> ModelIdentity:
+        return ModelIdentity.of(self.config, self.infos)
+
+    @cached_property
+    def vocabulary(self) -> Mapping[str, int] | None:
+        return read_vocabulary(self.files.directory)
 
 
 @dataclass(frozen=True)
 class AdapterDelta:
-    """The deltas of a LoRA adapter: scaling * lora_B @ lora_A, and those of its sidecar.
+    """The deltas of a LoRA adapter: scaling * lora_B @ lora_A, and what lies beside the factors.
+
+    Beside them are the deltas of our sidecar, LoRA factors of embeddings and biases of lora_B, and
+    whole values (`modules_to_save`, as mergekit's extraction writes norms and embeddings), from
+    which the base's values are subtracted.
 
     Attributes:
-        sidecar: False leaves the sidecar's deltas of norms, biases and embeddings out.
+        sidecar: False leaves everything but the factors of linear weights out.
+        base: needed for an adapter with whole values.
     """
 
     adapter: Adapter
     sidecar: bool = True
+    base: BaseModel | None = None
+
+    def __post_init__(self) -> None:
+        if self.adapter.absolutes and self.base is None:
+            few = ", ".join(sorted(self.adapter.absolutes)[:3])
+            raise CompatibilityError(
+                f"{self.adapter.directory}: holds whole values of {len(self.adapter.absolutes)} "
+                f"parameters ({few}, ...), which would replace the target's own; give --base, the "
+                "model that the adapter was made from, so that they become deltas")
+        strange = [name for name in self.adapter.absolutes
+                   if self.base and name not in self.base.infos and not self._is_tied_head(name)]
+        if strange:
+            raise CompatibilityError(
+                f"{self.adapter.directory}: holds values of {strange[0]}, but the base "
+                f"{self.base.files.directory} has no such parameter; give the model that the "
+                "adapter was made from")
+
+    def _is_tied_head(self, name: str) -> bool:
+        return bool(name == HEAD_NAME and self.base and self.base.config.tie_word_embeddings)
 
     @property
     def label(self) -> str:
         return str(self.adapter.directory)
 
-    @property
+    @cached_property
+    def lora_names(self) -> frozenset[str]:
+        """The linear weights that get a product of factors."""
+        return frozenset(f"{module}.weight" for module in self.adapter.modules)
+
+    @cached_property
+    def beside(self) -> frozenset[str]:
+        """What the adapter changes beside linear weights, also where `sidecar` leaves it out."""
+        kept = {n for n in self.adapter.absolutes if not self._is_tied_head(n)}
+        side = self.adapter.sidecar.tensors if self.adapter.sidecar else ()
+        return frozenset({*side, *self.adapter.embeddings, *self.adapter.biases, *kept})
+
+    @cached_property
     def names(self) -> frozenset[str]:
-        side = self.adapter.sidecar.tensors if self.adapter.sidecar and self.sidecar else ()
-        return frozenset([f"{module}.weight" for module in self.adapter.modules]) | {*side}
+        return self.lora_names | (self.beside if self.sidecar else frozenset())
 
     @property
     def rope(self) -> RopeChange | None:
         return self.adapter.sidecar.rope if self.adapter.sidecar is not None else None
 
-    def read(self, name: str) -> RowsDelta:
-        """See `DeltaSource`; both factors, or the whole delta of the sidecar, are held."""
+    @property
+    def identity(self) -> ModelIdentity | None:
+        if self.adapter.sidecar is not None:
+            return self.adapter.sidecar.base
+        return self.base.identity if self.base is not None else None
+
+    @cached_property
+    def vocabulary(self) -> Mapping[str, int] | None:
+        found = read_adapter_vocabulary(self.adapter.directory)
+        return found if found is not None or self.base is None else self.base.vocabulary
+
+    def shape(self, name: str) -> tuple[int, ...]:
         module = self.adapter.modules.get(name.removesuffix(".weight"))
         if module is not None:
-            lora_a, lora_b = self.adapter.read_factors(module.name)
+            return (module.out_features, module.in_features)
+        if name in self.adapter.embeddings:
+            module = self.adapter.embeddings[name]
+            return (module.in_features, module.out_features)
+        if name in self.adapter.biases or name in self.adapter.absolutes:
+            return self.adapter.stored_shape(name)
+        return self.adapter.sidecar.tensors[name].shape
+
+    def read(self, name: str, device: str = "cpu") -> RowsDelta:
+        """See `DeltaSource`; factors are held, or else the whole delta of the sidecar is mapped."""
+        adapter = self.adapter
+        module = adapter.modules.get(name.removesuffix(".weight"))
+        if module is not None:
+            lora_a, lora_b = (x.to(device) for x in adapter.read_factors(module.name))
             return lambda rows: (lora_b[rows] @ lora_a).mul_(module.scaling)
-        whole = self.adapter.read_side_delta(name)
-        return lambda rows: whole[rows].clone()
+        if name in adapter.embeddings:
+            scaling = adapter.embeddings[name].scaling
+            lora_a, lora_b = (x.to(device) for x in adapter.read_embedding_factors(name))
+            return lambda rows: (lora_a.T[rows] @ lora_b.T).mul_(scaling)
+        if name in adapter.absolutes:
+            return self._read_absolute(name, device)
+        whole = adapter.read_bias(name) if name in adapter.biases else adapter.read_side_delta(name)
+        return lambda rows: whole[rows].to(device, torch.float32, copy=True)
+
+    def _read_absolute(self, name: str, device: str) -> RowsDelta:
+        whole = self.adapter.read_absolute(name)
+        if (name.endswith(EMBEDDING_SUFFIX) and HEAD_NAME in self.adapter.absolutes
+                and self._is_tied_head(HEAD_NAME)
+                and not torch.equal(whole, self.adapter.read_absolute(HEAD_NAME))):
+            raise CompatibilityError(
+                f"{self.adapter.directory}: {HEAD_NAME} differs from {name}, but the base ties the "
+                "two; give the base that the adapter was made from")
+        stored = self.base.files.stored(name)
+        if tuple(whole.shape) != stored.info.shape:
+            raise CompatibilityError(
+                f"{self.adapter.directory}: {name} is {list(whole.shape)}, but "
+                f"{list(stored.info.shape)} in the base {self.base.files.directory}; give the "
+                "model that the adapter was made from")
+        return lambda rows: whole[rows].to(device, torch.float32, copy=True).sub_(
+            stored[rows].to(device))
 
 
 @dataclass(frozen=True)
@@ -91,15 +223,31 @@ class ModelDelta:
     def label(self) -> str:
         return f"{self.pair.tuned.directory} - {self.pair.base.directory}"
 
-    @property
+    @cached_property
     def names(self) -> frozenset[str]:
         return frozenset(self.pair.infos)
+
+    @property
+    def lora_names(self) -> frozenset[str]:
+        return frozenset()
 
     @property
     def rope(self) -> RopeChange:
         return RopeChange.between(self.pair.base_config, self.pair.tuned_config)
 
-    def read(self, name: str) -> RowsDelta:
-        """See `DeltaSource`; the two tensors are mapped, not held."""
-        base, tuned = self.pair.base.read(name), self.pair.tuned.read(name)
-        return lambda rows: tuned[rows].to(torch.float32, copy=True).sub_(base[rows])
+    @property
+    def identity(self) -> ModelIdentity:
+        return self.pair.identity
+
+    @cached_property
+    def vocabulary(self) -> Mapping[str, int] | None:
+        return read_vocabulary(self.pair.base.directory)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.pair.infos[name].shape
+
+    def read(self, name: str, device: str = "cpu") -> RowsDelta:
+        """See `DeltaSource`; the two tensors stay on disk but for the rows asked for."""
+        base, tuned = self.pair.base.stored(name), self.pair.tuned.stored(name)
+        return lambda rows: tuned[rows].to(device, torch.float32, copy=True).sub_(
+            base[rows].to(device))

@@ -120,7 +120,7 @@ def write_copy(patient: Patient, files: ModelFiles, out: Path, *, overwrite: boo
     if overlap(patient.directory, out):
         raise CheckpointError(f"out {out} and {patient.directory} lie in one another; choose an "
                               "out of its own, or leave --out away to change the files in place")
-    with atomic_directory(out, overwrite=overwrite) as partial:
+    with atomic_directory(out, overwrite=overwrite, inputs={"model": patient.directory}) as partial:
         for path in sorted(patient.directory.iterdir()):
             if path.is_dir():
                 shutil.copytree(path, partial / path.name)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from extend.adapter_format.peft_files import Adapter
 from extend.adapter_format.sidecar import ModelIdentity, parameter_infos
 from extend.checkpoint import Checkpoint
+from extend.delta.sources import AdapterDelta
 from extend.errors import CompatibilityError
 from extend.model_config import ModelConfig, parse_config, read_config
 
@@ -41,17 +42,10 @@ def add_adapter(model: "PreTrainedModel", directory: Path | str) -> None:
     Raises:
         CompatibilityError: a module the model does not have, or of another shape.
     """
-    adapter = Adapter(directory)
-    for name, module in adapter.modules.items():
-        lora_a, lora_b = adapter.read_factors(name)
-        weight = _parameter(model, f"{name}.weight", adapter)
-        device = weight.device
-        _add(weight, module.scaling * (lora_b.to(device) @ lora_a.to(device)),
-             f"{directory}: module {name}")
-    if adapter.sidecar is not None:
-        for name in adapter.sidecar.tensors:
-            _add(_parameter(model, name, adapter), adapter.read_side_delta(name),
-                 f"{directory}: {name}")
+    source = AdapterDelta(Adapter(directory))
+    for name in sorted(source.names):
+        weight = _parameter(model, name, source.adapter)
+        _add(weight, source.read(name, str(weight.device))(...), f"{directory}: {name}")
 
 
 def _parameter(model: "PreTrainedModel", name: str, adapter: Adapter) -> "Tensor":

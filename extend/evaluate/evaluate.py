@@ -50,7 +50,7 @@ def evaluate(model: Path | str, out: Path | str, *,
     _check_numbers(seed, chunk, nproc)
     planned = plan_tasks(tasks, lengths=lengths, depths=depths, trials=trials)
     paths = _input_paths(model, adapter, planned)
-    with atomic_directory(out, overwrite=overwrite) as partial:
+    with atomic_directory(out, overwrite=overwrite, inputs=paths) as partial:
         from extend.evaluate.adapted import adapted_config
 
         config = adapted_config(model, adapter)

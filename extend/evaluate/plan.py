@@ -7,7 +7,7 @@ from typing import Any, get_args, get_type_hints
 
 from extend.errors import RecipeError
 from extend.evaluate.tasks import TASKS, Cell, Task
-from extend.options import parse_length
+from extend.option_types import parse_length
 from extend.registry import check_options, lookup, option_names, suggest
 
 _OWN_KEYS = ("task", "name", "lengths", "depths", "trials")

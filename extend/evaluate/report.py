@@ -50,7 +50,7 @@ def report(results: Mapping[str, Path | str], out: Path | str, *, title: str = "
     manifest = Manifest("report", paths, {"title": title})
     table = build_table(read)
     labels = [r.label for r in read]
-    with atomic_directory(out, overwrite=overwrite) as partial:
+    with atomic_directory(out, overwrite=overwrite, inputs=paths) as partial:
         maps = _write_heatmaps(read, partial)
         (partial / "table.md").write_text(to_markdown(labels, table), encoding="utf-8")
         write_json(partial / "report.json", _to_json(read, table, maps, title))

@@ -1,6 +1,26 @@
-"""Merge an adapter, with its RoPE change, into a fine-tune of the adapter's base."""
+"""Merge deltas, with their RoPE change, into a fine-tune of their base.
 
-from extend.merge.apply import merge
-from extend.merge.preview import Preview, preview
+Importing this package imports no torch; `merge` and `preview` do so when they are asked for.
+"""
 
-__all__ = ["Preview", "merge", "preview"]
+from typing import TYPE_CHECKING, Any
+
+from extend.merge.methods import METHODS
+
+if TYPE_CHECKING:
+    from extend.merge.apply import merge
+    from extend.merge.dry_run import Preview, preview
+
+__all__ = ["METHODS", "Preview", "merge", "preview"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "merge":
+        from extend.merge.apply import merge
+
+        return merge
+    if name in ("Preview", "preview"):
+        from extend.merge import dry_run
+
+        return getattr(dry_run, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

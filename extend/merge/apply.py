@@ -1,56 +1,65 @@
-"""The stage `merge`: an adapter into any fine-tune of its base, tensor by tensor."""
+"""The stage `merge`: deltas into any fine-tune of their base, tensor by tensor."""
 
+import contextlib
+import json
 import logging
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import EllipsisType
 from typing import Any
 
 import torch
 
-from extend.adapter_format.peft_files import Adapter, stored_dtype
-from extend.adapter_format.sidecar import HEAD_NAME, RopeChange, parameter_infos, tied_copy
-from extend.checkpoint import (
-    Checkpoint,
-    TensorInfo,
-    copy_side_files,
-    torch_dtype,
-    write_checkpoint,
-)
-from extend.errors import CheckpointError
-from extend.manifest import Manifest
-from extend.merge.compat import check_fit, context_change
-from extend.merge.preview import announce, check_weight, out_dtype_name, preview
-from extend.model_config import read_config
-from extend.output import atomic_directory, write_json
+from extend.adapter_format.peft_files import stored_dtype
+from extend.adapter_format.sidecar import RopeChange
+from extend.checkpoint import copy_side_files, write_checkpoint
+from extend.errors import RecipeError
+from extend.manifest import Manifest, versions
+from extend.merge.dry_run import preview
+from extend.merge.prepare import Plan, Problems, prepare
+from extend.merge.related import require_related
+from extend.merge.request import Paths, Request, Weights
+from extend.merge.total import Total
+from extend.output import atomic_directory, stamp_files, write_json
 
 log = logging.getLogger(__name__)
 
-_BLOCK_BYTES = 2**27  # fp32 scratch per block of rows
-_Rows = slice | EllipsisType
+_MOST_SHARDS_AT_ONCE = 4
 
 
-def merge(adapter: Path | str, target: Path | str, out: Path | str, *, weight: float = 1.0,
+def merge(adapter: Paths, target: Path | str, out: Path | str, *, weight: Weights = 1.0,
+          tuned: Path | str | None = None, base: Path | str | None = None, method: str = "add",
+          options: Mapping[str, Any] | None = None, layer_weights: Any = None,
           sidecar: bool = True, dtype: str | None = None, rope_from: Path | str | None = None,
-          overwrite: bool = False, dry_run: bool = False) -> Path:
-    """Give a fine-tune the long context of an adapter.
+          device: str = "auto", overwrite: bool = False, dry_run: bool = False) -> Path:
+    """Give a fine-tune the long context of adapters, or of a long model itself.
 
-    Each weight becomes W + weight * (scaling * B A, or the sidecar's delta), summed in fp32 and
-    rounded once. Config keys of RoPE and length come from the long model; everything else, with
-    tokenizer, chat template and generation config, from the target.
+    Each weight becomes W + the sum of weight * delta, added up in fp32 and rounded once. A delta is
+    scaling * B A, or what the sidecar holds, or tuned - base. Config keys of RoPE and length come
+    from the long model; everything else, with tokenizer, chat template and generation config, from
+    the target. Embedding rows go to the target's row of the same token.
+
+    An interrupted merge goes on from its finished shards when it is called again with the same
+    inputs and options.
 
     Args:
-        adapter: an adapter directory, ours or PEFT's.
-        target: checkpoint directory; a fine-tune of the adapter's base.
+        adapter: an adapter directory, ours, PEFT's or mergekit's; several; or None.
+        target: checkpoint directory; a fine-tune of the deltas' base.
         out: the checkpoint directory to make.
-        weight: of all deltas. The RoPE change has no half way and is written whole for any
-            weight; 0 leaves the target's weights bit for bit and writes the long RoPE alone.
+        weight: of all deltas, or one for each adapter and then one for tuned - base. The RoPE
+            change has no half way and is written whole for any weight; 0 leaves the target's
+            weights bit for bit and writes the long RoPE alone.
+        tuned: a long model, of which tuned - base is added whole; needs `base`.
+        base: the model that all started from. Also for methods that look at what the target
+            changed, and for adapters with whole values, such as mergekit's.
+        method: how a delta is fitted to the target, in `extend.merge.methods.METHODS`.
+        options: of the method.
+        layer_weights: factors of single parameters, see `LayerWeights`.
         sidecar: False leaves the deltas of norms, biases and embeddings out.
         dtype: float32, bfloat16 or float16 for all floating-point weights; None keeps each
             tensor's own.
-        rope_from: for an adapter without a sidecar, the model whose RoPE and lengths to write.
+        rope_from: for adapters without a sidecar, the model whose RoPE and lengths to write.
+        device: cpu, cuda, or auto (cuda where there is one).
         overwrite: replace `out` if it exists.
         dry_run: only check, from headers and configs, and log what would be written; raises one
             CompatibilityError with every problem that `preview` finds.
@@ -59,45 +68,79 @@ def merge(adapter: Path | str, target: Path | str, out: Path | str, *, weight: f
         `out`; after a dry run nothing new lies there.
 
     Raises:
-        RecipeError: an option out of range.
-        CompatibilityError: the adapter does not fit the target, or is not a plain LoRA.
+        RecipeError: an option out of range, or an input that lies in `out`.
+        CompatibilityError: a delta does not fit the target, two deltas want different RoPEs, or
+            an adapter is not a plain LoRA.
         CheckpointError: a file is missing or damaged, a merged value overflows its dtype, or
             `out` cannot be written.
     """
+    given = {"weight": weight, "tuned": tuned, "base": base, "method": method, "options": options,
+             "layer_weights": layer_weights, "sidecar": sidecar, "dtype": dtype,
+             "rope_from": rope_from, "overwrite": overwrite}
     if dry_run:
-        found = preview(adapter, target, out, weight=weight, sidecar=sidecar, dtype=dtype,
-                        rope_from=rope_from, overwrite=overwrite)
+        found = preview(adapter, target, out, **given)
         found.raise_if_any()
         log.info("%s", found.text())
         return Path(out)
-    check_weight(weight)
-    out_dtype = out_dtype_name(dtype)
-    lora, config, files = Adapter(adapter), read_config(target), Checkpoint(target)
-    change = context_change(lora, config, rope_from)
-    infos = parameter_infos(config, files)
-    check_fit(lora, config, infos)
-    inputs = {"adapter": adapter, "target": target}
-    if rope_from is not None:
-        inputs["rope_from"] = Path(rope_from) / "config.json"
-    with atomic_directory(out, overwrite=overwrite) as partial:
-        manifest = Manifest("merge", inputs,
-                            {"weight": weight, "sidecar": sidecar, "dtype": dtype})
-        head = tied_copy(config, files)
-        written = announce(files, infos, out_dtype, head)
-        side = lora.sidecar.tensors if lora.sidecar is not None and sidecar and weight else {}
-        summed = _Sum(lora, files, weight, frozenset(side), {i.name: i for i in written}, head)
-        write_checkpoint(partial, written, summed.read, file_of=files.file_of)
-        write_json(partial / "config.json", _config(config.raw, change, dtype))
-        copy_side_files(files.directory, partial, max_len=change.max_position_embeddings_after)
-        summary = _summary(lora, summed, change)
-        summary["dropped_buffers"] = sorted(set(files.infos) - {info.name for info in written})
-        manifest.write(partial, **summary)
-    log.info("merged %(modules)d modules and %(sidecar_tensors)d sidecar tensors into %(tensors)d "
-             "tensors; context %(max_position_embeddings)d tokens", summary)
+    request, device = Request.of(adapter, target, out, **given), _pick_device(device)
+    plan = prepare(request, Problems(collect=False))
+    related = require_related([path for path, weight in zip(request.adapters, request.weights)
+                               if weight], request.base, plan.files, plan.infos)
+    for line in plan.vocabulary_lines():
+        log.info("%s", line)
+    with atomic_directory(out, overwrite=overwrite, inputs=request.inputs(),
+                          mark=_mark(request, device)) as partial:
+        manifest = Manifest("merge", request.inputs(), request.settings())
+        _write_weights(partial, plan, device)
+        write_json(partial / "config.json", _config(plan.config.raw, plan.change, dtype))
+        copy_side_files(plan.files.directory, partial,
+                        max_len=plan.change.max_position_embeddings_after)
+        summary = _summary(plan)
+        manifest.write(partial, **summary, lineage=related)
+    log.info("merged %(modules)d modules, %(sidecar_tensors)d sidecar tensors and %(raw_tensors)d "
+             "differences into %(tensors)d tensors; context %(max_position_embeddings)d tokens",
+             summary)
     return Path(out)
 
 
-def _config(raw: dict[str, Any], change: RopeChange, dtype: str | None) -> dict[str, Any]:
+def _mark(request: Request, device: str) -> str:
+    """What must be the same for shards of an interrupted merge to be used again."""
+    return json.dumps([stamp_files(request.inputs()), request.settings(), device, versions()],
+                      sort_keys=True, default=str)
+
+
+def _write_weights(partial: Path, plan: Plan, device: str) -> None:
+    total = Total(plan, {info.name: info for info in plan.written}, device)
+    file_of = plan.files.file_of
+    shards = len({file_of[info.name] for info in plan.written})
+    threads = max(1, min(shards, _MOST_SHARDS_AT_ONCE, (os.cpu_count() or 1) // 2))
+    with _shared_cores(threads):
+        write_checkpoint(partial, plan.written, total.read, file_of=file_of, threads=threads)
+
+
+@contextlib.contextmanager
+def _shared_cores(threads: int) -> Iterator[None]:
+    """Leave each of several threads its share of the threads that torch computes with."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before // threads))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _pick_device(device: str) -> str:
+    available = torch.cuda.is_available()
+    if device == "auto":
+        return "cuda" if available else "cpu"
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise RecipeError(f"device: unknown {device!r}; choose one of auto, cpu, cuda")
+    if device.startswith("cuda") and not available:
+        raise RecipeError(f"device is {device!r} but torch sees no CUDA device; choose cpu or auto")
+    return device
+
+
+def _config(raw: Mapping[str, Any], change: RopeChange, dtype: str | None) -> dict[str, Any]:
     config = change.apply(raw)
     if dtype is not None:
         # transformers 4 reads torch_dtype, transformers 5 writes dtype and reads both.
@@ -106,64 +149,11 @@ def _config(raw: dict[str, Any], change: RopeChange, dtype: str | None) -> dict[
     return config
 
 
-def _summary(lora: Adapter, summed: "_Sum", change: RopeChange) -> dict[str, Any]:
-    side = lora.sidecar.tensors if lora.sidecar is not None else {}
-    return {"tensors": len(summed.written), "modules": len(lora.modules) if summed.weight else 0,
-            "sidecar_tensors": len(summed.side), "sidecar_left_out": len(side) - len(summed.side),
-            "rope_theta": change.after["rope_theta"],
-            "max_position_embeddings": change.max_position_embeddings_after}
-
-
-@dataclass
-class _Sum:
-    """Computes one output tensor at a time; holds none of them.
-
-    Attributes:
-        side: names whose delta the sidecar gives.
-        written: what to write, with the dtype to round to.
-        head: the embedding that a stored `lm_head.weight` repeats, or None.
-    """
-
-    lora: Adapter
-    target: Checkpoint
-    weight: float
-    side: frozenset[str]
-    written: dict[str, TensorInfo]
-    head: str | None
-
-    def read(self, name: str) -> Iterator[torch.Tensor]:
-        """The merged tensor in its announced dtype, block of rows by block of rows.
-
-        A weight that nothing is added to is not touched: x + 0 would turn -0.0 into 0.0.
-        """
-        source = self.head if name == HEAD_NAME and self.head else name
-        base, dtype = self.target.read(source), torch_dtype(self.written[name].dtype)
-        delta = self._delta(source)
-        for rows in _row_blocks(base):
-            merged = base[rows].to(dtype) if delta is None else (
-                delta(rows).add_(base[rows]).to(dtype))
-            if merged.is_floating_point() and not bool(torch.isfinite(merged).all()):
-                raise CheckpointError(f"tensor {name} holds infinite or NaN values once merged as "
-                                      f"{dtype}; check the target, or give --dtype bf16 or fp32")
-            yield merged
-
-    def _delta(self, source: str) -> Callable[[_Rows], torch.Tensor] | None:
-        """Rows -> their fp32 delta, a tensor of its own; None where nothing is added."""
-        module = self.lora.modules.get(source.removesuffix(".weight"))
-        if module is not None and self.weight:
-            lora_a, lora_b = self.lora.read_factors(module.name)
-            scale = self.weight * module.scaling
-            return lambda rows: (lora_b[rows] @ lora_a).mul_(scale)
-        if source in self.side:
-            whole = self.lora.read_side_delta(source)
-            return lambda rows: whole[rows].mul(self.weight)
-        return None
-
-
-def _row_blocks(x: torch.Tensor) -> list[_Rows]:
-    """Indices that together take every row of `x` once."""
-    if x.dim() == 0:
-        return [...]
-    row_bytes = 4 * math.prod(x.shape[1:])
-    rows = max(1, _BLOCK_BYTES // max(1, row_bytes))
-    return [slice(start, start + rows) for start in range(0, x.shape[0], rows)]
+def _summary(plan: Plan) -> dict[str, Any]:
+    changed = plan.changed()
+    return {"tensors": len(plan.written), "modules": len(changed["modules"]),
+            "sidecar_tensors": len(changed["sidecar"]), "raw_tensors": len(changed["models"]),
+            "sidecar_left_out": plan.left_out(), "vocabulary": plan.vocabulary_lines(),
+            "rope_theta": plan.change.after["rope_theta"],
+            "max_position_embeddings": plan.change.max_position_embeddings_after,
+            "dropped_buffers": plan.dropped_buffers()}

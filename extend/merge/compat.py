@@ -1,35 +1,67 @@
-"""The gate before a merge: does the adapter's base fit the target?"""
+"""The gate before a merge: does the model that the deltas change fit the target?"""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from extend.adapter_format.peft_files import Adapter
 from extend.adapter_format.sidecar import HEAD_NAME, ModelIdentity, RopeChange
 from extend.checkpoint import FLOAT_DTYPES, TensorInfo
+from extend.delta.pair import is_vocabulary
+from extend.delta.sources import DeltaSource
 from extend.errors import CompatibilityError, RecipeError
 from extend.model_config import ModelConfig, RopeSpec, read_config
 
 _MAX_SHOWN = 4  # entries of a list
 
 
-def context_change(adapter: Adapter, target: ModelConfig,
+def context_change(sources: Sequence[DeltaSource], target: ModelConfig,
                    rope_from: Path | str | None) -> RopeChange:
-    """The RoPE change to write: the sidecar's, or for a plain PEFT adapter that of a long model.
+    """The RoPE change to write: that of the deltas, or else of a long model.
+
+    Deltas that leave the RoPE as it is, or do not know it (an adapter of another program), go with
+    one that changes it.
 
     Raises:
-        RecipeError: both a sidecar and `rope_from`.
-        CompatibilityError: neither of them, or a long model of another architecture.
+        RecipeError: both a delta that knows the RoPE and `rope_from`.
+        CompatibilityError: neither of them, two deltas with different RoPEs after, or a long model
+            of another architecture.
     """
-    if adapter.sidecar is not None:
-        if rope_from is not None:
-            raise RecipeError(f"rope_from is {rope_from}, but {adapter.directory} has a sidecar "
-                              "that holds the RoPE; leave rope_from out")
-        return adapter.sidecar.rope
-    if rope_from is None:
-        raise CompatibilityError(
-            f"{adapter.directory}: a plain PEFT adapter does not say which RoPE it was trained "
-            "with, and a long model with the wrong RoPE is broken; give --rope-from DIR, the long "
-            "model or anything with its config.json")
+    known = {source.label: source.rope for source in sources if source.rope is not None}
+    if rope_from is not None:
+        if known:
+            raise RecipeError(f"rope_from is {rope_from}, but {next(iter(known))} has a sidecar or "
+                              "config that holds the RoPE; leave rope_from out")
+        return _change_to(rope_from, target)
+    changing = {label: rope for label, rope in known.items() if _changes(rope)}
+    if known:
+        return _agreed(changing or known)
+    labels = ", ".join(source.label for source in sources)
+    raise CompatibilityError(
+        f"{labels}: a plain PEFT adapter does not say which RoPE it was trained with, and a long "
+        "model with the wrong RoPE is broken; give --rope-from DIR, the long model or anything "
+        "with its config.json")
+
+
+def _changes(rope: RopeChange) -> bool:
+    return (rope.before != rope.after or rope.max_position_embeddings_before
+            != rope.max_position_embeddings_after)
+
+
+def _agreed(changes: Mapping[str, RopeChange]) -> RopeChange:
+    """The one RoPE after that all of them have."""
+    (first, change), *others = changes.items()
+    for label, other in others:
+        mine = {**change.config_keys, **_rope_keys(RopeSpec.from_json(change.after))}
+        theirs = {**other.config_keys, **_rope_keys(RopeSpec.from_json(other.after))}
+        for key in sorted({*mine, *theirs}):
+            if mine.get(key) != theirs.get(key):
+                raise CompatibilityError(
+                    f"{key} is {_shown(mine.get(key))} after {first} but "
+                    f"{_shown(theirs.get(key))} after {label}; a model has one RoPE, so merge "
+                    "deltas that were made for the same one")
+    return change
+
+
+def _change_to(rope_from: Path | str, target: ModelConfig) -> RopeChange:
     donor = read_config(rope_from)
     for field in ("architecture", "num_layers", "num_heads", "head_dim"):
         if getattr(donor, field) != getattr(target, field):
@@ -40,35 +72,37 @@ def context_change(adapter: Adapter, target: ModelConfig,
     return RopeChange.between(target, donor)
 
 
-def check_fit(adapter: Adapter, config: ModelConfig, infos: Mapping[str, TensorInfo]) -> None:
-    """Refuse a target on which the adapter would do nothing, or something else than on its base.
+def fit_problems(source: DeltaSource, config: ModelConfig,
+                 infos: Mapping[str, TensorInfo]) -> list[str]:
+    """Where a delta would do nothing, or something else than on its base; one line each.
+
+    The number of embedding rows may differ: they are mapped by token.
 
     Args:
         config: of the target.
         infos: the target's `parameter_infos`.
-
-    Raises:
-        CompatibilityError: all problems in one message, each with both values.
     """
-    problems = fit_problems(adapter, config, infos)
-    if problems:
-        raise CompatibilityError(f"{adapter.directory} does not fit {config.path.parent}: "
-                                 f"{'; '.join(problems)}. Merge it into a fine-tune of the "
-                                 "adapter's own base")
-
-
-def fit_problems(adapter: Adapter, config: ModelConfig,
-                 infos: Mapping[str, TensorInfo]) -> list[str]:
-    """What `check_fit` refuses, one line each; empty when the adapter fits."""
     problems: list[str] = []
-    if adapter.sidecar is not None:
-        target = ModelIdentity.of(config, infos)
-        problems += adapter.sidecar.base.differences(target, "the adapter's base", "the target")
-        problems += rope_problems(RopeSpec.from_json(adapter.sidecar.rope.before), config.rope)
-        problems += layer_type_problems(adapter.sidecar.rope, config)
-    if not problems:
-        problems += module_problems(adapter, config, infos)
-    return problems + dtype_problems(infos)
+    if source.identity is not None:
+        problems += identity_problems(source.identity, config, infos, "the adapter's base")
+    if source.rope is not None:
+        problems += rope_problems(RopeSpec.from_json(source.rope.before), config.rope)
+        problems += layer_type_problems(source.rope, config)
+    return problems or name_problems(source, config, infos)
+
+
+def identity_problems(base: ModelIdentity, config: ModelConfig, infos: Mapping[str, TensorInfo],
+                      what: str) -> list[str]:
+    """How the target differs from what it should be a fine-tune of, but for embedding rows."""
+    target = ModelIdentity.of(config, infos)
+    shapes = {name: base.shapes[name] if _same_but_rows(name, base.shapes.get(name), shape)
+              else shape for name, shape in target.shapes.items()}
+    alike = target.model_copy(update={"vocab_size": base.vocab_size, "shapes": shapes})
+    return base.differences(alike, what, "the target")
+
+
+def _same_but_rows(name: str, one: tuple[int, ...] | None, other: tuple[int, ...]) -> bool:
+    return is_vocabulary(name) and one is not None and one[1:] == other[1:]
 
 
 def rope_problems(base: RopeSpec, target: RopeSpec) -> list[str]:
@@ -109,20 +143,20 @@ def _rope_keys(rope: RopeSpec) -> dict[str, object]:
     return {**keys, "original_max_position_embeddings": rope.original_len} if rope.scaling else keys
 
 
-def module_problems(adapter: Adapter, config: ModelConfig,
-                    infos: Mapping[str, TensorInfo]) -> list[str]:
-    """Modules of the adapter that miss their weight in the target, one line each."""
+def name_problems(source: DeltaSource, config: ModelConfig,
+                  infos: Mapping[str, TensorInfo]) -> list[str]:
+    """Parameters of a delta that miss their partner in the target, one line each."""
     lines = []
-    for module in adapter.modules.values():
-        name, shape = f"{module.name}.weight", (module.out_features, module.in_features)
+    for name in sorted(source.names):
+        shape = source.shape(name)
+        what = f"module {name.removesuffix('.weight')}" if name in source.lora_names else name
         if name == HEAD_NAME and config.tie_word_embeddings:
-            lines.append(f"module {module.name} is adapted, but the target ties {HEAD_NAME} to its "
-                         "embedding")
+            lines.append(f"{what} is adapted, but the target ties {HEAD_NAME} to its embedding")
         elif name not in infos:
-            lines.append(f"module {module.name} is adapted, but the target holds no {name}")
-        elif infos[name].shape != shape:
-            lines.append(f"module {module.name} is adapted at shape {list(shape)}, but the "
-                         f"target's is {list(infos[name].shape)}")
+            lines.append(f"{what} is adapted, but the target holds no {name}")
+        elif infos[name].shape != shape and not _same_but_rows(name, shape, infos[name].shape):
+            lines.append(f"{what} is adapted at shape {list(shape)}, but the target's is "
+                         f"{list(infos[name].shape)}")
     return lines
 
 

@@ -2,16 +2,21 @@
 
 The drift of a target is target - base: what its own fine-tuning did. A delta of another model that
 collides with it costs the target its skill; the methods here give way where the target moved.
+
+Importing this imports no torch, so that recipes can be checked without it.
 """
 
-from collections.abc import Iterable
-from typing import Literal
-
-import torch
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 from extend.errors import RecipeError
+from extend.registry import check_options, lookup
 
-Pairs = Iterable[tuple[torch.Tensor, torch.Tensor]]
+if TYPE_CHECKING:
+    import torch
+
+    Pairs = Iterable[tuple[torch.Tensor, torch.Tensor]]
+
 _STEEPNESS = 12.0
 
 
@@ -26,15 +31,15 @@ class Method:
     needs_base = False
     by_rows = True
 
-    def measure(self, name: str, pairs: Pairs) -> None:
+    def measure(self, name: str, pairs: "Pairs") -> None:
         """Look at a parameter before it is adjusted in blocks.
 
         Args:
             pairs: (target, base) of every block of rows, fp32.
         """
 
-    def adjust(self, name: str, delta: torch.Tensor, target: torch.Tensor,
-               base: torch.Tensor | None) -> torch.Tensor:
+    def adjust(self, name: str, delta: "torch.Tensor", target: "torch.Tensor",
+               base: "torch.Tensor | None") -> "torch.Tensor":
         """The delta to add to the target, to be scaled by the merge's weights.
 
         Args:
@@ -61,12 +66,14 @@ class DriftAware(Method):
     def __init__(self) -> None:
         self._largest: dict[str, float] = {}
 
-    def measure(self, name: str, pairs: Pairs) -> None:
+    def measure(self, name: str, pairs: "Pairs") -> None:
         self._largest[name] = max((float((t - b).abs().max()) for t, b in pairs if t.numel()),
                                   default=0.0)
 
-    def adjust(self, name: str, delta: torch.Tensor, target: torch.Tensor,
-               base: torch.Tensor | None) -> torch.Tensor:
+    def adjust(self, name: str, delta: "torch.Tensor", target: "torch.Tensor",
+               base: "torch.Tensor | None") -> "torch.Tensor":
+        import torch
+
         drift = (target - base).abs_()
         largest = self._largest.get(name)
         if largest is None:
@@ -101,16 +108,19 @@ class Orthogonal(Method):
         if (rank is None) == (energy is None):
             raise RecipeError(f"orthogonal: rank is {rank} and energy is {energy}; give one of the "
                               "two")
-        if rank is not None and (not isinstance(rank, int) or rank < 1):
+        if rank is not None and not (isinstance(rank, int | float) and 1 <= rank == int(rank)):
             raise RecipeError(f"orthogonal: rank is {rank!r}; give an integer of at least 1")
         if energy is not None and not 0 < energy <= 1:
             raise RecipeError(f"orthogonal: energy is {energy!r}; give a number in (0, 1]")
         if side not in ("both", "left", "right"):
             raise RecipeError(f"orthogonal: side is {side!r}; choose one of both, left, right")
-        self.rank, self.energy, self.side = rank, energy, side
+        self.rank = None if rank is None else int(rank)
+        self.energy, self.side = energy, side
 
-    def adjust(self, name: str, delta: torch.Tensor, target: torch.Tensor,
-               base: torch.Tensor | None) -> torch.Tensor:
+    def adjust(self, name: str, delta: "torch.Tensor", target: "torch.Tensor",
+               base: "torch.Tensor | None") -> "torch.Tensor":
+        import torch
+
         if delta.dim() != 2:
             return delta
         drift = target - base
@@ -125,7 +135,7 @@ class Orthogonal(Method):
             delta = delta - (delta @ vt.T) @ vt
         return delta
 
-    def _count(self, values: torch.Tensor) -> int:
+    def _count(self, values: "torch.Tensor") -> int:
         if self.rank is not None:
             return min(self.rank, int((values > 0).sum()))
         squares = values.double().square().cumsum(0)
@@ -134,3 +144,14 @@ class Orthogonal(Method):
 
 METHODS: dict[str, type[Method]] = {
     "add": Method, "drift-aware": DriftAware, "orthogonal": Orthogonal}
+
+
+def make_method(name: str, options: Mapping[str, Any]) -> Method:
+    """One of `METHODS` with its options.
+
+    Raises:
+        RecipeError: no such method, or an option that it does not take.
+    """
+    found = lookup(METHODS, name, "method")
+    check_options(found.__init__, options, f"method {name}")
+    return found(**options)

@@ -75,23 +75,16 @@ def write_plan(found: Plan, out: Path | str, *, overwrite: bool = False) -> Path
     """
     from extend.plan.plot import draw_frequencies
 
-    _check_apart(found.config, Path(out))
     inputs = {} if found.config is None else {"config": found.config.path}
     manifest = Manifest("plan", inputs, {
         "native": found.rope.native.to_json(), "target_len": found.rope.target_len,
         "method": found.rope.method, "options": dict(found.rope.options),
         "schedule": [stage.made.target_len for stage in found.rope.stages]})
-    with atomic_directory(out, overwrite=overwrite) as partial:
+    with atomic_directory(out, overwrite=overwrite, inputs=inputs) as partial:
         write_json(partial / PLAN_NAME, found.to_json())
         draw_frequencies(found.rope, partial / PLOT_NAME)
         manifest.write(partial)
     return Path(out)
-
-
-def _check_apart(config: ModelConfig | None, out: Path) -> None:
-    if config is not None and config.path.resolve().is_relative_to(out.resolve()):
-        raise RecipeError(f"out {out} holds the model's {config.path}, which the plan would "
-                          "replace; choose an out of its own")
 
 
 def _native_of(head_dim: int | None, rope_theta: float | None, from_len: int | None) -> RopeSpec:

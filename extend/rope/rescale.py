@@ -69,7 +69,7 @@ def rescale(model: Path | str, out: Path | str, *, target_len: int, method: str 
     checkpoint = Checkpoint(model)
     check_shapes(checkpoint, config)
     require_apart(out, {"model": model})
-    with atomic_directory(out, overwrite=overwrite) as partial:
+    with atomic_directory(out, overwrite=overwrite, inputs={"model": model}) as partial:
         manifest = Manifest("rescale", {"model": model}, {
             "target_len": target_len, "method": method, "sliding_window": sliding_window,
             "from_len": from_len, **options})

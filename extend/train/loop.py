@@ -13,8 +13,8 @@ from typing import Any
 from extend.checkpoint import copy_side_files
 from extend.errors import CheckpointError, TrainingError
 from extend.model_config import write_rope
-from extend.options import TrainOptions
-from extend.output import atomic_directory, write_json
+from extend.options import TrainOptions, input_paths
+from extend.output import atomic_directory, require_inputs_outside, write_json
 from extend.rope.live import set_rope
 from extend.train.launch import count_processes, launch
 from extend.train.mesh import join_processes, phase_mesh
@@ -53,12 +53,17 @@ def train(options: TrainOptions, out: Path | str, *, nproc: int | None = None,
     """
     out = Path(out).absolute()
     world = count_processes(options.nproc if nproc is None else nproc)
+    require_inputs_outside(out, _inputs(options))
     plan_ropes(options, world)
     if out.exists() and not overwrite:
         raise CheckpointError(f"{out}: exists already; give another --out, or --overwrite to "
                               "replace it")
     launch(run_process, options, out, overwrite=overwrite, world=world)
     return out
+
+
+def _inputs(options: TrainOptions) -> dict[str, str]:
+    return {".".join(map(str, location)): path for location, path in input_paths(options)}
 
 
 def run_process(options: TrainOptions, out: Path, overwrite: bool) -> None:
@@ -154,7 +159,7 @@ def write_output(run: Run, out: Path, overwrite: bool) -> None:
     if not run.processes.is_main:
         run.exporter.write(out, run.processes)
         return
-    with atomic_directory(out, overwrite=overwrite) as partial:
+    with atomic_directory(out, overwrite=overwrite, inputs=_inputs(run.options)) as partial:
         run.exporter.write(partial, run.processes)
         max_len = _max_length(run)
         write_json(partial / "config.json", _config(run, max_len))

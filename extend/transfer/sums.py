@@ -4,7 +4,7 @@ The sum is made where a weight is read, in fp32, and rounded once to the weight'
 would write it. With activation checkpointing only one layer's sums exist at a time.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -81,18 +81,25 @@ def added(model: nn.Module, deltas: Mapping[str, Delta],
             parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
 
 
+def check_fit(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raise CompatibilityError, with all that is wrong, unless the model has these parameters."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    problems = [f"{name} {list(shape)} but the model has "
+                f"{list(parameters[name].shape) if name in parameters else 'no such parameter'}"
+                for name, shape in shapes.items()
+                if name not in parameters or list(parameters[name].shape) != list(shape)]
+    more = len(problems) - _MAX_PROBLEMS
+    problems[_MAX_PROBLEMS:] = [f"and {more} more"] if more > 0 else []
+    if problems:
+        raise CompatibilityError(f"the delta does not fit the target: {'; '.join(problems)}; give "
+                                 "a fine-tune of the delta's own base (checkpoints that "
+                                 "transformers converts while loading are not supported yet)")
+
+
 def _places(model: nn.Module, deltas: Mapping[str, Delta]) -> dict[str, list[tuple]]:
     """Where each delta goes: a tied head has the embedding's parameter under a second name."""
+    check_fit(model, {name: delta.shape for name, delta in deltas.items()})
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    problems = [f"{name} {list(delta.shape)} but the model has "
-                f"{list(parameters[name].shape) if name in parameters else 'no such parameter'}"
-                for name, delta in deltas.items()
-                if name not in parameters or parameters[name].shape != delta.shape]
-    if problems:
-        problems[_MAX_PROBLEMS:] = [f"and {len(problems) - _MAX_PROBLEMS} more"] \
-            if len(problems) > _MAX_PROBLEMS else []
-        raise CompatibilityError(f"the delta does not fit the target: {'; '.join(problems)}; give "
-                                 "a fine-tune of the delta's own base")
     names_of: dict[int, list[str]] = {}
     for name, parameter in parameters.items():
         names_of.setdefault(id(parameter), []).append(name)

@@ -24,8 +24,9 @@ from tests.adapter_format.tiny_models import (
     make_models,
 )
 
-FILES = {"adapter_config.json", "adapter_model.safetensors", "extend_sidecar.json",
-         "extend_sidecar.safetensors", "manifest.json"}
+FILES = {"adapter_config.json", "adapter_model.safetensors", "extend_lineage.safetensors",
+         "extend_sidecar.json", "extend_sidecar.safetensors", "extend_vocabulary.json",
+         "manifest.json"}
 
 
 def read(path) -> dict:

@@ -12,11 +12,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from extend import checkpoint
 from extend.adapter_format.peft_files import Adapter, TensorFile
-from extend.checkpoint import Checkpoint
+from extend.checkpoint import Checkpoint, write
 from extend.errors import CheckpointError, RecipeError
-from extend.merge import apply, merge
+from extend.merge import merge, total
 from tests.adapter_format.tiny_models import LONG, LONG_THETA, NATIVE, edit_json, write_tokenizer
 
 # Distance of neighbouring numbers, relative: one unit in the last place is at most this times |x|.
@@ -212,7 +211,7 @@ def test_dtype_rounds_once_from_fp32(llama, tmp_path, name, dtype):
 
 def test_blocks_of_rows_change_nothing_but_the_last_bit(llama, tmp_path, monkeypatch):
     whole = weights(merge(llama.adapter, llama.models.target, tmp_path / "whole"))
-    monkeypatch.setattr(apply, "_BLOCK_BYTES", 4 * 64 * 5)
+    monkeypatch.setattr(total, "_BLOCK_BYTES", 4 * 64 * 5)
     for name, value in weights(merge(llama.adapter, llama.models.target, tmp_path / "b")).items():
         torch.testing.assert_close(value, whole[name], rtol=ULP[torch.float32], atol=1e-8)
 
@@ -231,13 +230,13 @@ def test_sharded_target(llama, tmp_path):
 
 def test_memory_holds_a_block_of_rows(llama, tmp_path, monkeypatch):
     """The writer asks for a tensor block by block, and no block is larger than it may be."""
-    monkeypatch.setattr(apply, "_BLOCK_BYTES", 4 * 64 * 5)
-    sizes, tensor_bytes = [], checkpoint._tensor_bytes
+    monkeypatch.setattr(total, "_BLOCK_BYTES", 4 * 64 * 5)
+    sizes, tensor_bytes = [], write._tensor_bytes
 
     def record(tensor, info):
         sizes.append(tensor.numel())
         return tensor_bytes(tensor, info)
-    monkeypatch.setattr(checkpoint, "_tensor_bytes", record)
+    monkeypatch.setattr(write, "_tensor_bytes", record)
     out = merge(llama.adapter, llama.models.target, tmp_path / "out")
     assert max(sizes) == 64 * 5
     assert sum(sizes) == sum(t.numel() for t in weights(out).values())
@@ -363,7 +362,7 @@ def test_same_call_gives_the_same_weights(llama, tmp_path):
 
 
 def test_reads_one_tensor_at_a_time(llama, tmp_path, monkeypatch):
-    """Alive at once: one weight of the target, and one pair of factors or one sidecar delta."""
+    """Alive at once: one pair of factors or one sidecar delta; the target is read by rows."""
     alive: list[weakref.ref] = []
     most = SimpleNamespace(count=0)
 
@@ -377,7 +376,7 @@ def test_reads_one_tensor_at_a_time(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpoint, "read", count(Checkpoint.read))
     monkeypatch.setattr(TensorFile, "read", count(TensorFile.read))
     merge(llama.adapter, llama.models.target, tmp_path / "out")
-    assert most.count == 3
+    assert most.count == 2
 
 
 def test_inputs_are_not_changed(llama, tmp_path):
@@ -390,7 +389,9 @@ def test_manifest(llama, tmp_path):
     out = merge(llama.adapter, llama.models.target, tmp_path / "out")
     manifest = read(out / "manifest.json")
     assert manifest["stage"] == "merge"
-    assert manifest["options"] == {"weight": 1.0, "sidecar": True, "dtype": None}
+    assert manifest["options"] == {
+        "weight": 1.0, "method": "add", "options": {}, "layer_weights": None, "sidecar": True,
+        "dtype": None}
     assert set(manifest["inputs"]) == {"adapter", "target"}
     results = manifest["results"]
     assert (results["modules"], results["sidecar_tensors"]) == (14, 7)

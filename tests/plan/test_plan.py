@@ -114,7 +114,7 @@ def test_what_is_written(model, tmp_path):
 @pytest.mark.parametrize("place", [".", ".."])
 def test_a_plan_never_replaces_the_model(model, place):
     directory = model()
-    with pytest.raises(RecipeError, match="holds the model's .*config.json"):
+    with pytest.raises(RecipeError, match="holds the config .*config.json"):
         write_plan(plan(directory, target_len=2048), directory / place, overwrite=True)
     assert [p.name for p in directory.iterdir()] == ["config.json"]
     write_plan(plan(directory, target_len=2048), directory / "plan")

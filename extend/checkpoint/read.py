@@ -1,29 +1,26 @@
-"""Lazy safetensors in, sharded and atomic safetensors out.
+"""Lazy safetensors in.
 
-Reading opens files by memory map and checks every header against the file's size, so a truncated
-shard is found before any work. Writing puts the header first (all sizes are known) and then the
-bodies one by one, whole or in blocks of rows, so memory is bounded by the largest of these.
+Every header is checked against the file's size, so a truncated shard is found before any work.
+Tensors are mapped into memory whole, or read in blocks of rows into memory of their own.
 """
 
 import contextlib
 import json
+import math
 import os
-import shutil
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, NamedTuple
+from types import EllipsisType
+from typing import TYPE_CHECKING, NamedTuple
 
 from extend.errors import CheckpointError
 from extend.model_config import read_json
-from extend.output import require_space, write_json
 
 if TYPE_CHECKING:
     import torch
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-MAX_SHARD_BYTES = 5_000_000_000
 _MAX_PROBLEMS = 8  # of one message
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1,
@@ -71,6 +68,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     Raises:
         CheckpointError: missing, truncated or damaged file.
     """
+    return _read_header(path)[0]
+
+
+def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, int]]:
+    """The tensors of a file, and the byte at which each begins."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -86,14 +88,16 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise CheckpointError(f"{path}: damaged safetensors header; fetch the file again") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-    return _check_header(header, path, body_bytes=size - 8 - length)
+    infos, begins = _check_header(header, path, body_bytes=size - 8 - length)
+    return infos, {name: 8 + length + begin for name, begin in begins.items()}
 
 
-def _check_header(header: object, path: Path, body_bytes: int) -> dict[str, TensorInfo]:
+def _check_header(header: object, path: Path,
+                  body_bytes: int) -> tuple[dict[str, TensorInfo], dict[str, int]]:
     """Check that the tensors tile the file's body exactly, without gap or overlap."""
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: damaged safetensors header; fetch the file again")
-    infos, spans = {}, []
+    infos, begins, spans = {}, {}, []
     for name, entry in header.items():
         if name == "__metadata__":
             continue
@@ -106,7 +110,7 @@ def _check_header(header: object, path: Path, body_bytes: int) -> dict[str, Tens
         if not fits:
             raise CheckpointError(f"{path}: the header entry of tensor {name!r} is not consistent; "
                                   "fetch the file again")
-        infos[name] = info
+        infos[name], begins[name] = info, begin
         spans.append((begin, end))
     position = 0
     for begin, end in sorted(spans):
@@ -118,7 +122,65 @@ def _check_header(header: object, path: Path, body_bytes: int) -> dict[str, Tens
         raise CheckpointError(f"{path}: the header describes {position} bytes of tensors but the "
                               f"file holds {body_bytes}; it is truncated or damaged, fetch it "
                               "again")
-    return infos
+    return infos, begins
+
+
+class StoredTensor:
+    """A tensor that stays on disk: each block of rows is read when it is asked for.
+
+    Not mapped into memory, so that what was read does not count as memory of the process.
+
+    Attributes:
+        info: its name, dtype and shape.
+    """
+
+    def __init__(self, path: Path, info: TensorInfo, begin: int):
+        self.info, self._path, self._begin = info, path, begin
+        self._file: int | None = None
+
+    def __getitem__(self, rows: slice | EllipsisType) -> "torch.Tensor":
+        """Rows `start:stop` of the tensor, or all of it; in its dtype, a tensor of its own.
+
+        Raises:
+            CheckpointError: the file cannot be read, or became shorter.
+        """
+        import torch
+
+        shape, row_bytes = self.info.shape, self.info.num_bytes
+        start = 0
+        if isinstance(rows, slice) and shape:
+            row_bytes //= max(1, shape[0])
+            start, stop, _ = rows.indices(shape[0])
+            shape = (max(0, stop - start), *shape[1:])
+        size = math.prod(shape) * DTYPE_BYTES[self.info.dtype]
+        data = torch.empty(size, dtype=torch.uint8)
+        self._fill(memoryview(data.numpy()), self._begin + start * row_bytes)
+        return data.view(torch_dtype(self.info.dtype)).view(shape)
+
+    def _fill(self, data: memoryview, offset: int) -> None:
+        try:
+            if self._file is None:
+                self._file = os.open(self._path, os.O_RDONLY)
+            _read_ahead(self._file, offset + len(data), len(data))
+            filled = 0
+            while filled < len(data):
+                count = os.preadv(self._file, [data[filled:]], offset + filled)
+                if not count:
+                    raise OSError(None, "the file ends too early")
+                filled += count
+        except OSError as error:
+            raise CheckpointError(f"{self._path}: tensor {self.info.name!r} cannot be read "
+                                  f"({error.strerror})") from None
+
+    def __del__(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+
+
+def _read_ahead(file: int, offset: int, num_bytes: int) -> None:
+    """Let the system fetch what will be asked for next, where it takes such advice."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, offset, num_bytes, os.POSIX_FADV_WILLNEED)
 
 
 class Checkpoint:
@@ -138,6 +200,7 @@ class Checkpoint:
         self._open: dict[str, object] = {}
         self.infos: dict[str, TensorInfo] = {}
         self._file_of: dict[str, str] = {}
+        self._begins: dict[str, int] = {}
         problems: list[str] = []
         for file in sorted(set(self._files)):
             problems += self._add_shard(file)
@@ -150,12 +213,13 @@ class Checkpoint:
 
     def _add_shard(self, file: str) -> list[str]:
         try:
-            header = read_header(self.directory / file)
+            header, begins = _read_header(self.directory / file)
         except CheckpointError as error:
             return [str(error)]
         twice = [f"{self.directory}: tensor {name!r} is in both {self._file_of[name]} and {file}"
                  for name in header if name in self.infos]
         self.infos.update(header)
+        self._begins.update(begins)
         self._file_of.update(dict.fromkeys(header, file))
         return twice
 
@@ -203,13 +267,21 @@ class Checkpoint:
     def num_bytes(self) -> int:
         return sum(info.num_bytes for info in self.infos.values())
 
+    def stored(self, name: str) -> StoredTensor:
+        """One tensor, to be read in blocks of rows."""
+        return StoredTensor(self.directory / self._locate_tensor(name), self.infos[name],
+                            self._begins[name])
+
+    def _locate_tensor(self, name: str) -> str:
+        if name not in self.infos:
+            raise CheckpointError(f"{self.directory}: holds no tensor {name!r}")
+        return self._file_of[name]
+
     def read(self, name: str) -> "torch.Tensor":
         """Read one tensor onto the CPU."""
         from safetensors import SafetensorError, safe_open
 
-        if name not in self.infos:
-            raise CheckpointError(f"{self.directory}: holds no tensor {name!r}")
-        file = self._file_of[name]
+        file = self._locate_tensor(name)
         try:
             if file not in self._open:
                 self._open[file] = safe_open(self.directory / file, framework="pt")
@@ -217,121 +289,3 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.directory / file}: tensor {name!r} cannot be read "
                                   f"({error})") from None
-
-
-def write_safetensors(path: Path, infos: Sequence[TensorInfo],
-                      read: "Callable[[str], torch.Tensor | Iterator[torch.Tensor]]",
-                      metadata: dict[str, str] | None = None) -> None:
-    """Write one safetensors file, tensor by tensor.
-
-    Args:
-        infos: every tensor in the order of the file.
-        read: called once per name, in order; must return the dtype and shape announced, or
-            blocks of rows that make up such a tensor, so that memory is bounded by a block.
-    """
-    require_space(path.parent, sum(info.num_bytes for info in infos))
-    header: dict[str, object] = {"__metadata__": metadata or {"format": "pt"}}
-    position = 0
-    for info in infos:
-        header[info.name] = {"dtype": info.dtype, "shape": list(info.shape),
-                             "data_offsets": [position, position + info.num_bytes]}
-        position += info.num_bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for info in infos:
-            _write_body(file, read(info.name), info)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write_body(file: IO[bytes], value: "torch.Tensor | Iterator[torch.Tensor]",
-                info: TensorInfo) -> None:
-    rows = 0
-    for block in value if isinstance(value, Iterator) else [value]:
-        shape = (block.shape[0], *info.shape[1:]) if info.shape and block.dim() else info.shape
-        file.write(_tensor_bytes(block, info._replace(shape=shape)))
-        rows += block.shape[0] if block.dim() else 1
-    if rows != (info.shape[0] if info.shape else 1):
-        raise CheckpointError(f"tensor {info.name!r} was announced as {info.dtype} "
-                              f"{info.shape} but came with {rows} rows")
-
-
-def _tensor_bytes(tensor: "torch.Tensor", info: TensorInfo) -> memoryview:
-    import torch
-
-    if tuple(tensor.shape) != info.shape or tensor.dtype != torch_dtype(info.dtype):
-        raise CheckpointError(f"tensor {info.name!r} was announced as {info.dtype} {info.shape} "
-                              f"but is {tensor.dtype} {tuple(tensor.shape)}")
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
-
-
-def write_checkpoint(directory: Path, infos: Sequence[TensorInfo],
-                     read: "Callable[[str], torch.Tensor | Iterator[torch.Tensor]]", *,
-                     max_shard_bytes: int = MAX_SHARD_BYTES,
-                     file_of: Mapping[str, str] | None = None) -> None:
-    """Write the weights of a checkpoint: one file, or shards and their index.
-
-    `directory` should come from `atomic_directory`. Memory is bounded by the largest tensor.
-
-    Args:
-        file_of: tensor name -> name of its file, to shard like another checkpoint; without it
-            a file is filled up to `max_shard_bytes`.
-    """
-    require_space(directory, sum(info.num_bytes for info in infos))
-    shards = _plan_shards(infos, max_shard_bytes) if file_of is None else {
-        file: [info for info in infos if file_of[info.name] == file]
-        for file in sorted({file_of[info.name] for info in infos})}
-    weight_map = {}
-    for file, shard in shards.items():
-        write_safetensors(directory / file, shard, read)
-        weight_map.update({info.name: file for info in shard})
-    if set(shards) == {SINGLE_NAME}:
-        return
-    total = sum(info.num_bytes for info in infos)
-    write_json(directory / INDEX_NAME,
-               {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _plan_shards(infos: Sequence[TensorInfo], max_shard_bytes: int) -> dict[str, list[TensorInfo]]:
-    shards: list[list[TensorInfo]] = [[]]
-    filled = 0
-    for info in infos:
-        if shards[-1] and filled + info.num_bytes > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(info)
-        filled += info.num_bytes
-    if len(shards) == 1:
-        return {SINGLE_NAME: shards[0]}
-    return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard
-            for number, shard in enumerate(shards, start=1)}
-
-
-_SIDE_PATTERNS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
-                  "vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json",
-                  "*.py", "LICENSE*", "NOTICE*")
-
-
-def copy_side_files(source: Path, destination: Path, *, max_len: int) -> None:
-    """Copy what a checkpoint holds beside weights and config, made fit for `max_len` tokens.
-
-    Tokenizer, vocabulary, chat templates, model code, licence and `generation_config.json`. The
-    tokenizer's `model_max_length` becomes `max_len`, because loaders cut or refuse longer prompts
-    otherwise; a `max_length` of the generation config is dropped, because it is the old length.
-    """
-    for file in sorted({f for pattern in _SIDE_PATTERNS for f in source.glob(pattern)}):
-        if file.is_file():
-            shutil.copyfile(file, destination / file.name)
-    templates = source / "additional_chat_templates"
-    if templates.is_dir():
-        shutil.copytree(templates, destination / templates.name)
-    if (source / "tokenizer_config.json").is_file():
-        settings = read_json(source / "tokenizer_config.json")
-        write_json(destination / "tokenizer_config.json", {**settings, "model_max_length": max_len})
-    if (source / "generation_config.json").is_file():
-        generation = read_json(source / "generation_config.json")
-        generation.pop("max_length", None)
-        write_json(destination / "generation_config.json", generation)

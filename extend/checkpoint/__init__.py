@@ -1,0 +1,20 @@
+"""Lazy safetensors in, sharded and atomic safetensors out. Imports no torch by itself."""
+
+from extend.checkpoint.read import (
+    DTYPE_BYTES,
+    FLOAT_DTYPES,
+    INDEX_NAME,
+    SINGLE_NAME,
+    Checkpoint,
+    StoredTensor,
+    TensorInfo,
+    dtype_name,
+    read_header,
+    torch_dtype,
+)
+from extend.checkpoint.side_files import copy_side_files
+from extend.checkpoint.write import MAX_SHARD_BYTES, write_checkpoint, write_safetensors
+
+__all__ = ["DTYPE_BYTES", "FLOAT_DTYPES", "INDEX_NAME", "MAX_SHARD_BYTES", "SINGLE_NAME",
+           "Checkpoint", "StoredTensor", "TensorInfo", "copy_side_files", "dtype_name",
+           "read_header", "torch_dtype", "write_checkpoint", "write_safetensors"]

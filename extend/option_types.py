@@ -1,0 +1,44 @@
+"""What option models are made of: lengths, numbers, paths, and their common base."""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+_UNITS = {"": 1, "k": 1024, "m": 1024 ** 2}
+
+
+def parse_length(value: Any) -> int:
+    """Read a length in tokens: an integer, or text such as `8192`, `128k`, `1m`.
+
+    Raises:
+        ValueError: anything else, or a length below 1.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", str(value).strip())
+    length = float(match[1]) * _UNITS[match[2].lower()] if match else 0
+    if isinstance(value, bool) or length < 1 or length != int(length):
+        raise ValueError(f"{value!r} is not a length in tokens; write 8192, 128k or 1m")
+    return int(length)
+
+
+def parse_number(value: Any) -> Any:
+    """Read `2.8e9` and `1e-5`, which YAML 1.1 takes for text, as numbers."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+Length = Annotated[int, BeforeValidator(parse_length)]
+Number = Annotated[float, BeforeValidator(parse_number)]
+FloatDtype = Literal["float32", "bfloat16", "float16"]
+InputPath = Annotated[str, "input path"]
+"""A path, or in a recipe the name of an earlier stage; relative paths start at the recipe."""
+
+
+class Options(BaseModel):
+    """Base of all option models."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
