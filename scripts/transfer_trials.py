@@ -47,6 +47,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--long-steps", type=int, help="steps of the long models")
     add("--steps", type=lambda text: tuple(map(int, text.split(","))),
         help="steps after which a fine-tune is taken as a target")
+    add("--studied", type=int, help="which of these targets are studied closely")
     add("--limit", type=int, help="score only so many examples of a skill")
     add("--depths", type=int, help="passkeys of each length and kind of text")
     add("--seed", type=int, default=0)
@@ -58,8 +59,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def make_level(args: argparse.Namespace) -> Level:
     """The level, as the options change it."""
-    given = {key: getattr(args, key) for key in ("steps", "limit", "depths")}
-    return replace(LEVELS[args.level], **{k: v for k, v in given.items() if v is not None})
+    given = {key: getattr(args, key) for key in ("steps", "studied", "limit", "depths")}
+    level = replace(LEVELS[args.level], **{k: v for k, v in given.items() if v is not None})
+    if level.studied not in level.steps:
+        sys.exit(f"--studied {level.studied} is none of --steps {level.steps}; name one of them")
+    return level
 
 
 def run_share(args: argparse.Namespace, stage: str) -> None:
@@ -105,13 +109,18 @@ def visible(gpu: int) -> str:
 
 
 def run_stage(arguments: list[str], args: argparse.Namespace, stage: str) -> bool:
+    """Do a stage in this process, or in one for each of several GPUs; whether all went well."""
     import torch
     from transfer_lab.claims import drop_claims
 
     drop_claims(args.out)
     if torch.cuda.device_count() > 1:
         return spread(arguments, args, stage, torch.cuda.device_count())
-    run_share(args, stage)
+    try:
+        run_share(args, stage)
+    except SystemExit as error:  # what there is, is collected all the same
+        print(error, file=sys.stderr)
+        return False
     return True
 
 
@@ -126,6 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
     from transfer_lab.prepare import write_prose
     from transfer_lab.report import collect
 
+    make_level(args)
     args.out.mkdir(parents=True, exist_ok=True)
     write_prose(args.out)
     stages = {"all": ("train", "trials"), "collect": ()}.get(args.stage, (args.stage,))

@@ -69,8 +69,8 @@ class Change:
 
 def write_factors(path: Path, factors: Mapping[str, Factors]) -> None:
     parts = {f"{name}:{key}": tensor.contiguous() for name, f in factors.items()
-             for key, tensor in zip(Factors._fields, (*f[:3], torch.tensor(f.total).double()),
-                                    strict=True)}
+             for key, tensor in zip(Factors._fields, (*f[:3], torch.tensor(f.total,
+                                    dtype=torch.float64)), strict=True)}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
     save_file(parts, partial)
@@ -139,6 +139,7 @@ class Bench:
         self.tests: dict[str, list[Batch]] = {}
         self._longs: dict[str, LongModel] = {}
         self._factors: dict[str, dict[str, Factors]] = {}
+        self._subspaces: dict[str, Subspaces] = {}
         self._deltas: dict[Target, dict[str, Tensor]] = {}
         self._known: Known | None = None
 
@@ -180,7 +181,10 @@ class Bench:
 
     def subspaces(self, of: Target | str) -> Subspaces:
         """Leading subspaces of a target's or of a long model's delta."""
-        return Subspaces(self.factors(of))
+        name = of if isinstance(of, str) else of.name
+        if name not in self._subspaces:
+            self._subspaces[name] = Subspaces(self.factors(of))
+        return self._subspaces[name]
 
     def examples(self, target: Target, part: str, limit: int | None = None) -> list[Prompt]:
         return read_examples(self.tokenizer, self.skills / target.skill / f"{part}.jsonl", limit)

@@ -5,7 +5,7 @@ that a run whose time is up leaves the rows that tell most.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +50,8 @@ class Level:
         longs: the long models, the most telling first.
         skills: of the fine-tunes, the most telling first.
         steps: after how many steps of one fine-tune it is taken as a target.
+        studied: of these, the one whose targets are studied closely: the skill is there, and the
+            base's abilities are not yet gone.
         lr, step_tokens: of the fine-tunes.
         length: tokens at which passkeys are asked for in every trial.
         far: longer ones, for a few trials.
@@ -72,6 +74,7 @@ class Level:
     longs: tuple[LongSpec, ...]
     skills: tuple[str, ...]
     steps: tuple[int, ...]
+    studied: int
     lr: float
     step_tokens: int
     length: int
@@ -100,23 +103,23 @@ LEVELS = {
         longs=(LongSpec("by-parts 1-4 x4", "by-parts 1-4 x4"),
                LongSpec("critical x4", "critical x4"), LongSpec("theta x160", "theta x128"),
                LongSpec("by-parts 1-4 x4, embeddings", "by-parts 1-4 x4", True)),
-        skills=("reverse", "record"), steps=(10, 100, 1000), lr=2e-3, step_tokens=1024,
-        length=1024, far=(2048,), depths=10, text=ROOT / "data/skills/tiny/text.txt",
-        windows=16, window=192, stride=4, heldout=None,
+        skills=("reverse", "record"), steps=(10, 100, 300, 1000), studied=300, lr=2e-3,
+        step_tokens=512, length=1024, far=(2048,), depths=10,
+        text=ROOT / "data/skills/tiny/text.txt", windows=16, window=192, stride=4, heldout=None,
         long_text=ROOT / "assets/demo/notes.jsonl",
         prompt_text=None, prompts=32, max_new=40, keep_length=512, limit=100,
-        batch_tokens=8192, long_seconds=35, step_seconds=0.02, row_seconds=1.5),
+        batch_tokens=8192, long_seconds=35, step_seconds=0.06, row_seconds=1.5),
     "smollm2": Level(
         model=ROOT / "data/smollm2-135m-instruct",
         longs=(LongSpec("by-parts 1-32 x16", "by-parts 1-32 x16"),
                LongSpec("critical x16", "critical x16"), LongSpec("theta x160", "theta x128"),
                LongSpec("by-parts 1-32 x16, embeddings", "by-parts 1-32 x16", True),
                LongSpec("yarn x16", "yarn x16")),
-        skills=("reverse", "record", "dates"), steps=(10, 100, 1000), lr=1e-4, step_tokens=6144,
-        length=32768, far=(65536, 131072), depths=10,
+        skills=("reverse", "record", "dates"), steps=(10, 100, 1000), studied=100, lr=1e-4,
+        step_tokens=6144, length=32768, far=(65536, 131072), depths=10,
         text=ROOT / "data/text/heldout-prose/jargon-000-jargon-jargon.txt", windows=24, window=1024,
         stride=4,
-        heldout=ROOT / "data/text/heldout-docs/linux-012-core-api-asm-annotations.txt",
+        heldout=ROOT / "data/text/heldout-docs/linux-036-powerpc-associativity.txt",
         long_text=ROOT / "data/text/train/python-doc",
         prompt_text=ROOT / "data/text/train/handbook", prompts=48, max_new=64,
         keep_length=16384, limit=200, batch_tokens=32768,
@@ -147,32 +150,37 @@ def list_units(level: Level) -> Iterator[Unit]:
     base = Target()
     plain = [long.name for long in level.longs if not long.embeddings]
     gentle, every_pair, far_theta = plain[:3]
-    trained = [Target(skill, steps) for steps in sorted(level.steps, reverse=True)
-               for skill in level.skills]
-    strong, milder = trained[:len(level.skills)], trained[len(level.skills):]
-    for target in (*strong, base, *milder):
+    close = [Target(skill, level.studied) for skill in level.skills]
+    others = [Target(skill, steps) for steps in sorted(level.steps, reverse=True)
+              for skill in level.skills if steps != level.studied]
+    for target in (*close, base, *others):
         yield Unit("alone", target, ALONE)
-    yield from (Unit("main", target, long) for target in (*strong, base) for long in plain[:3])
-    yield from (Unit("norms", target, gentle) for target in (base, strong[0]))
-    yield from (Unit("mergers", strong[0], long) for long in (every_pair, gentle, far_theta))
-    yield from (Unit("rank", target, gentle) for target in (base, strong[0]))
-    yield from (Unit("learned", target, long) for target in strong[:2]
-                for long in (every_pair, far_theta))
-    yield from (Unit("main", target, long) for target in milder for long in plain[:3])
-    yield from (Unit("ablations", strong[0], long) for long in (every_pair, gentle))
-    yield from (Unit("embeddings", target, long.name) for target in (base, strong[0])
-                for long in level.longs if long.embeddings)
-    yield from (Unit("learned", strong[0], gentle), Unit("learned-other", strong[0], every_pair))
-    yield from (Unit("mergers", target, long) for target in strong[1:]
-                for long in (every_pair, gentle))
-    yield from (Unit("far", strong[0], long) for long in (every_pair, gentle))
-    yield from (Unit("main", target, long) for long in plain[3:] for target in (*strong, base))
-    yield from (Unit("rank", target, long) for target, long in
-                ((strong[1], gentle), (strong[0], every_pair), (base, every_pair)))
-    yield from (Unit("ablations", strong[1], long) for long in (every_pair, gentle))
-    yield from (Unit("learned", target, every_pair) for target in strong[2:])
-    yield from (Unit("learned-other", target, long) for target, long in
-                ((strong[1], every_pair), (strong[0], gentle)))
+    yield from _units("main", (*close, base), plain[:3])
+    yield from _units("norms", (base, close[0]), [gentle])
+    yield from _units("mergers", close[:1], (every_pair, gentle, far_theta))
+    yield from _units("rank", (base, close[0]), [gentle])
+    yield from _units("learned", close[:2], (every_pair, far_theta))
+    yield from _units("main", others, plain[:3])
+    yield from _units("ablations", close[:1], (every_pair, gentle))
+    yield from _units("mergers", others[:1], [every_pair])
+    yield from _units("learned", others[:1], [every_pair])
+    yield from _units("embeddings", (base, close[0]),
+                      [long.name for long in level.longs if long.embeddings])
+    yield from _units("learned", close[:1], [gentle])
+    yield from _units("learned-other", close[:1], [every_pair])
+    yield from _units("mergers", close[1:], (every_pair, gentle))
+    yield from _units("far", close[:1], (every_pair, gentle))
+    yield from _units("main", (*close, base), plain[3:])
+    yield from _units("rank", close[1:2], [gentle])
+    yield from _units("rank", (close[0], base), [every_pair])
+    yield from _units("ablations", close[1:2], (every_pair, gentle))
+    yield from _units("learned", close[2:], [every_pair])
+    yield from _units("learned-other", close[1:2], [every_pair])
+    yield from _units("learned-other", close[:1], [gentle])
+
+
+def _units(group: str, targets: Sequence[Target], longs: Sequence[str]) -> Iterator[Unit]:
+    return (Unit(group, target, long) for target in targets for long in longs)
 
 
 def say(message: str) -> None:

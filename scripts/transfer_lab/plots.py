@@ -6,6 +6,7 @@ from typing import Any
 
 Row = Mapping[str, Any]
 TRADED = ("main", "mergers", "learned", "learned-other")
+FLOOR = 1e-3  # nats; what lies below is drawn there
 MARKERS = "osD^vPX*<>hp"
 
 
@@ -96,13 +97,13 @@ def plot_mergers(rows: Sequence[Row], path: Path) -> Path | None:
     merges = list(dict.fromkeys(row["merge"] for row in own))
     columns = min(3, len(cases))
     lines = -(-len(cases) // columns)
-    figure, axes = _pyplot().subplots(lines, columns, squeeze=False,
+    figure, axes = _pyplot().subplots(lines, columns, squeeze=False, sharex=True, sharey=True,
                                       figsize=(3.6 * columns + 2.6, 3.3 * lines))
     for axis, case in zip(axes.flat, cases, strict=False):
         for row in own:
             if (row["target"], row["long"]) == case:
                 k = merges.index(row["merge"])
-                axis.plot(max(row["skill"]["kl"], 1e-4), max(key_loss(row), 1e-4),
+                axis.plot(max(row["skill"]["kl"], FLOOR), max(key_loss(row), FLOOR),
                           MARKERS[k % len(MARKERS)], color=f"C{k % 10}", markersize=6,
                           alpha=0.8)
         axis.set(xscale="log", yscale="log")

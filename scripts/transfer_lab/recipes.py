@@ -21,7 +21,6 @@ from .deltas import Delta
 
 Make = Callable[[Case], Change]
 NOISE_LIMIT = 512
-TURNS = (4, 32)  # of pairs in the native length: slow, between, fast
 CONFLICT_RANK = 16
 
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,17 +46,29 @@ def open_units(level: Level, out: Path, groups: set[str] | None) -> Iterator[Uni
 
 
 def run_units(bench: Bench, clock: Clock, groups: set[str] | None) -> None:
-    """Do units until there are none, or no time for the next row."""
+    """Do units until there are none, or no time for the next row.
+
+    A unit that fails is told with its traceback, and the others are done all the same.
+
+    Raises:
+        SystemExit: at the end, when units failed or lack a model.
+    """
+    left_out = []
     for unit in open_units(bench.level, bench.out, groups):
         missing = missing_models(bench, unit)
         if missing:
-            say(f"{unit.name}: left out, because {' and '.join(missing)} are not trained yet")
+            left_out.append(f"{unit.name} ({' and '.join(missing)} not trained)")
             continue
         try:
             run_unit(bench, unit, clock)
         except OutOfTime:
             say(f"{unit.name}: time is up")
-            return
+            break
+        except Exception:
+            traceback.print_exc()
+            left_out.append(f"{unit.name} (error above)")
+    if left_out:
+        raise SystemExit(f"units left out: {'; '.join(left_out)}")
 
 
 def missing_models(bench: Bench, unit: Unit) -> list[str]:
