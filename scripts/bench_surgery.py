@@ -106,7 +106,8 @@ def measure(args: argparse.Namespace, device: str) -> dict[str, list[dict[str, A
     work = args.out / f"work-{args.shape}"
     work.mkdir(parents=True, exist_ok=True)
     environment = {"OMP_NUM_THREADS": str(args.threads), "MKL_NUM_THREADS": str(args.threads),
-                   "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+                   "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+                   "HF_HUB_OFFLINE": "1"}
     found: dict[str, list[dict[str, Any]]] = {}
     kept = work / "extract"  # merges read it
     for _ in range(args.rounds):
