@@ -48,7 +48,7 @@ def write_servable(directory: Path | str, out: Path | str, *, overwrite: bool = 
     rank = max(module.rank for module in lora.modules.values())
     added = dict(_missing(lora, rank))
     modules = [module._replace(rank=rank, scaling=1.0) for module in lora.modules.values()]
-    with atomic_directory(out, overwrite=overwrite) as partial:
+    with atomic_directory(out, overwrite=overwrite, inputs={"adapter": directory}) as partial:
         manifest = Manifest("doctor", {"adapter": directory}, {"fix": True})
         for path in sorted(lora.directory.iterdir()):
             if path.is_file() and path.name not in _REWRITTEN:

@@ -223,14 +223,8 @@ class AdapterDelta:
 
     def _read_experts(self, name: str, device: str) -> RowsDelta:
         """Here the rows are experts, [experts, rows, columns]."""
-        count = self.adapter.sidecar.experts[name].shape[0]
-
-        def read(rows: Rows) -> torch.Tensor:
-            chosen = range(*rows.indices(count)) if isinstance(rows, slice) else range(count)
-            factors = [self.adapter.read_expert_factors(name, expert) for expert in chosen]
-            lora_a, lora_b = (torch.stack(group).to(device) for group in zip(*factors, strict=True))
-            return lora_b @ lora_a
-        return read
+        lora_a, lora_b = (x.to(device) for x in self.adapter.read_expert_factors(name))
+        return lambda experts: lora_b[experts] @ lora_a[experts]
 
     def _read_absolute(self, name: str, device: str) -> RowsDelta:
         whole = self.adapter.read_absolute(name)
