@@ -80,7 +80,7 @@ def cut(adapter: Path | str, out: Path | str, *, rank: int | None = None,
     store = _store_dtype(source, dtype)
     options = {"rule": rule.name, "rank": rank, "energy": energy, "adapter_bytes": adapter_bytes,
                "dtype": dtype}
-    with atomic_directory(out, overwrite=overwrite) as partial:
+    with atomic_directory(out, overwrite=overwrite, inputs={"adapter": adapter}) as partial:
         manifest = Manifest("cut", {"adapter": adapter}, options)
         values = {name: _values(source, name) for name in source.modules}
         smaller = _Smaller(source, _choose_ranks(rule, source, values, store), store)

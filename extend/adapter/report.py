@@ -61,7 +61,7 @@ def adapter_report(adapter: Path | str, out: Path | str, *,
     measured = read_measured(results or {})
     paths = {"adapter": adapter, **({} if base is None else {"base": base}),
              **{f"results.{m.label}": m.path for m in measured}}
-    with atomic_directory(out, overwrite=overwrite) as partial:
+    with atomic_directory(out, overwrite=overwrite, inputs=paths) as partial:
         manifest = Manifest("adapter-report", paths, {})
         files = None if base is None else Checkpoint(base)
         _write(partial, describe(Adapter(adapter), files, measured))
