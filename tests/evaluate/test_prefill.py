@@ -15,6 +15,7 @@ from transformers import (
 from extend.errors import CompatibilityError
 from extend.evaluate.attention import register_prefill_attention
 from extend.evaluate.load import load_model
+from extend.loading import cache_argument
 from tests.ring.tiny_models import SEQ_LEN, VOCABULARY, WINDOWED, make_ids, make_model
 
 NAMES = ["llama", "mistral", *WINDOWED]
@@ -31,7 +32,7 @@ def both(name):
 def read(model, ids, cache, sizes):
     """Logits of all tokens, read in parts of `sizes`."""
     with torch.inference_mode():
-        return torch.cat([model(part, past_key_values=cache, use_cache=True).logits
+        return torch.cat([model(part, use_cache=True, **{cache_argument(model): cache}).logits
                           for part in ids.split(sizes, dim=1)], dim=1)
 
 
