@@ -347,7 +347,8 @@ def test_prompts_are_given_without_answers(run):
 
 
 def test_steps_without_the_studied_ones_are_refused(tmp_path):
-    with pytest.raises(SystemExit, match=r"--studied 300 is none of --steps \(5, 20\)"):
+    own = plan.LEVELS["tiny"].studied
+    with pytest.raises(SystemExit, match=rf"--studied {own} is none of --steps \(5, 20\)"):
         transfer_trials.main(["--level", "tiny", "--out", str(tmp_path), "--steps", "5,20"])
 
 

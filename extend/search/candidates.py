@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from extend.errors import CompatibilityError, RecipeError
@@ -30,7 +31,7 @@ _UNREADABLE = {"proportional"}  # rope_types that transformers 4, SGLang and lla
 _SAME = 2e-4  # relative difference of frequencies below which two settings are one
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Candidate:
     """A RoPE that may be measured.
 
@@ -51,7 +52,7 @@ class Candidate:
     shape: Mapping[str, float] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Names the frequencies and the attention factor, whatever the method that gave them."""
         numbers = [f"{v:.7e}" for v in inv_freq(self.rope).tolist()]

@@ -118,8 +118,8 @@ class Lab:
         return [evaluation for evaluation in found if evaluation is not None]
 
     def _of(self, candidate: Candidate, split: str) -> list[Evaluation]:
-        return [e for e in self.store.all()
-                if e.candidate["key"] == candidate.key and e.split == split]
+        key = candidate.key
+        return [e for e in self.store.all() if e.candidate["key"] == key and e.split == split]
 
     def _evaluate(self, candidate: Candidate, length: int, split: str) -> None:
         begin = time.monotonic()
