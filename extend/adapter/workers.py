@@ -12,7 +12,11 @@ import torch
 from extend.errors import RecipeError
 
 Item, Read, Result = TypeVar("Item"), TypeVar("Read"), TypeVar("Result")
-_AHEAD = {"cpu": 1, "cuda": 4}  # items a device: the CPU computes for longer than it reads
+_AHEAD = {"cpu": 1, "cuda": 2}  # items a worker: the CPU computes for longer than it reads
+_ON_A_GPU = 2  # workers: one prepares the next matrix while the GPU works for the other
+_MOST_HOST_THREADS = 4  # of a worker of a GPU, for eigenvalues of small matrices
+_SCRATCH_BYTES = 2**31  # of all workers of a CPU together
+_ELEMENT_BYTES = 20  # of a matrix: both models' in 16 bits, twice, in fp32, and what it becomes
 _MOST_READERS = 16
 
 
@@ -41,6 +45,22 @@ def pick_devices(device: str) -> list[str]:
     return names
 
 
+def spread(devices: list[str], elements: int) -> list[str]:
+    """The devices, each as often as it is best worked on by a thread of its own.
+
+    Small matrices gain little from several threads at one of them, so a CPU gets a worker for each
+    of torch's threads, as far as memory stays bounded.
+
+    Args:
+        devices: all of one kind.
+        elements: of the largest matrix.
+    """
+    if devices != ["cpu"]:
+        return devices * _ON_A_GPU
+    fitting = _SCRATCH_BYTES // (_ELEMENT_BYTES * max(1, elements))
+    return devices * max(1, min(torch.get_num_threads(), fitting))
+
+
 class Workers:
     """Threads that work on devices, and threads that read for them. A context manager.
 
@@ -62,6 +82,9 @@ class Workers:
         self._window = (1 + _AHEAD[kind]) * len(devices)
         self._threads = torch.get_num_threads()
         share = max(1, self._threads // len(devices))
+        if kind == "cuda":
+            share = min(share, _MOST_HOST_THREADS)
+            _load_linear_algebra(devices)
         self._readers = ThreadPoolExecutor(
             min(self._window, _MOST_READERS, 2 * (os.cpu_count() or 1)), "read")
         # A new thread would take all cores for itself, whatever the calling thread was told.
@@ -102,3 +125,9 @@ class Workers:
         self._workers.shutdown(cancel_futures=True)
         self._readers.shutdown(cancel_futures=True)
         torch.set_num_threads(self._threads)
+
+
+def _load_linear_algebra(devices: list[str]) -> None:
+    """Let torch load its solvers for GPUs once: two threads that do so together fail."""
+    for device in dict.fromkeys(devices):
+        torch.linalg.inv(torch.ones(1, 1, device=device))

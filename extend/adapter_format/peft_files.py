@@ -22,9 +22,10 @@ from extend.adapter_format.peft_keys import (
 )
 from extend.adapter_format.sidecar import SIDECAR_WEIGHTS, Sidecar, expert_infos, read_sidecar
 from extend.checkpoint import (
+    StoredTensor,
     TensorInfo,
     dtype_name,
-    read_header,
+    read_layout,
     torch_dtype,
     write_safetensors,
 )
@@ -56,19 +57,12 @@ class TensorFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self.infos = read_header(path)
-        self._handle: Any = None
+        self.infos, self._begins = read_layout(path)
 
     def read(self, name: str) -> "torch.Tensor":
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            if self._handle is None:
-                self._handle = safe_open(self.path, framework="pt")
-            return self._handle.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.path}: tensor {name!r} cannot be read "
-                                  f"({error})") from None
+        if name not in self.infos:
+            raise CheckpointError(f"{self.path}: holds no tensor {name!r}")
+        return StoredTensor(self.path, self.infos[name], self._begins[name]).read()
 
 
 class Adapter:

@@ -63,7 +63,7 @@ def take_sample(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> Samp
         infos: the model's `parameter_infos`.
     """
     count = min(_VALUES, max(_LEAST, _TOTAL // max(1, len(infos))))
-    values = {name: checkpoint.read(name).reshape(-1)[positions(name, info.shape, count)]
+    values = {name: checkpoint.stored(name).take(positions(name, info.shape, count))
               for name, info in sorted(infos.items())}
     return Sample({name: infos[name] for name in values}, values, str(checkpoint.directory))
 
@@ -131,7 +131,7 @@ def compare_with_sample(sample: Sample, target: Checkpoint,
         base, elements = sample.values[name], math.prod(shape)
         index = positions(name, sample.infos[name].shape, len(base))
         inside = index < elements
-        there = target.read(name).reshape(-1)[index[inside]]
+        there = target.stored(name).take(index[inside])
         moments = sampled_moments(base[inside], there, elements)
         require_finite(moments, name, str(target.directory))
         return moments
