@@ -71,8 +71,9 @@ def extract(base: Path | str, tuned: Path | str, out: Path | str, *, rank: int |
         dtype: of the stored factors: float32, bfloat16 or float16. The sidecar is always fp32.
         seed: of the random sketches.
         device: cpu, cuda, a list such as `cuda:0,cuda:1`, or auto: every CUDA device there is,
-            else the CPU, with as many threads at work on matrices of their own as is fastest.
-            Matrices go to whichever is free; what comes out does not depend on their number.
+            else the CPU. Matrices go to whichever is free; what comes out does not depend on
+            their number. One named once gets as many threads as suit it, one named several times
+            as many as that.
         overwrite: replace `out` if it exists.
 
     Returns:
@@ -93,13 +94,12 @@ def extract(base: Path | str, tuned: Path | str, out: Path | str, *, rank: int |
     linear = in_layer_order(name for name, info in pair.infos.items() if is_linear(info))
     _check_rank(rank, pair, linear)
     _say_limit(rule, pair, linear)
-    if device == "auto":
-        devices = spread(devices, max(math.prod(pair.infos[name].shape) for name in linear))
+    devices, threads = spread(devices, _largest_matrix(pair))
     inputs = {"base": base, "tuned": tuned}
     with atomic_directory(out, overwrite=overwrite, inputs=inputs) as partial:
         manifest = Manifest("extract", inputs, options, seed)
         mark = fingerprint(stamp_files(inputs), options, seed, torch.device(devices[0]).type)
-        with Parts(out, mark) as parts, Workers(devices) as workers:
+        with Parts(out, mark) as parts, Workers(devices, threads) as workers:
             found = Extraction(pair, workers, store, embeddings, rule, parts)
             _take(found, linear, frozenset(folding.folded), partial)
             found.write_adapter(partial, base_name=str(base))
@@ -143,6 +143,12 @@ def _write_companions(directory: Path, found: Extraction) -> None:
     notes = differing_engines(str(pair.tuned_config.raw.get("model_type")), pair.tuned_config.rope)
     write_serving(directory, adapter_serving(directory, tokenizer_dir=pair.base.directory,
                                              notes=notes))
+
+
+def _largest_matrix(pair: ModelPair) -> int:
+    """Elements of the largest that is decomposed at once."""
+    return max(math.prod(info.shape[-2:]) for info in pair.infos.values()
+               if is_linear(info) or is_experts(info))
 
 
 def _say_limit(rule: RankRule, pair: ModelPair, linear: list[str]) -> None:
