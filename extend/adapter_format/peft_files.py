@@ -59,10 +59,15 @@ class TensorFile:
         self.path = path
         self.infos, self._begins = read_layout(path)
 
-    def read(self, name: str) -> "torch.Tensor":
+    def stored(self, name: str) -> StoredTensor:
+        """One tensor, to be read in blocks of rows."""
         if name not in self.infos:
             raise CheckpointError(f"{self.path}: holds no tensor {name!r}")
-        return StoredTensor(self.path, self.infos[name], self._begins[name]).read()
+        return StoredTensor(self.path, self.infos[name], self._begins[name])
+
+    def read(self, name: str) -> "torch.Tensor":
+        """The whole tensor, in its dtype."""
+        return self.stored(name).read()
 
 
 class Adapter:
@@ -150,11 +155,15 @@ class Adapter:
         return (self._side_weights.read(f"{name}.lora_A").float(),
                 self._side_weights.read(f"{name}.lora_B").float())
 
-    def read_side_delta(self, name: str) -> "torch.Tensor":
-        """The fp32 delta of a parameter that the sidecar holds."""
+    def stored_side_delta(self, name: str) -> StoredTensor:
+        """The fp32 delta of a parameter that the sidecar holds, on disk."""
         if self._side_weights is None:
             raise CheckpointError(f"{self.directory}: has no sidecar, so no delta of {name!r}")
-        return self._side_weights.read(name)
+        return self._side_weights.stored(name)
+
+    def read_side_delta(self, name: str) -> "torch.Tensor":
+        """The fp32 delta of a parameter that the sidecar holds."""
+        return self.stored_side_delta(name).read()
 
 
 def find_weights(directory: Path) -> Path:

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import EllipsisType
@@ -134,7 +135,8 @@ def _check_header(header: object, path: Path,
 class StoredTensor:
     """A tensor that stays on disk: each block of rows is read when it is asked for.
 
-    Not mapped into memory, so that what was read does not count as memory of the process.
+    Not mapped into memory, so that what was read does not count as memory of the process. Several
+    threads may read at once.
 
     Attributes:
         info: its name, dtype and shape.
@@ -143,6 +145,7 @@ class StoredTensor:
     def __init__(self, path: Path, info: TensorInfo, begin: int):
         self.info, self._path, self._begin = info, path, begin
         self._file: int | None = None
+        self._opening = threading.Lock()
 
     def __getitem__(self, rows: slice | EllipsisType) -> "torch.Tensor":
         """See `read`."""
@@ -196,8 +199,9 @@ class StoredTensor:
     @contextlib.contextmanager
     def _reading(self) -> Iterator[int]:
         try:
-            if self._file is None:
-                self._file = os.open(self._path, os.O_RDONLY)
+            with self._opening:
+                if self._file is None:
+                    self._file = os.open(self._path, os.O_RDONLY)
             yield self._file
         except OSError as error:
             raise CheckpointError(f"{self._path}: tensor {self.info.name!r} cannot be read "
