@@ -10,7 +10,6 @@ import torch
 from extend.adapter.curve import Spectra
 from extend.adapter.measured import Measured, read_measured
 from extend.adapter.rounding import merge_dtype, merge_loss
-from extend.adapter.workers import side_by_side
 from extend.adapter_format.peft_files import (
     ADAPTER_WEIGHTS,
     Adapter,
@@ -20,6 +19,7 @@ from extend.adapter_format.sidecar import SIDECAR_WEIGHTS, ModuleReport
 from extend.checkpoint import DTYPE_BYTES, Checkpoint
 from extend.delta.lowrank import Product, product_values
 from extend.delta.pair import in_layer_order, layer_of
+from extend.delta.parallel import side_by_side
 from extend.errors import CheckpointError, CompatibilityError
 from extend.manifest import Manifest
 from extend.model_config import read_json

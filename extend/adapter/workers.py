@@ -67,20 +67,6 @@ def spread(devices: list[str], elements: int) -> tuple[list[str], int]:
     return devices, min(_HOST_THREADS, threads) if on_gpu else threads // fitting
 
 
-def side_by_side(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """`work(item)` of all items on the CPU, in order, each by one of torch's threads alone.
-
-    Tensors that are too small for several threads are worked on faster this way.
-    """
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(min(threads, _MOST_READERS), "side", torch.set_num_threads,
-                                (1,)) as pool:
-            return list(pool.map(work, items))
-    finally:
-        torch.set_num_threads(threads)
-
-
 class Workers:
     """Threads that work on devices, and threads that read for them. A context manager.
 

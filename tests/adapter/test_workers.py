@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from extend.adapter.workers import side_by_side, spread
+from extend.adapter.workers import spread
+from extend.delta.parallel import side_by_side
 
 _CODE = """
 import json, sys
