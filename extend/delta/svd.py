@@ -31,6 +31,7 @@ _STEPS = 8  # a space of more blocks grows by that share of itself before it is 
 _EXACT_BELOW = 3  # ranks; a Krylov space for them costs as much as the whole Gram matrix
 _HOST_EIGH = 512  # rows; a CPU decomposes matrices up to this size faster than a GPU does
 _COLUMN_BLOCK = 4096
+_NORM_BLOCK = 2**18  # elements
 _INDEPENDENT = 1e-3  # share of a column that must be its own, so that rounding is small beside it
 _FRESH = 0.05  # size of a random direction beside one that is kept
 _FP32_SHARE = 1e-2  # of ||delta||_F^2 outside the rank, above which an fp32 Gram matrix is enough
@@ -262,7 +263,13 @@ def _rank_reaching(values: torch.Tensor, wanted: float) -> int | None:
 
 def frobenius_squared(x: torch.Tensor) -> float:
     """||x||_F^2 with squares summed in fp64, so that the result does not depend on the size."""
-    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
+    if x.is_cuda or x.numel() <= _NORM_BLOCK:
+        return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
+    # A CPU makes the fp64 copy: small ones stay in its caches, and in memory that it holds already.
+    x = x if x.is_contiguous() or x.dim() != 2 else x.T
+    blocks = x.split(max(1, _NORM_BLOCK // max(1, x[0].numel())))
+    return math.fsum(float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2
+                     for block in blocks)
 
 
 def _split(left: torch.Tensor, rows: torch.Tensor, total: float, flipped: bool) -> Factors:
