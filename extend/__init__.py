@@ -24,7 +24,7 @@ __version__ = "0.1.0"
 _STAGES = {"plan": "extend.plan", "search": "extend.search", "rescale": "extend.rope",
            "train": "extend.train", "extract": "extend.adapter", "cut": "extend.adapter",
            "adapter_report": "extend.adapter", "merge": "extend.merge",
-           "fit": "extend.transfer", "repair": "extend.transfer",
+           "fit": "extend.transfer", "repair": "extend.transfer", "lineage": "extend.lineage",
            "evaluate": "extend.evaluate", "report": "extend.evaluate",
            "doctor": "extend.doctor", "run": "extend.run"}
 

@@ -1,5 +1,6 @@
 """Load a checkpoint into a transformers model, with every tensor accounted for."""
 
+import inspect
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,16 @@ def load_hf_config(config: ModelConfig) -> Any:
     with tempfile.TemporaryDirectory() as directory:
         write_json(Path(directory) / "config.json", dict(config.raw))
         return AutoConfig.from_pretrained(directory, local_files_only=True)
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """The name under which a model's forward takes keys and values.
+
+    transformers 5.24 says `cache` and drops the older name in 5.40; before it, and in code that
+    comes with a checkpoint, `cache` would be taken for something else and silently not be used.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
 
 
 def _check_loaded(model: Path | str, config: ModelConfig, info: dict[str, Any]) -> None:

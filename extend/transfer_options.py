@@ -76,6 +76,6 @@ class RepairOptions(LessonOptions):
     """The target before the merge."""
     steps: Annotated[int, Field(ge=0)] = 100
     lr: Annotated[Number, Field(gt=0)] | None = None
-    """1e-5 for all weights, 2e-4 for a LoRA, unless given."""
+    """2e-5 for all weights, 2e-4 for a LoRA, unless given."""
     rank: Annotated[int, Field(ge=1)] | None = None
     """Train a LoRA of this rank and add it; none trains all weights of the layers."""

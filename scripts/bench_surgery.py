@@ -2,7 +2,7 @@
 """Time extraction and merging beside mergekit, PEFT and plain copying, on the same files.
 
     python scripts/bench_surgery.py --shape smollm2 --rounds 3 --out runs/surgery
-    python scripts/bench_surgery.py --shape 1b --out runs/surgery
+    python scripts/bench_surgery.py --shape 1b --layers 4 --out runs/surgery
     python scripts/bench_surgery.py --shape 8b --cold --peers none --out runs/surgery   # a GPU
 
 Makes a base, its long version and a fine-tune of that shape below --models (synthetic, bf16,
@@ -29,6 +29,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--shape", required=True, help="tiny, smollm2, 1b or 8b")
+    add("--layers", type=int, help="only so many layers of the shape, where peers take too long")
     add("--models", type=Path, help="where the models lie or are made; default OUT/models-SHAPE")
     add("--out", type=Path, required=True)
     add("--rank", type=int, default=64)
@@ -59,14 +61,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--limit-seconds", type=float, help="stop a contender after that long")
     add("--commit", default="", help="recorded in the results; asked of git unless given")
     args = parser.parse_args(arguments)
-    args.models = args.models or args.out / f"models-{args.shape}"
+    args.name = args.shape if args.layers is None else f"{args.shape}-{args.layers}-layers"
+    args.models = args.models or args.out / f"models-{args.name}"
     args.out.mkdir(parents=True, exist_ok=True)
     return args
 
 
 def contenders(args: argparse.Namespace, device: str) -> dict[str, tuple[list[str], Path | None]]:
     """name -> (command, what it writes), in the order in which they depend on one another."""
-    models, work, python = args.models, args.out / f"work-{args.shape}", sys.executable
+    models, work, python = args.models, args.out / f"work-{args.name}", sys.executable
     base, tuned, target = (str(models / role) for role in ("base", "tuned", "target"))
     adapter, threads = work / "extract", str(args.threads)
     plain = [python, str(HERE / "plain_io.py")]
@@ -103,7 +106,7 @@ def contenders(args: argparse.Namespace, device: str) -> dict[str, tuple[list[st
 
 
 def measure(args: argparse.Namespace, device: str) -> dict[str, list[dict[str, Any]]]:
-    work = args.out / f"work-{args.shape}"
+    work = args.out / f"work-{args.name}"
     work.mkdir(parents=True, exist_ok=True)
     environment = {"OMP_NUM_THREADS": str(args.threads), "MKL_NUM_THREADS": str(args.threads),
                    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
@@ -176,24 +179,25 @@ def main(arguments: list[str] | None = None) -> int:
     from surgery_bench.shapes import SHAPES, SHARD_BYTES, make_models
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    make_models(SHAPES[args.shape], args.models, device=device,
+    shape = SHAPES[args.shape]
+    make_models(replace(shape, layers=args.layers or shape.layers), args.models, device=device,
                 max_shard_bytes=SHARD_BYTES.get(args.shape, 10**12))
     runs = measure(args, device)
-    adapter = args.out / f"work-{args.shape}" / "extract"
+    adapter = args.out / f"work-{args.name}" / "extract"
     accuracy = excess_residual(args.models / "base", args.models / "tuned", adapter,
                                every=args.every, device=device) if adapter.exists() else None
     commit = args.commit or subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True,
         text=True).stdout.strip()
     gpu = torch.cuda.get_device_name(0) if device == "cuda" else "no GPU"
-    result = {"schema": 1, "shape": args.shape, "command": " ".join(["bench_surgery.py",
+    result = {"schema": 1, "shape": args.name, "command": " ".join(["bench_surgery.py",
               *(arguments if arguments is not None else sys.argv[1:])]), "commit": commit,
               "date": datetime.now(UTC).date().isoformat(), "torch": torch.__version__,
               "machine": f"{os.cpu_count()} cores ({platform.machine()}), {gpu}",
               "threads": args.threads, "rounds": args.rounds, "cold": args.cold,
               "rank": args.rank, "runs": runs, "accuracy": accuracy, **summarize(runs)}
-    (args.out / f"{args.shape}.json").write_text(json.dumps(result, indent=1))
-    (args.out / f"{args.shape}.md").write_text(markdown(result))
+    (args.out / f"{args.name}.json").write_text(json.dumps(result, indent=1))
+    (args.out / f"{args.name}.md").write_text(markdown(result))
     print(markdown(result))
     return 0 if all(result["medians"].values()) else 1
 

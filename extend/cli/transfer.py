@@ -15,7 +15,8 @@ _LESSON = (
     click.option("--max-prompts", type=int, default=64, show_default=True,
                  help="Drawn from those; half of them to judge by."),
     click.option("--sample", type=int, default=0, show_default=True,
-                 help="Short texts that the target writes itself, as prompts."),
+                 help="Short texts that the target writes itself, as prompts; those of its own "
+                      "work serve far better."),
     click.option("--max-new", type=int, default=64, show_default=True,
                  help="Most tokens of an answer."),
     click.option("--text", metavar="PATH", default=None,
@@ -98,7 +99,7 @@ def fit(out, overwrite, **options):
 @click.argument("merged")
 @click.option("--reference", required=True, metavar="DIR", help="The target before the merge.")
 @click.option("--steps", type=int, default=100, show_default=True)
-@click.option("--lr", type=float, default=None, help="1e-5, or 2e-4 with a rank, by default.")
+@click.option("--lr", type=float, default=None, help="2e-5, or 2e-4 with a rank, by default.")
 @click.option("--rank", type=int, default=None,
               help="Train a LoRA of this rank; all weights of the layers by default.")
 @lesson_options

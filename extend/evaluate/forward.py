@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from extend.errors import CompatibilityError
 from extend.evaluate.tasks.task import Prompt
+from extend.loading import cache_argument
 from extend.model_config import depends_on_length
 
 HEAD_ROWS = 512  # positions whose logits exist at once: 0.3 GiB in fp32 at 150,000 tokens
@@ -101,9 +102,10 @@ def _chunked_states(model: PreTrainedModel, row: Prompt, chunk: int) -> Tensor:
     ids = torch.tensor([row.ids], device=model.device)
     size = -(-total // -(-total // chunk))  # equal parts
     first, cache, kept = total - row.answer_len - 1, DynamicCache(config=model.config), []
+    argument = cache_argument(model.base_model)
     for begin in range(0, total, size):
-        hidden = model.base_model(input_ids=ids[:, begin:begin + size], past_key_values=cache,
-                                  use_cache=True).last_hidden_state[0]
+        hidden = model.base_model(input_ids=ids[:, begin:begin + size], use_cache=True,
+                                  **{argument: cache}).last_hidden_state[0]
         kept.append(hidden[max(0, first - begin):max(0, total - 1 - begin)].clone())
     return torch.cat(kept)
 

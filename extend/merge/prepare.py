@@ -1,5 +1,6 @@
 """Everything that a merge and its dry run look at before a weight is read."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from extend.checkpoint import FLOAT_DTYPES, Checkpoint, TensorInfo, dtype_name
 from extend.delta.pair import is_vocabulary
 from extend.delta.sources import AdapterDelta, BaseModel, DeltaSource, ModelDelta
 from extend.errors import CompatibilityError, ExtendError
+from extend.merge.advice import advise
 from extend.merge.compat import context_change, dtype_problems, fit_problems, identity_problems
 from extend.merge.methods import Method
 from extend.merge.request import Request
@@ -18,6 +20,8 @@ from extend.merge.vocabulary import VocabularyMap, map_vocabulary
 from extend.merge.weights import LayerWeights
 from extend.model_config import ModelConfig, read_config
 from extend.tokenizer import read_vocabulary
+
+log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 Attempt = Callable[[Callable[[], _T]], _T | None]
@@ -148,6 +152,8 @@ def prepare(request: Request, problems: Problems) -> Plan:
     names = {name for term in plan.terms for name in term.source.names}
     if names and len(plan.terms) == len(request.weights):
         attempt(lambda: plan.layer_weights.check(names))
+    for line in advise(plan.change, request.method, request.weights):
+        log.warning("%s", line)
     return plan
 
 

@@ -1,6 +1,6 @@
 """What transformers assumes of a model's RoPE where its config.json is silent.
 
-Taken from the config classes of transformers 5.23; a test compares them with those installed.
+Taken from the config classes of transformers 5.24; a test compares them with those installed.
 """
 
 from collections.abc import Mapping
@@ -13,17 +13,18 @@ SLIDING = "sliding_attention"
 
 _THETA = 10000.0
 _FAMILY_THETA = {
-    "apertus": 12e6, "bailing_hybrid": 6e6, "bitnet": 5e5, "blt": 5e5, "cohere": 5e5, "cwm": 1e6,
-    "ernie4_5": 5e5, "ernie4_5_moe": 5e5, "flex_olmo": 5e5, "fuyu": 25e3, "gpt_oss": 150e3,
-    "helium": 1e5, "hy_v3": 11158840.0, "lfm2": 1e6, "lfm2_moe": 1e6, "llama4_text": 5e5,
-    "longcat_flash": 1e7, "minimax": 1e6, "minimax_m2": 5e6, "minimax_m3_vl_text": 5e6,
-    "ministral3": 1e6, "mixtral": 1e6, "phimoe": 1e6, "smollm3": 2e6, "solar_open": 1e6}
+    "apertus": 12e6, "apertus1p5_text": 12e6, "bailing_hybrid": 6e6, "bitnet": 5e5, "blt": 5e5,
+    "cohere": 5e5, "cwm": 1e6, "ernie4_5": 5e5, "ernie4_5_moe": 5e5, "exaone": 5e5,
+    "flex_olmo": 5e5, "fuyu": 25e3, "gpt_oss": 150e3, "helium": 1e5, "hy_v3": 11158840.0,
+    "lfm2": 1e6, "lfm2_moe": 1e6, "llama4_text": 5e5, "longcat_flash": 1e7, "minimax": 1e6,
+    "minimax_m2": 5e6, "minimax_m3_vl_text": 5e6, "ministral3": 1e6, "mixtral": 1e6, "phimoe": 1e6,
+    "sarvam_moe": 8e6, "smollm3": 2e6, "solar_open": 1e6}
 _FAMILY_PARTIAL = {
     "bamba": 0.5, "fuyu": 0.5, "glm": 0.5, "glm4": 0.5, "glm4_moe": 0.5, "gpt_neox": 0.25,
     "mistral4": 0.5, "nemotron": 0.5, "persimmon": 0.5, "phi": 0.5, "qwen3_5_moe_text": 0.25,
     "qwen3_5_text": 0.25, "qwen3_next": 0.25, "recurrent_gemma": 0.5, "stablelm": 0.25}
 # Scaled unless the config says otherwise: with no RoPE keys at all there is nothing to go by.
-_SCALED = frozenset({"apertus", "cwm", "gpt_oss", "ministral3", "mistral4"})
+_SCALED = frozenset({"apertus", "apertus1p5_text", "cwm", "gpt_oss", "ministral3", "mistral4"})
 # Families whose config class loads no scaled RoPE but this.
 _ONLY_LONGROPE = frozenset({"phi3", "phi4_multimodal", "phimoe"})
 WANTS_MSCALES = frozenset({"phimoe"})
@@ -49,9 +50,13 @@ Phi3MiniModel) and src/models/*.cpp. Granite and SmolLM3 inherit the writing, bu
 architecture has no such tensor and the other's graph does not use it.
 """
 # One RoPE for each type of layer, in no spelling but a nested rope_parameters.
-_NESTED_ONLY = frozenset({"laguna", "lfm3", "mellum", "mimo_v2_flash", "modernbert",
-                          "modernbert-decoder", "neomme", "step3p5", "t5gemma2_decoder",
-                          "t5gemma2_text", "ultrabert"})
+_NESTED_ONLY = frozenset({"beam", "deepseek_v4", "diffusion_gemma_text", "dory", "dots3_note_text",
+                          "embedding_gemma2_text", "gemma4_text", "gemma4_unified_text", "laguna",
+                          "lfm3", "mellum", "mimo_v2_flash", "modernbert", "modernbert-decoder",
+                          "neomme", "step3p5", "t5gemma2_decoder", "t5gemma2_text", "ultrabert",
+                          "zaya"})
+# The class adds multimodal sections where no key names them.
+_SECTIONED = frozenset({"cosmos3_edge_text", "hy_v4_vl_text"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +119,8 @@ def check_family(raw: Mapping[str, object], nested: Mapping[str, object] | None,
         reason = "rope_parameters is nested by layer type, but there are no layer_types"
     elif nested is None and family in _NESTED_ONLY:
         reason = "RoPE differs by layer type, but rope_parameters is not nested by it"
+    elif family in _SECTIONED:
+        reason = "RoPE of the family has sections for text, height and width"
     elif family in _SCALED and not (raw.get("rope_parameters") or raw.get("rope_scaling")):
         reason = "RoPE of the family is scaled, but there is no rope_parameters"
     if reason is not None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from extend.loading import cache_argument
 from extend.transfer.batches import autocast, group_by_tokens
 
 Choose = Callable[[Tensor], Tensor]
@@ -75,11 +76,11 @@ def _tokens(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new: i
     ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
     seen = torch.arange(longest + max_new, device=device)[None] >= pads
     positions = torch.arange(longest, device=device)[None].sub(pads).clamp(min=0)
-    cache = DynamicCache(config=model.config)
+    cache, argument = DynamicCache(config=model.config), cache_argument(model)
     for end in range(longest, longest + max_new):
         mask = seen[:, :end].long() if bool(pads.any()) else None
         logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
-                       past_key_values=cache, logits_to_keep=1).logits[:, -1].float()
+                       logits_to_keep=1, **{argument: cache}).logits[:, -1].float()
         ids = choose(logits)[:, None]
         positions = positions[:, -1:] + 1
         yield ids[:, 0].tolist()

@@ -19,7 +19,7 @@ from extend.transfer.learn import LearnSettings, learn
 from extend.transfer.objective import Lesson, Scores
 from extend.transfer.sums import LowRank, added, whole
 
-REPAIR = LearnSettings(steps=100, lr=1e-5)
+REPAIR = LearnSettings(steps=100, lr=2e-5)
 
 
 @dataclass(frozen=True)

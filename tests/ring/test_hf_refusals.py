@@ -7,6 +7,7 @@ import torch
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 
 from extend.errors import CompatibilityError
+from extend.loading import cache_argument
 from extend.ring import ATTENTION_NAME, RingSettings, register_ring_attention
 from extend.ring.hf_attention import ring_attention_forward
 from tests.ring.tiny_models import DOCUMENTS, SEQ_LEN, VOCABULARY, make_ids, make_model
@@ -23,7 +24,8 @@ def test_what_the_ring_cannot_honour_is_refused():
     with pytest.raises(CompatibilityError, match=r"an attention mask of shape \(2, 1, 64, 64\)"):
         model(input_ids=ids, attention_mask=square)
     with pytest.raises(CompatibilityError, match=r"1 queries against 65 keys \(a KV cache\)"):
-        model(input_ids=ids[:, :1], past_key_values=model(input_ids=ids).past_key_values)
+        model(input_ids=ids[:, :1],
+              **{cache_argument(model): model(input_ids=ids).past_key_values})
     with pytest.raises(CompatibilityError, match=r"attention dropout 0.1; set attention_dropout"):
         make_model("llama", ATTENTION_NAME, attention_dropout=0.1).train()(input_ids=ids)
 

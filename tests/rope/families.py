@@ -25,7 +25,8 @@ REFUSED = "refused by name"
 # What is refused: RoPE that is not one for all full-attention layers, or has multimodal sections.
 REFUSED_FAMILIES = {
     "beam", "cosmos3_edge_text", "deepseek_v4", "diffusion_gemma_text", "dots3_note_text",
-    "embedding_gemma2_text", "gemma4_text", "gemma4_unified_text", "neomme", "zaya"}
+    "embedding_gemma2_text", "gemma4_text", "gemma4_unified_text", "hy_v4_vl_text",
+    "neomme", "zaya"}
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,13 @@ class Family:
     raw: dict[str, Any]
     spec: RopeSpec
     head_dim: int
+
+
+def without_rope(raw: dict[str, Any]) -> dict[str, Any]:
+    """A config with no RoPE key at all."""
+    bare = {k: v for k, v in raw.items() if "rope" not in k and "rotary" not in k
+            and k != "original_max_position_embeddings"}
+    return bare | {k: v for k, v in raw.items() if k == "qk_rope_head_dim"}
 
 
 @dataclass(frozen=True)

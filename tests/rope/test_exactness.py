@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import modeling_rope_utils
+from transformers import CONFIG_MAPPING, modeling_rope_utils
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -40,7 +40,7 @@ def test_every_family_is_read_or_named():
                                   families.ODD, families.REFUSED}
     assert set(found.skipped[families.REFUSED]) <= families.REFUSED_FAMILIES
     counts = {reason: len(names) for reason, names in found.skipped.items()}
-    assert len(found.read) > 150, counts  # 179 in transformers 5.23
+    assert len(found.read) > 150, counts  # 185 in transformers 5.24
     assert counts[families.NO_DECODER] < 12, found.skipped
     assert counts.get(families.ODD, 0) < 5, found.skipped
     assert {"llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi3", "gpt_neox", "glm4",
@@ -161,9 +161,7 @@ def test_what_transformers_assumes_without_keys():
     for family in families.installed().read:
         if family.name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             continue
-        bare = {k: v for k, v in family.raw.items() if "rope" not in k and "rotary" not in k
-                and k != "original_max_position_embeddings"}
-        bare |= {k: v for k, v in family.raw.items() if k == "qk_rope_head_dim"}
+        bare = families.without_rope(family.raw)
         try:
             spec = read_rope(bare, family.head_dim if "head_dim" in bare else
                              families.head_dim_of(bare), family.name)[0]
@@ -179,3 +177,12 @@ def test_what_transformers_assumes_without_keys():
             assert spec.rotary_dim == int(families.head_dim_of(bare) * share), family.name
         compared += 1
     assert compared > 80
+
+
+def test_a_refused_family_is_refused_without_keys_too():
+    refused_families = families.installed().skipped[families.REFUSED]
+    assert refused_families
+    for name in refused_families:
+        bare = families.without_rope(CONFIG_MAPPING[name]().to_dict())
+        with pytest.raises(CompatibilityError, match="is not supported like this"):
+            read_rope(bare, families.head_dim_of(bare), name)
