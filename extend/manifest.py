@@ -26,7 +26,7 @@ from extend.output import FINISHED_NAME, finished_files, write_json
 
 MANIFEST_NAME = "manifest.json"
 METRICS_NAME = "metrics.jsonl"
-_MOST_HASHERS = 8
+_MOST_HASHERS = 2  # of one input: more would run far ahead of the work, which reads the same
 _PACKAGES = ("torch", "transformers", "peft", "safetensors", "accelerate", "mergekit")
 
 
@@ -55,9 +55,10 @@ def _files_of(directory: Path) -> dict[str, Path]:
 
 
 class Hashes:
-    """The sha256 of files, computed by threads in the background, the largest files first.
+    """The sha256 of files, computed by threads in the background, in the order that they are given.
 
-    Threads stop when this object is gone, and do not keep the process from ending.
+    Stages read shards in that order too, so that what one reader fetches serves the other. Threads
+    stop when this object is gone, and do not keep the process from ending.
 
     Args:
         paths: of files.
@@ -67,7 +68,7 @@ class Hashes:
         self._stamps = {path: _stamp(path) for path in paths}
         self._found: dict[Path, Future[str]] = {path: Future() for path in self._stamps}
         jobs: queue.SimpleQueue[tuple[Path, Future[str]]] = queue.SimpleQueue()
-        for path in sorted(self._stamps, key=lambda p: -self._stamps[p][0]):
+        for path in self._stamps:
             jobs.put((path, self._found[path]))
         stopped = threading.Event()
         weakref.finalize(self, stopped.set)

@@ -326,3 +326,18 @@ def test_a_shard_that_is_not_listed_is_named_and_not_read(tmp_path, caplog, max_
     assert record.levelname == "WARNING"
     assert record.getMessage() == (f"{tmp_path}: consolidated.safetensors is not read, because "
                                    f"{why}; delete what is left of another save")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64])
+def test_elements_at_places(tmp_path, dtype):
+    whole = torch.arange(7 * 5).reshape(7, 5).to(dtype)
+    save_file({"a": torch.zeros(3), "w": whole}, tmp_path / "model.safetensors")
+    index = torch.tensor([34, 0, 8, 8, 17])
+    found = Checkpoint(tmp_path).stored("w").take(index)
+    torch.testing.assert_close(found, whole.reshape(-1)[index], rtol=0, atol=0)
+
+
+def test_elements_behind_the_end_are_refused(tmp_path):
+    save_file({"w": torch.zeros(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="'w' cannot be read .the file ends too early"):
+        Checkpoint(tmp_path).stored("w").take(torch.tensor([3]))

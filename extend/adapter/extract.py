@@ -1,6 +1,7 @@
 """The stage `extract`: long model minus base model -> LoRA adapter and sidecar."""
 
 import logging
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from extend.adapter.fold import fold_norms as fold
 from extend.adapter.parts import Parts, fingerprint
 from extend.adapter.rank import FLOATS_OF_32_BITS, LIMIT_32_BITS, RankRule
 from extend.adapter.report import write_report
-from extend.adapter.workers import Workers, pick_devices
+from extend.adapter.workers import Workers, pick_devices, spread
 from extend.adapter_format.peft_files import ADAPTER_WEIGHTS, stored_dtype
 from extend.adapter_format.serving import check_serving
 from extend.adapter_format.serving_files import adapter_serving, verdict_line, write_serving
@@ -69,8 +70,10 @@ def extract(base: Path | str, tuned: Path | str, out: Path | str, *, rank: int |
             them; the others stay in the sidecar.
         dtype: of the stored factors: float32, bfloat16 or float16. The sidecar is always fp32.
         seed: of the random sketches.
-        device: cpu, cuda, a list such as `cuda:0,cuda:1`, or auto (every CUDA device there is).
-            Matrices go to whichever is free; what comes out does not depend on their number.
+        device: cpu, cuda, a list such as `cuda:0,cuda:1`, or auto: every CUDA device there is,
+            else the CPU. Matrices go to whichever is free; what comes out does not depend on
+            their number. One named once gets as many threads as suit it, one named several times
+            as many as that.
         overwrite: replace `out` if it exists.
 
     Returns:
@@ -91,11 +94,12 @@ def extract(base: Path | str, tuned: Path | str, out: Path | str, *, rank: int |
     linear = in_layer_order(name for name, info in pair.infos.items() if is_linear(info))
     _check_rank(rank, pair, linear)
     _say_limit(rule, pair, linear)
+    devices, threads = spread(devices, _largest_matrix(pair))
     inputs = {"base": base, "tuned": tuned}
     with atomic_directory(out, overwrite=overwrite, inputs=inputs) as partial:
         manifest = Manifest("extract", inputs, options, seed)
         mark = fingerprint(stamp_files(inputs), options, seed, torch.device(devices[0]).type)
-        with Parts(out, mark) as parts, Workers(devices) as workers:
+        with Parts(out, mark) as parts, Workers(devices, threads) as workers:
             found = Extraction(pair, workers, store, embeddings, rule, parts)
             _take(found, linear, frozenset(folding.folded), partial)
             found.write_adapter(partial, base_name=str(base))
@@ -113,15 +117,19 @@ def extract(base: Path | str, tuned: Path | str, out: Path | str, *, rank: int |
 
 
 def _take(found: Extraction, linear: list[str], folded: frozenset[str], partial: Path) -> None:
-    """Take all but folded norms; the sidecar is written while linear weights are factorized."""
+    """Take all but folded norms; the sidecar is made while linear weights are factorized."""
     infos = found.pair.infos
     experts = in_layer_order(name for name, info in infos.items() if is_experts(info))
-    found.take_rest(in_layer_order(set(infos) - {*linear, *experts, *folded}))
     found.take_experts(experts, linear)
-    with ThreadPoolExecutor(1, "sidecar") as background:
-        written = background.submit(found.write_sidecar, partial)
+
+    def make_sidecar() -> None:
+        found.take_rest(in_layer_order(set(infos) - {*linear, *experts, *folded}))
+        found.write_sidecar(partial)
+
+    with ThreadPoolExecutor(1, "sidecar", torch.set_num_threads, (1,)) as background:
+        made = background.submit(make_sidecar)
         found.take_linear(linear)
-        written.result()
+        made.result()
 
 
 def _write_companions(directory: Path, found: Extraction) -> None:
@@ -135,6 +143,12 @@ def _write_companions(directory: Path, found: Extraction) -> None:
     notes = differing_engines(str(pair.tuned_config.raw.get("model_type")), pair.tuned_config.rope)
     write_serving(directory, adapter_serving(directory, tokenizer_dir=pair.base.directory,
                                              notes=notes))
+
+
+def _largest_matrix(pair: ModelPair) -> int:
+    """Elements of the largest that is decomposed at once."""
+    return max(math.prod(info.shape[-2:]) for info in pair.infos.values()
+               if is_linear(info) or is_experts(info))
 
 
 def _say_limit(rule: RankRule, pair: ModelPair, linear: list[str]) -> None:

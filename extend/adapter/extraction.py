@@ -30,6 +30,7 @@ from extend.delta.pair import (
     ModelPair,
     Stored,
     delta_blocks,
+    is_unchanged,
     is_vocabulary,
     layer_of,
     read_stored,
@@ -230,8 +231,11 @@ class Extraction:
         Raises:
             CheckpointError: infinite or NaN values.
         """
-        measured = self.workers.run(names, self._measure, lambda name, norms, device: norms)
-        for name, (delta_norm, base_norm) in zip(names, measured):
+        for name in names:
+            if is_unchanged(self.pair, name):
+                self.unchanged.append(name)
+                continue
+            delta_norm, base_norm = self._measure(name)
             report = TensorReport(shape=self.pair.infos[name].shape, delta_norm=delta_norm,
                                   relative_norm=_ratio(delta_norm, base_norm))
             if delta_norm == 0:

@@ -19,6 +19,7 @@ from extend.adapter_format.sidecar import SIDECAR_WEIGHTS, ModuleReport
 from extend.checkpoint import DTYPE_BYTES, Checkpoint
 from extend.delta.lowrank import Product, product_values
 from extend.delta.pair import in_layer_order, layer_of
+from extend.delta.parallel import side_by_side
 from extend.errors import CheckpointError, CompatibilityError
 from extend.manifest import Manifest
 from extend.model_config import read_json
@@ -99,16 +100,20 @@ def describe(adapter: Adapter, base: Checkpoint | None = None,
         raise CompatibilityError(f"{adapter.directory}: adapts no linear weight, so there is "
                                  "nothing to report on")
     known = _known_losses(adapter) if base is None else {}
-    reports: dict[str, ModuleReport] = {}
-    values: dict[str, torch.Tensor] = {}
-    modules: dict[str, dict[str, Any]] = {}
-    for name in in_layer_order(adapter.modules):
+
+    def measure(name: str) -> tuple[torch.Tensor, float | None]:
         lora_a, lora_b = adapter.read_factors(name)
-        product = Product(lora_a, lora_b * adapter.modules[name].scaling)
-        values[name] = _values(adapter, product)
-        reports[name] = _report_of(adapter, name, values[name])
-        loss = known.get(name) if base is None else _loss(base, name, product, values[name])
-        modules[name] = _describe_module(name, reports[name], values[name], loss)
+        scaling = adapter.modules[name].scaling
+        product = Product(lora_a, lora_b if scaling == 1 else lora_b * scaling)
+        values = _values(adapter, product)
+        return values, known.get(name) if base is None else _loss(base, name, product, values)
+
+    names = in_layer_order(adapter.modules)
+    measured_modules = dict(zip(names, side_by_side(measure, names), strict=True))
+    values = {name: found for name, (found, _) in measured_modules.items()}
+    reports = {name: _report_of(adapter, name, found) for name, found in values.items()}
+    modules = {name: _describe_module(name, reports[name], found, loss)
+               for name, (found, loss) in measured_modules.items()}
     dtype = next(iter(adapter.dtypes)) if len(adapter.dtypes) == 1 else "F32"
     spectra = Spectra(reports, values, DTYPE_BYTES[dtype],
                       header_bytes(adapter.modules.values(), dtype))

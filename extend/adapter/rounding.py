@@ -4,7 +4,6 @@ import torch
 
 from extend.checkpoint import Checkpoint, torch_dtype
 from extend.delta.lowrank import Product
-from extend.errors import CheckpointError
 
 _BLOCKS, _BLOCK_ROWS = 16, 8  # rows that are looked at
 
@@ -30,7 +29,8 @@ def merge_loss(base: Checkpoint, name: str, product: Product, norm: float,
         return None
     stored, total_rows = torch_dtype(dtype), base.infos[name].shape[0]
     blocks = _sample(total_rows)
-    weight = _read_blocks(base, name, blocks).to(stored).float()
+    whole = base.stored(name)
+    weight = torch.cat([whole[rows] for rows in blocks]).to(stored).float()
     wanted = weight + torch.cat([product.lora_b[rows] for rows in blocks]) @ product.lora_a
     squares = float((wanted.to(stored).float() - wanted).square().sum(dtype=torch.float64))
     return (squares * total_rows / weight.shape[0]) ** 0.5 / norm
@@ -40,19 +40,6 @@ def merge_dtype(base: Checkpoint, name: str) -> str:
     """What a merged weight is stored in: the base's own 16 bits, or bfloat16."""
     own = base.infos[name].dtype
     return own if own in ("BF16", "F16") else "BF16"
-
-
-def _read_blocks(base: Checkpoint, name: str, blocks: list[slice]) -> torch.Tensor:
-    """These rows one after the other, with no more of the file read than them."""
-    from safetensors import SafetensorError, safe_open
-
-    path = base.directory / base.file_of[name]
-    try:
-        with safe_open(path, framework="pt") as file:
-            part = file.get_slice(name)
-            return torch.cat([part[rows] for rows in blocks])
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: tensor {name!r} cannot be read ({error})") from None
 
 
 def _sample(rows: int) -> list[slice]:

@@ -12,7 +12,11 @@ import torch
 from extend.errors import RecipeError
 
 Item, Read, Result = TypeVar("Item"), TypeVar("Read"), TypeVar("Result")
-_AHEAD = {"cpu": 1, "cuda": 4}  # items a device: the CPU computes for longer than it reads
+_AHEAD = {"cpu": 1, "cuda": 2}  # items a worker: the CPU computes for longer than it reads
+_ON_A_GPU = 2  # workers: one prepares the next matrix while the GPU works for the other
+_HOST_THREADS = 2  # of a worker of a GPU, for eigenvalues of small matrices
+_SCRATCH_BYTES = 2**31  # of all workers of a CPU together
+_ELEMENT_BYTES = 20  # of a matrix: both models' in 16 bits, twice, in fp32, and what it becomes
 _MOST_READERS = 16
 
 
@@ -20,8 +24,7 @@ def pick_devices(device: str) -> list[str]:
     """The devices that `device` asks for: `auto` for every CUDA device that torch sees.
 
     Args:
-        device: auto, cpu, cuda, or a list such as `cuda:0,cuda:1`. One named twice gets two
-            threads.
+        device: auto, cpu, cuda, or a list such as `cuda:0,cuda:1`.
 
     Raises:
         RecipeError: another name, or CUDA where torch sees no such device.
@@ -41,6 +44,29 @@ def pick_devices(device: str) -> list[str]:
     return names
 
 
+def spread(devices: list[str], elements: int) -> tuple[list[str], int]:
+    """The devices, each as often as it is best worked on by a thread of its own, and the threads.
+
+    Small matrices gain little from several threads at one of them, so a CPU gets a worker for each
+    of torch's threads, as far as memory stays bounded, and the workers share all threads. How many
+    threads work on one matrix decides the last bits of what comes out, so that follows from the
+    matrices and the CPU, not from how many workers are asked for.
+
+    Args:
+        devices: of one kind. One that is named several times stays as it is.
+        elements: of the largest matrix.
+
+    Returns:
+        The devices, and how many of torch's threads each worker gets on the CPU.
+    """
+    threads = torch.get_num_threads()
+    fitting = max(1, min(threads, _SCRATCH_BYTES // (_ELEMENT_BYTES * max(1, elements))))
+    on_gpu = torch.device(devices[0]).type == "cuda"
+    if len(set(devices)) == len(devices):
+        devices = devices * (_ON_A_GPU if on_gpu else fitting)
+    return devices, min(_HOST_THREADS, threads) if on_gpu else threads // fitting
+
+
 class Workers:
     """Threads that work on devices, and threads that read for them. A context manager.
 
@@ -48,12 +74,13 @@ class Workers:
 
     Args:
         devices: torch names.
+        threads: that each may compute with on the CPU; see `spread`.
 
     Attributes:
         pinned: whether what is read goes on to a GPU, and should lie in pinned memory.
     """
 
-    def __init__(self, devices: list[str]):
+    def __init__(self, devices: list[str], threads: int):
         kind = torch.device(devices[0]).type
         self.pinned = kind == "cuda"
         self._devices: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -61,11 +88,12 @@ class Workers:
             self._devices.put(device)
         self._window = (1 + _AHEAD[kind]) * len(devices)
         self._threads = torch.get_num_threads()
-        share = max(1, self._threads // len(devices))
+        if kind == "cuda":
+            _load_linear_algebra(devices)
         self._readers = ThreadPoolExecutor(
             min(self._window, _MOST_READERS, 2 * (os.cpu_count() or 1)), "read")
         # A new thread would take all cores for itself, whatever the calling thread was told.
-        self._workers = ThreadPoolExecutor(len(devices), "work", torch.set_num_threads, (share,))
+        self._workers = ThreadPoolExecutor(len(devices), "work", torch.set_num_threads, (threads,))
 
     def run(self, items: Iterable[Item], read: Callable[[Item], Read],
             work: Callable[[Item, Read, str], Result]) -> Iterator[Result]:
@@ -102,3 +130,9 @@ class Workers:
         self._workers.shutdown(cancel_futures=True)
         self._readers.shutdown(cancel_futures=True)
         torch.set_num_threads(self._threads)
+
+
+def _load_linear_algebra(devices: list[str]) -> None:
+    """Let torch load its solvers for GPUs once: two threads that do so together fail."""
+    for device in dict.fromkeys(devices):
+        torch.linalg.inv(torch.ones(1, 1, device=device))

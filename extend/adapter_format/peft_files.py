@@ -22,9 +22,10 @@ from extend.adapter_format.peft_keys import (
 )
 from extend.adapter_format.sidecar import SIDECAR_WEIGHTS, Sidecar, expert_infos, read_sidecar
 from extend.checkpoint import (
+    StoredTensor,
     TensorInfo,
     dtype_name,
-    read_header,
+    read_layout,
     torch_dtype,
     write_safetensors,
 )
@@ -56,19 +57,17 @@ class TensorFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self.infos = read_header(path)
-        self._handle: Any = None
+        self.infos, self._begins = read_layout(path)
+
+    def stored(self, name: str) -> StoredTensor:
+        """One tensor, to be read in blocks of rows."""
+        if name not in self.infos:
+            raise CheckpointError(f"{self.path}: holds no tensor {name!r}")
+        return StoredTensor(self.path, self.infos[name], self._begins[name])
 
     def read(self, name: str) -> "torch.Tensor":
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            if self._handle is None:
-                self._handle = safe_open(self.path, framework="pt")
-            return self._handle.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.path}: tensor {name!r} cannot be read "
-                                  f"({error})") from None
+        """The whole tensor, in its dtype."""
+        return self.stored(name).read()
 
 
 class Adapter:
@@ -156,11 +155,15 @@ class Adapter:
         return (self._side_weights.read(f"{name}.lora_A").float(),
                 self._side_weights.read(f"{name}.lora_B").float())
 
-    def read_side_delta(self, name: str) -> "torch.Tensor":
-        """The fp32 delta of a parameter that the sidecar holds."""
+    def stored_side_delta(self, name: str) -> StoredTensor:
+        """The fp32 delta of a parameter that the sidecar holds, on disk."""
         if self._side_weights is None:
             raise CheckpointError(f"{self.directory}: has no sidecar, so no delta of {name!r}")
-        return self._side_weights.read(name)
+        return self._side_weights.stored(name)
+
+    def read_side_delta(self, name: str) -> "torch.Tensor":
+        """The fp32 delta of a parameter that the sidecar holds."""
+        return self.stored_side_delta(name).read()
 
 
 def find_weights(directory: Path) -> Path:

@@ -10,6 +10,7 @@ from extend.checkpoint.read import (
     TensorInfo,
     dtype_name,
     read_header,
+    read_layout,
     torch_dtype,
 )
 from extend.checkpoint.side_files import copy_side_files
@@ -17,4 +18,4 @@ from extend.checkpoint.write import MAX_SHARD_BYTES, write_checkpoint, write_saf
 
 __all__ = ["DTYPE_BYTES", "FLOAT_DTYPES", "INDEX_NAME", "MAX_SHARD_BYTES", "SINGLE_NAME",
            "Checkpoint", "StoredTensor", "TensorInfo", "copy_side_files", "dtype_name",
-           "read_header", "torch_dtype", "write_checkpoint", "write_safetensors"]
+           "read_header", "read_layout", "torch_dtype", "write_checkpoint", "write_safetensors"]

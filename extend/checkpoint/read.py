@@ -1,7 +1,8 @@
 """Lazy safetensors in.
 
 Every header is checked against the file's size, so a truncated shard is found before any work.
-Tensors are mapped into memory whole, or read in blocks of rows into memory of their own.
+Tensors are read whole, in blocks of rows, or at single places, into memory of their own; files are
+not mapped, because what was read of a map counts as memory of the process as long as it is open.
 """
 
 import contextlib
@@ -10,6 +11,8 @@ import logging
 import math
 import os
 import struct
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING, NamedTuple
@@ -52,7 +55,8 @@ def torch_dtype(name: str) -> "torch.dtype":
 
     return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
             "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
-            "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+            "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "U16": torch.uint16,
+            "U32": torch.uint32, "U64": torch.uint64,
             "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}[name]
 
 
@@ -71,11 +75,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     Raises:
         CheckpointError: missing, truncated or damaged file.
     """
-    return _read_header(path)[0]
+    return read_layout(path)[0]
 
 
-def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, int]]:
-    """The tensors of a file, and the byte at which each begins."""
+def read_layout(path: Path) -> tuple[dict[str, TensorInfo], dict[str, int]]:
+    """The tensors of a file, and the byte at which each begins; see `read_header`."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -131,7 +135,8 @@ def _check_header(header: object, path: Path,
 class StoredTensor:
     """A tensor that stays on disk: each block of rows is read when it is asked for.
 
-    Not mapped into memory, so that what was read does not count as memory of the process.
+    Not mapped into memory, so that what was read does not count as memory of the process. Several
+    threads may read at once.
 
     Attributes:
         info: its name, dtype and shape.
@@ -140,6 +145,7 @@ class StoredTensor:
     def __init__(self, path: Path, info: TensorInfo, begin: int):
         self.info, self._path, self._begin = info, path, begin
         self._file: int | None = None
+        self._opening = threading.Lock()
 
     def __getitem__(self, rows: slice | EllipsisType) -> "torch.Tensor":
         """See `read`."""
@@ -167,17 +173,36 @@ class StoredTensor:
         self._fill(memoryview(data.numpy()), self._begin + start * row_bytes)
         return data.view(torch_dtype(self.info.dtype)).view(shape)
 
+    def take(self, index: "torch.Tensor") -> "torch.Tensor":
+        """The elements at flat positions [m]; only the pages that hold them are read.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        import torch
+
+        size = DTYPE_BYTES[self.info.dtype]
+        data = torch.empty(len(index) * size, dtype=torch.uint8)
+        view, places = memoryview(data.numpy()), (self._begin + index * size).tolist()
+        with self._reading() as file:
+            for place in places:  # so that a disk fetches them side by side
+                _read_ahead(file, place, size)
+            for number, place in enumerate(places):
+                _fill(file, view[number * size:(number + 1) * size], place)
+        return data.view(torch_dtype(self.info.dtype))
+
     def _fill(self, data: memoryview, offset: int) -> None:
+        with self._reading() as file:
+            _read_ahead(file, offset + len(data), len(data))
+            _fill(file, data, offset)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[int]:
         try:
-            if self._file is None:
-                self._file = os.open(self._path, os.O_RDONLY)
-            _read_ahead(self._file, offset + len(data), len(data))
-            filled = 0
-            while filled < len(data):
-                count = os.preadv(self._file, [data[filled:]], offset + filled)
-                if not count:
-                    raise OSError(None, "the file ends too early")
-                filled += count
+            with self._opening:
+                if self._file is None:
+                    self._file = os.open(self._path, os.O_RDONLY)
+            yield self._file
         except OSError as error:
             raise CheckpointError(f"{self._path}: tensor {self.info.name!r} cannot be read "
                                   f"({error.strerror})") from None
@@ -185,6 +210,15 @@ class StoredTensor:
     def __del__(self) -> None:
         if self._file is not None:
             os.close(self._file)
+
+
+def _fill(file: int, data: memoryview, offset: int) -> None:
+    filled = 0
+    while filled < len(data):
+        count = os.preadv(file, [data[filled:]], offset + filled)
+        if not count:
+            raise OSError(None, "the file ends too early")
+        filled += count
 
 
 def _read_ahead(file: int, offset: int, num_bytes: int) -> None:
@@ -207,7 +241,6 @@ class Checkpoint:
     def __init__(self, directory: Path | str):
         self.directory = Path(directory)
         self._files = self._locate()
-        self._open: dict[str, object] = {}
         self.infos: dict[str, TensorInfo] = {}
         self._file_of: dict[str, str] = {}
         self._begins: dict[str, int] = {}
@@ -233,7 +266,7 @@ class Checkpoint:
 
     def _add_shard(self, file: str) -> list[str]:
         try:
-            header, begins = _read_header(self.directory / file)
+            header, begins = read_layout(self.directory / file)
         except CheckpointError as error:
             return [str(error)]
         twice = [f"{self.directory}: tensor {name!r} is in both {self._file_of[name]} and {file}"
@@ -299,13 +332,4 @@ class Checkpoint:
 
     def read(self, name: str) -> "torch.Tensor":
         """Read one tensor onto the CPU."""
-        from safetensors import SafetensorError, safe_open
-
-        file = self._locate_tensor(name)
-        try:
-            if file not in self._open:
-                self._open[file] = safe_open(self.directory / file, framework="pt")
-            return self._open[file].get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.directory / file}: tensor {name!r} cannot be read "
-                                  f"({error})") from None
+        return self.stored(name).read()

@@ -1,7 +1,8 @@
 """Sharded safetensors out: the header first (all sizes are known), then the bodies one by one.
 
 Bodies come whole or in blocks of rows, so memory is bounded by the largest of these. They are
-hashed as they are written, each in a thread of its own, while the next block is made.
+hashed as they are written, each in a thread of its own, while the next block is made. The disk is
+told to begin at once: left alone it would begin at the end, when everything waits for it.
 """
 
 import hashlib
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 MAX_SHARD_BYTES = 5_000_000_000
 _PENDING_BYTES = 2**26  # handed over but not yet written; what is larger is waited for
+_SPAN_BYTES = 2**25  # after so much the disk is told to begin
 
 
 class _Sink:
@@ -33,13 +35,18 @@ class _Sink:
 
     Memory that was handed over must not change any more. The file has a temporary name until the
     block ends without an error.
+
+    Args:
+        sync: wait until the disk has it, and record its hash; see `keep_finished`.
     """
 
     def __init__(self, path: Path, sync: bool):
         self._sync = sync
         self._path, self._partial = path, path.with_name(f".{path.name}.partial")
         self._hash = hashlib.sha256()
-        self._lanes = [ThreadPoolExecutor(1), ThreadPoolExecutor(1)]
+        self._steps = [self._write, self._hash.update] if sync else [self._write]
+        self._lanes = [ThreadPoolExecutor(1) for _ in self._steps]
+        self._begun = self._written = 0
         self._pending: deque[tuple[int, list[Future]]] = deque()
         self._pending_bytes = 0
 
@@ -49,11 +56,16 @@ class _Sink:
 
     def put(self, data: bytes | memoryview) -> None:
         """Append data; returns while up to `_PENDING_BYTES` are still on their way."""
-        steps = (self._file.write, self._hash.update)
         self._pending.append((len(data), [
-            lane.submit(step, data) for lane, step in zip(self._lanes, steps, strict=True)]))
+            lane.submit(step, data) for lane, step in zip(self._lanes, self._steps, strict=True)]))
         self._pending_bytes += len(data)
         self._wait(_PENDING_BYTES)
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self._written += self._file.write(data)
+        if self._sync and self._written - self._begun >= _SPAN_BYTES:
+            _begin_writing(self._file.fileno(), self._begun, self._written - self._begun)
+            self._begun = self._written
 
     def _wait(self, limit: int) -> None:
         while self._pending and self._pending_bytes > limit:
@@ -78,7 +90,18 @@ class _Sink:
         if self._sync:
             os.fsync(self._file.fileno())
         self._partial.replace(self._path)
-        keep_finished(self._path, self._hash.hexdigest())
+        if self._sync:
+            keep_finished(self._path, self._hash.hexdigest())
+
+
+def _begin_writing(file: int, offset: int, num_bytes: int) -> None:
+    """Let the system send to the disk what was written, where it takes such advice.
+
+    Linux answers the advice that pages are not needed by writing those that are changed, and does
+    not wait for it.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, offset, num_bytes, os.POSIX_FADV_DONTNEED)
 
 
 def write_safetensors(path: Path, infos: Sequence[TensorInfo], read: "ReadTensor",

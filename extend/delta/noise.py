@@ -30,7 +30,7 @@ import torch
 
 from extend.checkpoint import torch_dtype
 
-_BLOCK = 2**24  # elements that are looked at together
+_BLOCK = {"cpu": 2**20, "cuda": 2**24}  # elements that are looked at together
 _FP32_EXPONENT = 0x7F800000
 _GROUPS = 32  # of rows or columns, by size; each of the largest is one of its own
 _SINGLE = 16
@@ -122,7 +122,7 @@ def _square_ulps(base: torch.Tensor, tuned: torch.Tensor,
     stored = torch.finfo(torch.float32 if dtype == "F64" else torch_dtype(dtype))
     columns = torch.zeros(base.shape[1], dtype=torch.float64, device=base.device)
     rows = []
-    step = max(1, _BLOCK // base.shape[1])
+    step = max(1, _BLOCK[base.device.type] // base.shape[1])
     for old, new in zip(base.split(step), tuned.split(step), strict=True):
         squares = _square_power(old, stored.tiny).add_(_square_power(new, stored.tiny))
         rows.append(squares.sum(1).double())

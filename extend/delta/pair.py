@@ -134,16 +134,45 @@ def delta_blocks(pair: ModelPair, name: str) -> Iterator[tuple[torch.Tensor, flo
     Raises:
         CheckpointError: an infinite or NaN value.
     """
-    shape = pair.infos[name].shape
-    step = max(1, _BLOCK_BYTES // max(1, 4 * math.prod(shape[1:])))
     base, tuned = pair.base.stored(name), pair.tuned.stored(name)
-    for start in range(0, shape[0], step) if shape else (0,):
-        rows = slice(start, start + step)
+    for rows in _rows_of(pair.infos[name].shape):
         old, delta = _to_fp32(base.read(rows), "cpu"), _to_fp32(tuned.read(rows), "cpu")
         delta.sub_(old)
         norms = frobenius(delta), frobenius(old)
         _require_finite(pair, name, *norms)
         yield delta, *norms
+
+
+def is_unchanged(pair: ModelPair, name: str) -> bool:
+    """Whether a parameter is the same in both models bit for bit; reads up to a difference.
+
+    Raises:
+        CheckpointError: an infinite or NaN value in what is the same.
+    """
+    base, tuned = pair.base.stored(name), pair.tuned.stored(name)
+    for rows in _rows_of(pair.infos[name].shape):
+        old, new = base.read(rows), tuned.read(rows)
+        if not _same_bits(old, new):
+            return False
+        if old.numel():
+            _require_finite(pair, name, *(float(x) for x in torch.aminmax(old)))
+    return True
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.dtype != other.dtype:
+        return False
+    one, other = (x.reshape(-1).view(torch.uint8) for x in (one, other))
+    whole = len(one) // 8 * 8  # torch compares wide integers five times faster than bytes
+    return (torch.equal(one[:whole].view(torch.int64), other[:whole].view(torch.int64))
+            and torch.equal(one[whole:], other[whole:]))
+
+
+def _rows_of(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Blocks of rows that fp32 scratch is bounded by; one for a number."""
+    step = max(1, _BLOCK_BYTES // max(1, 4 * math.prod(shape[1:])))
+    for start in range(0, shape[0], step) if shape else (0,):
+        yield slice(start, start + step)
 
 
 def _to_fp32(x: torch.Tensor, device: str) -> torch.Tensor:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from extend.checkpoint import Checkpoint, TensorInfo, read_header, write_safetensors
 from extend.delta.lineage import Lineage, collect, match
 from extend.delta.moments import Moments, require_finite, sampled_moments
+from extend.delta.parallel import side_by_side
 from extend.errors import CheckpointError
 
 SAMPLE_NAME = "extend_lineage.safetensors"
@@ -63,9 +64,11 @@ def take_sample(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> Samp
         infos: the model's `parameter_infos`.
     """
     count = min(_VALUES, max(_LEAST, _TOTAL // max(1, len(infos))))
-    values = {name: checkpoint.read(name).reshape(-1)[positions(name, info.shape, count)]
-              for name, info in sorted(infos.items())}
-    return Sample({name: infos[name] for name in values}, values, str(checkpoint.directory))
+    names = sorted(infos)
+    values = side_by_side(lambda name: checkpoint.stored(name).take(
+        positions(name, infos[name].shape, count)), names)
+    return Sample({name: infos[name] for name in names}, dict(zip(names, values, strict=True)),
+                  str(checkpoint.directory))
 
 
 def write_sample(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo], directory: Path) -> Path:
@@ -127,15 +130,16 @@ def compare_with_sample(sample: Sample, target: Checkpoint,
         CheckpointError: a sampled value of the target is infinite or NaN.
         CompatibilityError: as `extend.delta.lineage.match`.
     """
-    def estimate(name: str, shape: tuple[int, ...]) -> Moments:
+    def estimate(name: str) -> Moments:
+        shape = shared[name]
         base, elements = sample.values[name], math.prod(shape)
         index = positions(name, sample.infos[name].shape, len(base))
         inside = index < elements
-        there = target.read(name).reshape(-1)[index[inside]]
+        there = target.stored(name).take(index[inside])
         moments = sampled_moments(base[inside], there, elements)
         require_finite(moments, name, str(target.directory))
         return moments
 
     shared = match(sample.infos, infos, sample.label, str(target.directory))
-    return collect(shared, sample.infos, infos,
-                   {name: estimate(name, shape) for name, shape in shared.items()}, sampled=True)
+    moments = dict(zip(shared, side_by_side(estimate, shared), strict=True))
+    return collect(shared, sample.infos, infos, moments, sampled=True)

@@ -188,12 +188,12 @@ class AdapterDelta:
         return self._side_reports[name].shape
 
     def read(self, name: str, device: str = "cpu") -> RowsDelta:
-        """See `DeltaSource`; factors are held, or else the whole delta of the sidecar is mapped."""
+        """See `DeltaSource`; factors are held, a delta of the sidecar is read in blocks."""
         adapter = self.adapter
         module = adapter.modules.get(name.removesuffix(".weight"))
         if module is not None:
             lora_a, lora_b = (x.to(device) for x in adapter.read_factors(module.name))
-            return lambda rows: (lora_b[rows] @ lora_a).mul_(module.scaling)
+            return lambda rows: _scaled(lora_b[rows] @ lora_a, module.scaling)
         if name in adapter.embeddings:
             scaling = adapter.embeddings[name].scaling
             lora_a, lora_b = (x.to(device) for x in adapter.read_embedding_factors(name))
@@ -203,8 +203,11 @@ class AdapterDelta:
             return self._read_absolute(name, device)
         if adapter.sidecar is not None and name in adapter.sidecar.experts:
             return self._read_experts(name, device)
-        whole = adapter.read_bias(name) if name in adapter.biases else adapter.read_side_delta(name)
-        return lambda rows: whole[rows].to(device, torch.float32, copy=True)
+        if name in adapter.biases:
+            bias = adapter.read_bias(name)
+            return lambda rows: bias[rows].to(device, copy=True)
+        delta = adapter.stored_side_delta(name)
+        return lambda rows: delta[rows].to(device, torch.float32)
 
     def _check_tied_factors(self, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
         """Factors of a tied head must make the embedding's delta, lora_a^T lora_b^T, again."""
@@ -287,3 +290,7 @@ class ModelDelta:
         base, tuned = self.pair.base.stored(name), self.pair.tuned.stored(name)
         return lambda rows: tuned[rows].to(device, torch.float32, copy=True).sub_(
             base[rows].to(device, torch.float32))
+
+
+def _scaled(product: torch.Tensor, scaling: float) -> torch.Tensor:
+    return product if scaling == 1 else product.mul_(scaling)

@@ -4,7 +4,8 @@ Exact through the Gram matrix for matrices that are not much larger than the ran
 block Krylov space: D times a seeded random block, then D D^T times the block before, each made
 orthonormal to all that came before. A block is half as wide as the rank, so that the space reaches
 a high power of D D^T for few products, and it grows until another block would add next to nothing
-to what the leading ranks hold. Neither calls a full SVD: with U the eigenvectors of D D^T, the
+to what the leading ranks hold. Whether it would is asked less often the larger it is, because each
+answer takes its eigenvalues. Neither calls a full SVD: with U the eigenvectors of D D^T, the
 rows of U^T D are the singular values times the right singular vectors, and B A = U U^T D is a
 projection, so errors in small singular values do no harm.
 
@@ -26,9 +27,11 @@ _FIRST_GUESS = 64  # rank that is looked for first where the rank is to be found
 _SMALLEST_BLOCK = 8
 _FEWEST_BLOCKS = 4
 _SMALL_GAIN = 0.006  # of the squared residual by one block, twice in a row: the space is complete
+_STEPS = 8  # a space of more blocks grows by that share of itself before it is looked at again
 _EXACT_BELOW = 3  # ranks; a Krylov space for them costs as much as the whole Gram matrix
-_HOST_EIGH = 512  # rows; the CPU decomposes matrices up to this size faster than a GPU does
+_HOST_EIGH = 512  # rows; a CPU decomposes matrices up to this size faster than a GPU does
 _COLUMN_BLOCK = 4096
+_NORM_BLOCK = 2**18  # elements
 _INDEPENDENT = 1e-3  # share of a column that must be its own, so that rounding is small beside it
 _FRESH = 0.05  # size of a random direction beside one that is kept
 _FP32_SHARE = 1e-2  # of ||delta||_F^2 outside the rank, above which an fp32 Gram matrix is enough
@@ -165,13 +168,15 @@ class _Krylov:
         """Grow until the space holds the leading `rank` values; False when it grew too large."""
         held, small = -math.inf, 0
         while small < 2 or self._basis.shape[1] < _FEWEST_BLOCKS * self._block:
-            if 3 * (self._basis.shape[1] + self._block) > 2 * self._wide.shape[0]:
+            blocks = max(1, self._basis.shape[1] // (_STEPS * self._block))
+            if 3 * (self._basis.shape[1] + blocks * self._block) > 2 * self._wide.shape[0]:
                 return False
-            self._extend()
+            for _ in range(blocks):
+                self._extend()
             if self._basis.shape[1] >= rank:
                 before, held = held, self._held(rank)
                 gained = held - before > _SMALL_GAIN * max(total - held, _ENERGY_FLOOR * total)
-                small = 0 if gained else small + 1
+                small = 0 if gained else small + blocks
         # fp32 squares hide values below 1e-3 of the largest, which count where little is left.
         gram = self._gram if total - held > _FP32_SHARE * total else _gram(self._images.T)
         energies, self._vectors = _eigh(gram)
@@ -181,7 +186,7 @@ class _Krylov:
     def _held(self, rank: int) -> float:
         if len(self._gram) == rank:
             return float(self._gram.diagonal().double().sum())
-        energies = torch.linalg.eigvalsh(self._gram.cpu())
+        energies = torch.linalg.eigvalsh(_on_faster_side(self._gram))
         return float(energies[-rank:].double().clamp_min(0).sum())
 
     def _extend(self) -> None:
@@ -241,11 +246,14 @@ def _gram(wide: torch.Tensor) -> torch.Tensor:
 
 
 def _eigh(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvalues, falling, and their vectors as columns; small ones are found on the CPU."""
-    if len(gram) <= _HOST_EIGH:
-        gram = gram.cpu()
-    values, vectors = torch.linalg.eigh(gram)
+    """Eigenvalues, falling, and their vectors as columns."""
+    values, vectors = torch.linalg.eigh(_on_faster_side(gram))
     return values.flip(0), vectors.flip(1)
+
+
+def _on_faster_side(gram: torch.Tensor) -> torch.Tensor:
+    """On the CPU where that is small."""
+    return gram.cpu() if len(gram) <= _HOST_EIGH else gram
 
 
 def _rank_reaching(values: torch.Tensor, wanted: float) -> int | None:
@@ -255,7 +263,13 @@ def _rank_reaching(values: torch.Tensor, wanted: float) -> int | None:
 
 def frobenius_squared(x: torch.Tensor) -> float:
     """||x||_F^2 with squares summed in fp64, so that the result does not depend on the size."""
-    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
+    if x.is_cuda or x.numel() <= _NORM_BLOCK:
+        return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
+    # A CPU makes the fp64 copy: small ones stay in its caches, and in memory that it holds already.
+    x = x if x.is_contiguous() or x.dim() != 2 else x.T
+    blocks = x.split(max(1, _NORM_BLOCK // max(1, x[0].numel())))
+    return math.fsum(float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2
+                     for block in blocks)
 
 
 def _split(left: torch.Tensor, rows: torch.Tensor, total: float, flipped: bool) -> Factors:

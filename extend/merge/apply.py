@@ -5,6 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from extend.rope.engines import differing_engines
 log = logging.getLogger(__name__)
 
 _MOST_SHARDS_AT_ONCE = 4
+_MOST_BLOCKS_AT_ONCE = 16
 
 
 def merge(adapter: Paths, target: Path | str, out: Path | str, *, weight: Weights = 1.0,
@@ -124,21 +126,26 @@ def _mark(request: Request, device: str) -> str:
 
 
 def _write_weights(partial: Path, plan: Plan, device: str) -> None:
-    total = Total(plan, {info.name: info for info in plan.written}, device)
     file_of = plan.files.file_of
     shards = len({file_of[info.name] for info in plan.written})
-    threads = max(1, min(shards, _MOST_SHARDS_AT_ONCE, (os.cpu_count() or 1) // 2))
-    with _shared_cores(threads):
-        write_checkpoint(partial, plan.written, total.read, file_of=file_of, threads=threads)
+    writers = max(1, min(shards, _MOST_SHARDS_AT_ONCE, (os.cpu_count() or 1) // 2))
+    with _pool(plan, writers) as (pool, threads):
+        total = Total(plan, {info.name: info for info in plan.written}, pool, device,
+                      ahead=-(-threads // writers))
+        write_checkpoint(partial, plan.written, total.read, file_of=file_of, threads=writers)
 
 
 @contextlib.contextmanager
-def _shared_cores(threads: int) -> Iterator[None]:
-    """Leave each of several threads its share of the threads that torch computes with."""
+def _pool(plan: Plan, writers: int) -> Iterator[tuple[Executor, int]]:
+    """Threads that work on blocks of rows, and how many; those on whole matrices are as the writers
+    and share torch's threads, because a decomposition gains by several.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, before // threads))
+    count = min(before, _MOST_BLOCKS_AT_ONCE) if plan.method.by_rows else min(before, writers)
+    share = 1 if plan.method.by_rows else before // count
     try:
-        yield
+        with ThreadPoolExecutor(count, "merge", torch.set_num_threads, (share,)) as pool:
+            yield pool, count
     finally:
         torch.set_num_threads(before)
 

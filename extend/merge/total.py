@@ -1,7 +1,10 @@
 """target + deltas, one tensor at a time, block of rows by block of rows."""
 
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +18,8 @@ from extend.merge.mergekit import Mergekit
 from extend.merge.methods import Method
 from extend.merge.prepare import Plan, Term
 
-_BLOCK_BYTES = 2**24  # fp32 scratch per block of rows; small enough to stay in a CPU's caches
+_BLOCK_BYTES = 2**22  # of fp32 per block of rows: in a CPU's caches, and memory that is not
+# handed back to the system after each block, which costs more than the sum
 
 
 @dataclass(frozen=True)
@@ -25,12 +29,16 @@ class Total:
     Deltas are summed in fp32 (fp64 for a target in fp64) and the result is rounded once.
 
     Attributes:
+        pool: does all the work, one block in each of its threads.
         device: where the sum is taken, cpu or cuda.
+        ahead: blocks of a tensor that are begun before the first is asked for.
     """
 
     plan: Plan
     written: dict[str, TensorInfo]
+    pool: Executor
     device: str = "cpu"
+    ahead: int = 1
 
     def read(self, name: str) -> Iterator[torch.Tensor]:
         """The merged tensor in its announced dtype, block of rows by block of rows.
@@ -38,17 +46,33 @@ class Total:
         Raises:
             CheckpointError: an infinite or NaN value.
         """
+        steps = self.pool.submit(self._steps, name).result()
+        running: deque[Future[torch.Tensor]] = deque()
+        try:
+            for step in steps:
+                running.append(self.pool.submit(step))
+                if len(running) > self.ahead:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            for future in running:
+                future.cancel()
+
+    def _steps(self, name: str) -> Sequence[Callable[[], torch.Tensor]]:
+        """What makes the blocks of a tensor, in order."""
         source = self.plan.head if name == HEAD_NAME and self.plan.head else name
         target, dtype = self.plan.files.stored(source), torch_dtype(self.written[name].dtype)
         if isinstance(self.plan.method, Mergekit):
-            yield self._checked(name, self._whole(source, target).to(dtype))
-            return
+            return [lambda: self._checked(name, self._whole(source, target).to(dtype))]
         delta = self._delta(source, target)
-        for rows in self._blocks(source, target.info):
+
+        def merge(rows: Rows) -> torch.Tensor:
             block = target[rows]
-            merged = block.to(dtype) if delta is None else _add(
-                block.to(self.device), delta(rows, block), dtype)
-            yield self._checked(name, merged)
+            return self._checked(name, block.to(dtype) if delta is None else _add(
+                block.to(self.device), delta(rows, block), dtype))
+
+        return [functools.partial(merge, rows) for rows in self._blocks(source, target.info)]
 
     def _checked(self, name: str, merged: torch.Tensor) -> torch.Tensor:
         if not _is_finite(merged):
@@ -143,7 +167,7 @@ def _add(target: torch.Tensor, delta: torch.Tensor, dtype: torch.dtype) -> torch
 
     x + 0 would turn -0.0 into 0.0.
     """
-    untouched = delta == 0 if delta.numel() and float(delta.abs().amin()) == 0 else None
+    untouched = delta == 0 if int(torch.count_nonzero(delta)) < delta.numel() else None
     wide = torch.promote_types(target.dtype, torch.float32)
     # Operands of one dtype: torch adds those ten times faster than mixed ones.
     merged = delta.to(wide).add_(target.to(wide)).to(dtype)

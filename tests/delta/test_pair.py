@@ -13,6 +13,7 @@ from extend.delta.pair import (
     in_layer_order,
     is_experts,
     is_linear,
+    is_unchanged,
     open_pair,
     read_delta,
     residual_norm,
@@ -213,6 +214,40 @@ def test_blocks_make_up_the_delta(qwen2, name, monkeypatch):
     torch.testing.assert_close(torch.cat(blocks), delta, rtol=0, atol=0)
     assert sum(x * x for x in norms) == pytest.approx(frobenius(delta) ** 2, rel=1e-12)
     assert sum(x * x for x in base_norms) == pytest.approx(base_norm ** 2, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
+@pytest.mark.parametrize("place, value, same", [
+    (None, 0.0, True), (-1, 2.0, False), (0, 2.0, False), (-1, -0.0, False)])
+def test_unchanged_is_bit_for_bit(copies, name, place, value, same, monkeypatch):
+    monkeypatch.setattr("extend.delta.pair._BLOCK_BYTES", 4 * 64 * 7)
+    whole = load_file(copies.base / "model.safetensors")[name]
+    whole.view(-1)[[0, -1]] = 0.0
+    other = whole.clone()
+    if place is not None:
+        other.view(-1)[place] = value
+    change_weights(copies.base, lambda tensors: {**tensors, name: whole})
+    change_weights(copies.tuned, lambda tensors: {**tensors, name: other})
+    assert is_unchanged(open_pair(copies.base, copies.tuned), name) is same
+
+
+def test_unchanged_at_another_dtype_is_not_the_same_bits(copies):
+    name = "model.norm.weight"
+    whole = torch.ones_like(load_file(copies.base / "model.safetensors")[name])
+    change_weights(copies.base, lambda tensors: {**tensors, name: whole})
+    change_weights(copies.tuned, lambda tensors: {**tensors, name: whole.bfloat16()})
+    assert not is_unchanged(open_pair(copies.base, copies.tuned), name)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_unchanged_must_be_finite(copies, value):
+    name = "model.norm.weight"
+    whole = load_file(copies.base / "model.safetensors")[name]
+    whole[3] = value
+    for directory in (copies.base, copies.tuned):
+        change_weights(directory, lambda tensors: {**tensors, name: whole})
+    with pytest.raises(CheckpointError, match=f"{name} of .* infinite or NaN"):
+        is_unchanged(open_pair(copies.base, copies.tuned), name)
 
 
 @pytest.mark.parametrize("left", [1.0, 0.3, 0.11, 0.09, 1e-3, 1e-5])

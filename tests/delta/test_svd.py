@@ -8,6 +8,7 @@ from extend.delta.svd import (
     factorize_to_edge,
     factorize_to_energy,
     factorize_to_rank,
+    frobenius_squared,
     tensor_generator,
 )
 
@@ -208,3 +209,12 @@ def test_exact_reaches_the_optimum(shape, monkeypatch):
                                                      rel=1e-6)
     # fp32 products behind an fp64 decomposition
     torch.testing.assert_close(factors.values, best[:16].float(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(7,), (64, 37), (37, 64), (3, 5, 7), (1, 900), (0, 4), ()])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_norm_by_blocks(shape, transposed, monkeypatch):
+    monkeypatch.setattr(svd, "_NORM_BLOCK", 100)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x = x.T if transposed and x.dim() == 2 else x
+    assert frobenius_squared(x) == pytest.approx(float(x.double().square().sum()), rel=1e-14)
