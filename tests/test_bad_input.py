@@ -397,7 +397,8 @@ def test_a_disk_that_is_full(inputs, tmp_path):
     told = [message.removeprefix(f"extend: {disk}/") for _, message, _ in results]
     assert told[0] == ("out: cannot be written (no space left on the device; free space or choose "
                        "another --out)\n")
+    # Space is asked for before the weights; a small file written earlier may find the disk full.
     for text in told[1:]:
-        assert " are free; free space or choose another --out\n" in text
+        assert (" are free; free space or choose another --out\n" in text or text == told[0]), text
     assert [(code, left) for code, _, left in results] == [
         (1, []), (1, []), (1, ["out.state"]), (1, [])]
