@@ -31,6 +31,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, not installed
 
+from merge_safety import visible
 from transfer_lab.plan import LEVELS, ROOT, Level
 
 
@@ -100,12 +101,6 @@ def spread(arguments: list[str], args: argparse.Namespace, stage: str, count: in
         print(f"{stage}: processes ended with exit codes {codes}; their messages are above",
               file=sys.stderr)
     return not any(codes)
-
-
-def visible(gpu: int) -> str:
-    """The name of the gpu-th of the GPUs that this process sees."""
-    names = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return names.split(",")[gpu] if names else str(gpu)
 
 
 def run_stage(arguments: list[str], args: argparse.Namespace, stage: str) -> bool:

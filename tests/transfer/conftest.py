@@ -7,18 +7,14 @@ from transformers import LlamaForCausalLM
 from extend.tokenizer import load_tokenizer
 from extend.transfer.lesson import build_lesson
 from extend.transfer.rows import retrieval_rows
+from tests.adapter_format.fixtures import one_thread
 from tests.train.tiny import save_examples, save_model
 
 PROMPTS = [list(range(2, 2 + n)) for n in (5, 9, 7, 12, 6, 8)]
 MAX_NEW = 8
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+__all__ = ["one_thread"]  # a fixture
 
 
 @pytest.fixture(scope="session")
