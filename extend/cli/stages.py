@@ -107,7 +107,10 @@ def extract(base, tuned, rank, energy, adapter_bytes, exact, no_embeddings, fold
     \b
     extend extract --base ./llama --tuned ./llama-128k --rank 32 --out ./adapter
     """
-    from extend.adapter import extract as stage
+    from extend.checkpoint import reading_ahead
+
+    with reading_ahead(base, tuned):
+        from extend.adapter import extract as stage
 
     path = stage(base, tuned, out, rank=rank, energy=energy, adapter_bytes=adapter_bytes,
                  exact=exact, embeddings=not no_embeddings, fold_norms=fold_norms,
@@ -158,8 +161,11 @@ def merge(adapter, target, weight, option, layer_weights, no_sidecar, device, dr
     extend merge --base ./llama --adapter ./adapter --target ./my-finetune \\
         --method mergekit:ties -o density=0.5 -o target.density=1 --out ./my-finetune-128k
     """
-    from extend.merge import merge as stage
-    from extend.merge import preview
+    from extend.checkpoint import reading_ahead
+
+    with reading_ahead(*([] if dry_run else [target, options["base"], options["tuned"]])):
+        from extend.merge import merge as stage
+        from extend.merge import preview
 
     options |= {"weight": list(weight) or 1.0, "sidecar": not no_sidecar,
                 "options": parse_pairs(option),
