@@ -3,12 +3,18 @@
 transformers' own `sdpa` is as good while queries and keys are equally many and each query sees all
 before it. With a cache or a sliding window it builds a mask of queries x keys and repeats the KV
 heads. Here the ring's planner and kernels compute the same: the new tokens are the last positions
-of the keys, and what they see is cut into tiles.
+of the keys, and what they see is cut into tiles. One new token of each row sees all keys that are
+its own, so it needs no planner.
 """
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AttentionInterface
 
 from extend.errors import CompatibilityError
@@ -24,6 +30,22 @@ ATTENTION_NAME = "extend_prefill"
 
 # Keywords with which a model asks its attention for something that is not computed here.
 _REFUSED = ("softcap", "s_aux", "position_bias", "cu_seq_lens_q")
+
+_SEEN: ContextVar[Tensor | None] = ContextVar("seen", default=None)
+
+
+@contextlib.contextmanager
+def decoding(seen: Tensor) -> Iterator[None]:
+    """Within it models read one new token of each row, on caches that are aligned at their ends.
+
+    Args:
+        seen: tokens of each row so far, the new one included [b].
+    """
+    token = _SEEN.set(seen)
+    try:
+        yield
+    finally:
+        _SEEN.reset(token)
 
 
 def register_prefill_attention() -> str:
@@ -55,6 +77,8 @@ def prefill_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tens
     new, total = query.shape[2], key.shape[2]
     _refuse_arguments(module, attention_mask, kwargs)
     _refuse_layer(module, sliding_window, total)
+    if (seen := _SEEN.get()) is not None and new == 1:
+        return _decode(query, key, value, seen, sliding_window, scaling), None
     mask = make_mask(True, sliding_window, None, total)
     kernel = choose_kernel("auto", query, key, mask=mask)
     tiles = fit_tiles(plan_tiles((Run(total - new, 1, new),), (Run(0, 1, total),), mask),
@@ -65,6 +89,17 @@ def prefill_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tens
     attended.add(tiles, key, value)
     out, _ = attended.result()
     return out.transpose(1, 2).contiguous(), None
+
+
+def _decode(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, window: int | None,
+            scaling: float | None) -> Tensor:
+    """Attention of one token of each row to the last keys of the row's own: [b, 1, h, d]."""
+    total, own = key.shape[2], seen if window is None else seen.clamp(max=window)
+    places = torch.arange(total, device=key.device)
+    visible = (places >= total - own[:, None])[:, None, None]
+    out = functional.scaled_dot_product_attention(query, key, value, visible, scale=scaling,
+                                                  enable_gqa=key.shape[1] != query.shape[1])
+    return out.transpose(1, 2)
 
 
 def _refuse_arguments(module: nn.Module, attention_mask: Tensor | None,
