@@ -103,14 +103,15 @@ def test_passkey_is_scored_as_in_process(real, tokenizer, answered, local, owned
 
 
 def test_rows_are_those_of_the_measure(real, tokenizer, local):
-    backend = connect(real, tokenizer)
+    backend = connect(real, tokenizer, prompt="text")
     task, cell = TASKS["passkey"](), Cell("x", "passkey", 400, 0.5, 2)
     rows = [MEASURES["exact"](b, Frame.of(tokenizer), task, [cell], 3)[0] for b in (local, backend)]
     assert rows[1]["answer_loss"] is None
     same = [{k: v for k, v in row.items() if k not in ("answer_loss", "trials")} for row in rows]
     assert same[0] == same[1]
-    assert [t["needle_position"] for t in rows[1]["trials"]] == [
-        t["needle_position"] for t in rows[0]["trials"]]
+    for mine, theirs in zip(rows[0]["trials"], rows[1]["trials"], strict=True):
+        assert theirs["needle_position"] == mine["needle_position"]
+        assert theirs["server_tokens"] == theirs["prompt_tokens"] < 400
 
 
 @pytest.mark.parametrize(("owned_by", "prompt"), [("vllm", "ids"), ("llamacpp", "ids"),
@@ -160,7 +161,10 @@ def test_what_cannot_be_answered_is_refused_by_name(real, tokenizer):
         backend.check([("grid", "stream", 1024)])
     with pytest.raises(CompatibilityError, match="far: 2049 tokens .* with a context of 2048"):
         backend.check([("far", "exact", 2049)])
-    connect(real, tokenizer, scoring="echo").check([("wiki", "loss", None)])
+    echoing = connect(real, tokenizer, scoring="echo")
+    echoing.check([("wiki", "loss", 2047), ("needle", "generated", 2048)])
+    with pytest.raises(CompatibilityError, match="wiki: 2049 tokens"):
+        echoing.check([("wiki", "loss", 2048)])
 
 
 def test_a_prompt_beyond_the_context_is_never_sent(server, tokenizer):
@@ -290,6 +294,14 @@ def test_the_model_is_named_where_there_are_several(server, tokenizer):
     backend = connect(server, tokenizer, model="other")
     backend.score(passkeys(tokenizer, trials=1))
     assert server.bodies[0]["model"] == "other"
+    models = server.models()
+    models["data"][1] |= {"parent": "tiny", "max_model_len": None, "root": "/adapters/a"}
+    models["data"][0]["aliases"] = ["small"]
+    server.models = lambda: models
+    adapter = connect(server, tokenizer, model="other").served
+    assert (adapter.max_len, adapter.source) == (4096, "/adapters/a")
+    assert connect(server, tokenizer, model="small").served.model == "small"
+    del server.models
     server.names = ()
     assert connect(server, tokenizer, model="x").identity["model"] == "x"
 

@@ -128,11 +128,14 @@ def _choose_model(listing: Any, name: str | None, where: str) -> Mapping[str, An
     if name is None and len(known) != 1:
         raise RecipeError(f"{where} serves {len(known)} models ({', '.join(known) or 'none'}); "
                           "name one")
-    if name is None:
-        return next(iter(known.values()))
-    if known and name not in known:
+    name = name or next(iter(known))
+    entry = next((e for e in known.values() if name in (e["id"], *(e.get("aliases") or ()))), None)
+    if known and entry is None:
         raise CompatibilityError(f"{where} serves no model {name!r} but {', '.join(known)}")
-    return known.get(name, {"id": name})
+    # An adapter is listed beside its base model and says less.
+    base = known.get((entry or {}).get("parent"), {})
+    return {**base, **{key: value for key, value in (entry or {}).items() if value is not None},
+            "id": name}
 
 
 def _version(client: JsonClient, dialect: Dialect) -> str | None:
@@ -141,7 +144,7 @@ def _version(client: JsonClient, dialect: Dialect) -> str | None:
     path, key = dialect.version
     try:
         found = client.get(path)
-    except Rejected:
+    except ServerError:  # not all versions have it, and some keep it for administrators
         return None
     return str(found[key]) if isinstance(found, Mapping) and key in found else None
 
@@ -164,7 +167,7 @@ class _Probe:
             shown = self.client.post("/tokenize", {
                 "model": self.model, "prompt": _PROBE, "add_special_tokens": False,
                 "content": _PROBE, "add_special": False})
-        except Rejected:
+        except ServerError:  # whatever is wrong, the requests that follow tell
             shown = None
         if isinstance(shown, Mapping) and isinstance(shown.get("tokens"), list):
             self._same(shown["tokens"] == own, len(own), len(shown["tokens"]))

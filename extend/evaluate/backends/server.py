@@ -93,7 +93,8 @@ class ServerBackend:
                 raise CompatibilityError(f"{name}: {measure!r} is not measured through a server "
                                          f"with scoring {self.options.scoring!r}; {hint}")
             if length is not None:
-                self._check_length(length, name)
+                echoes = self.options.scoring == "echo" and measure != "generated"
+                self._check_length(length + echoes, name)
 
     def score(self, prompts: Sequence[Prompt]) -> list[AnswerScore]:
         """Score known answers.
@@ -156,7 +157,7 @@ class ServerBackend:
         return read_completion(self._post(ids, budget, {}), budget)
 
     def _echo(self, ids: Sequence[int]) -> Echo:
-        # One more token than wanted: not every server takes a budget of 0.
+        # A token more than wanted, also in the context: not every server takes a budget of 0.
         fields = {"echo": True, "logprobs": 1, **(self.served.dialect.echo or {})}
         return echoed(self._post(ids, 1, fields), len(ids))
 
