@@ -222,4 +222,4 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(422, {"error": f"bad request of {self.headers['Authorization']}"})
 
     def _moved(self, body: dict) -> None:
-        self._send(307, {}, Location="http://127.0.0.1:9/v1/completions")
+        self._send(302, {}, Location="http://127.0.0.1:9/v1/completions")

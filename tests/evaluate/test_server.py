@@ -167,6 +167,11 @@ def test_what_cannot_be_answered_is_refused_by_name(real, tokenizer):
         echoing.check([("wiki", "loss", 2048)])
 
 
+def test_a_server_has_no_second_model(server, tokenizer):
+    with pytest.raises(CompatibilityError, match="base: a server is asked for one model"):
+        connect(server, tokenizer).reference("base")
+
+
 def test_a_prompt_beyond_the_context_is_never_sent(server, tokenizer):
     server.max_len = 300
     backend = connect(server, tokenizer)
@@ -212,7 +217,7 @@ def test_a_hanging_server_is_not_asked_twice(server, tokenizer):
     ("cut", ServerError, "cut after 7 of 8 tokens"),
     ("context", CompatibilityError, "context is shorter than a prompt of 400 tokens with 8 .*"
                                     "maximum context length is 64"),
-    ("moved", ServerError, "status 307")])
+    ("moved", ServerError, "status 302")])
 def test_wrong_answers_are_errors_at_once(server, tokenizer, fault, error, told):
     backend = connect(server, tokenizer)
     prompt = replace(passkeys(tokenizer, trials=1)[0], answer_len=0, max_new_tokens=8)

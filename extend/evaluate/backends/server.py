@@ -6,6 +6,7 @@ built; `usage.prompt_tokens` of every answer must say as many. Imports no torch.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from extend.errors import CompatibilityError, ServerError
@@ -112,6 +113,15 @@ class ServerBackend:
     def generate(self, prompts: Sequence[Prompt]) -> list[Generation]:
         """Let the model go on from each prompt; errors as for `score`."""
         return self._ask_all(self._generate, prompts)
+
+    def reference(self, path: Path | str) -> "ServerBackend":
+        """Refused: another model is another evaluation.
+
+        Raises:
+            CompatibilityError: always.
+        """
+        raise CompatibilityError(f"{path}: a server is asked for one model; evaluate this one in a "
+                                 "run of its own, or both in process")
 
     def token_losses(self, rows: Sequence[Sequence[int]]) -> "list[np.ndarray]":
         """Of each row the loss of every token but the first, fp32 [len - 1], in nats.
