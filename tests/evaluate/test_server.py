@@ -11,9 +11,12 @@ import torch
 from extend.errors import CompatibilityError, RecipeError, ServerError
 from extend.evaluate.backends.local import LocalBackend
 from extend.evaluate.backends.server import ServerBackend, ServerOptions
+from extend.evaluate.cells import Job, score_with
 from extend.evaluate.frame import Frame
 from extend.evaluate.load import load_model
 from extend.evaluate.measures import MEASURES
+from extend.evaluate.plan import order_units, plan_tasks
+from extend.evaluate.rows import RowStore
 from extend.evaluate.tasks import TASKS, Cell
 from extend.evaluate.tasks.task import Prompt
 from extend.tokenizer import load_tokenizer
@@ -127,6 +130,24 @@ def test_generation_is_that_of_the_model_in_process(real, tokenizer, local, owne
             assert other.ids == one.ids
         assert other.details == ({} if prompt == "ids" else {
             "prompt_tokens": len(p.ids), "server_tokens": len(p.ids)})
+
+
+def test_an_evaluation_goes_on_where_its_server_failed(server, tokenizer, model_dir, tmp_path,
+                                                       monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    backend = connect(server, tokenizer, retries=0)
+    planned = plan_tasks(["passkey"], lengths=[400], depths=2, trials=1)
+    store = RowStore.open(tmp_path / "rows", {"server": backend.identity})
+    job = Job(model=str(model_dir), adapter=None, device="cpu", dtype="float32", chunk=1, seed=0,
+              rows=store.directory)
+    server.faults = ["", "broken"]
+    with pytest.raises(ServerError, match="Finished cells are kept"):
+        score_with(backend, job, order_units(planned))
+    done = RowStore.open(tmp_path / "rows", {"server": backend.identity}).read()
+    assert len(done) == 1 and len(server.bodies) == 2
+    score_with(backend, job, order_units(planned, done))
+    assert len(store.read()) == 3 and len(server.bodies) == 4
+    assert KEY not in "".join(p.read_text() for p in store.directory.iterdir())
 
 
 def test_an_answer_that_ends_itself_is_finished(server, tokenizer):

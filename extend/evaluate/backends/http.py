@@ -108,7 +108,7 @@ class JsonClient:
                           "kept: the same command goes on from there")
 
     def _once(self, where: str, body: bytes | None) -> Any:
-        headers = {"Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json", "User-Agent": "extend-context"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         request = urllib.request.Request(where, data=body, headers=headers)

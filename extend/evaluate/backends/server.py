@@ -233,9 +233,11 @@ class ServerBackend:
         """Answers in the order of the prompts, several asked at once; after a failure no more."""
         with ThreadPoolExecutor(self.options.concurrency) as pool:
             asked = [pool.submit(ask, prompt) for prompt in prompts]
-            done, waiting = wait(asked, return_when=FIRST_EXCEPTION)
-            for future in waiting:
-                future.cancel()
+            try:
+                done, _ = wait(asked, return_when=FIRST_EXCEPTION)
+            finally:
+                for future in asked:
+                    future.cancel()
             for future in done:
                 future.result()
         return [future.result() for future in asked]
