@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from extend.adapter_format.sidecar import (
     parameter_infos,
 )
 from extend.checkpoint import FLOAT_DTYPES, Checkpoint, TensorInfo
-from extend.delta.noise import Noise, rounding_noise
+from extend.delta.noise import Noise, UlpSums
 from extend.delta.svd import frobenius_squared
 from extend.errors import CheckpointError, CompatibilityError
 from extend.model_config import ModelConfig, read_config
@@ -24,6 +25,8 @@ from extend.model_config import ModelConfig, read_config
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _EXPERTS = re.compile(r"\.experts\b")
 _ROUTER_SUFFIXES = (".gate.weight", ".router.weight")
+_CACHED_ELEMENTS = 2**17  # of a block that a CPU works on while it is in its caches
+_THREAD = threading.local()
 _BLOCK_BYTES = 2**26  # of fp32, where a parameter is taken in blocks of rows
 _LEAST_LEFT = 0.03  # of ||delta||_F^2, of which fp32 products leave an error of about 1e-8
 
@@ -104,16 +107,31 @@ def read_stored(pair: ModelPair, name: str, expert: int | None = None, *,
 def subtract(pair: ModelPair, name: str, stored: Stored, device: str = "cpu") -> Difference:
     """The difference of a 2-D parameter, or of one expert's matrix, on a device.
 
+    On a CPU block by block, so that all but the delta stays in its caches, and the delta lies in
+    memory that the thread's next call uses again: fresh pages take longer than what is put there.
+
     Raises:
         CheckpointError: an infinite or NaN value.
     """
-    base, tuned = (_to_fp32(x, device) for x in stored)
-    noise = rounding_noise(base, tuned, pair.tuned.infos[name].dtype)
-    base_norm = frobenius(base)
-    delta = tuned.sub_(base)
-    delta_norm = frobenius(delta)
+    base, tuned = stored
+    step = len(base) if device != "cpu" else max(1, _CACHED_ELEMENTS // base.shape[1])
+    delta = torch.empty(base.shape, device=device) if device != "cpu" else _own_memory(base.shape)
+    sums, norms = UlpSums(base.shape[1], pair.tuned.infos[name].dtype, device), []
+    for out, old, new in zip(*(x.split(step) for x in (delta, base, tuned)), strict=True):
+        old, new = _to_fp32(old, device), _to_fp32(new, device)
+        sums.add(old, new)
+        norms.append((frobenius(torch.sub(new, old, out=out)), frobenius(old)))
+    delta_norm, base_norm = (math.hypot(*column) for column in zip(*norms, strict=True))
     _require_finite(pair, name, base_norm, delta_norm)
-    return Difference(delta, delta_norm, base_norm, noise)
+    return Difference(delta, delta_norm, base_norm, sums.noise())
+
+
+def _own_memory(shape: Sequence[int]) -> torch.Tensor:
+    """An fp32 tensor in memory that belongs to the calling thread, and is used again by it."""
+    size = math.prod(shape)
+    if len(getattr(_THREAD, "memory", ())) < size:
+        _THREAD.memory = torch.empty(size)
+    return _THREAD.memory[:size].view(shape)
 
 
 def read_delta(pair: ModelPair, name: str, device: str = "cpu") -> tuple[torch.Tensor, float]:

@@ -5,9 +5,10 @@ block Krylov space: D times a seeded random block, then D D^T times the block be
 orthonormal to all that came before. A block is half as wide as the rank, so that the space reaches
 a high power of D D^T for few products, and it grows until another block would add next to nothing
 to what the leading ranks hold: the gains of the last two are carried on as a geometric series.
-Whether it would is asked less often the larger it is, because each answer takes its eigenvalues. Neither calls a full SVD: with U the eigenvectors of D D^T, the
-rows of U^T D are the singular values times the right singular vectors, and B A = U U^T D is a
-projection, so errors in small singular values do no harm.
+Whether it would is asked less often the larger it is, because each answer takes its eigenvalues.
+Neither calls a full SVD: with U the eigenvectors of D D^T, the rows of U^T D are the singular
+values times the right singular vectors, and B A = U U^T D is a projection, so errors in small
+singular values do no harm.
 
 Source: Halko, Martinsson, Tropp, "Finding structure with randomness" (2011), section 4.5 and
 algorithm 5.1; Musco and Musco, "Randomized block Krylov methods for stronger and faster approximate
@@ -29,6 +30,7 @@ _FEWEST_BLOCKS = 4
 _MOST_MISSED = 0.002  # of the squared residual, by ending here: 0.1 % of the residual
 _STEPS = 8  # a space of more blocks grows by that share of itself before it is looked at again
 _EXACT_BELOW = 3  # ranks; a Krylov space for them costs as much as the whole Gram matrix
+_EXACT_ROWS = 128  # up to which the Gram matrix costs next to nothing
 _HOST_EIGH = 512  # rows; a CPU decomposes matrices up to this size faster than a GPU does
 _COLUMN_BLOCK = 4096
 _NORM_BLOCK = 2**18  # elements
@@ -131,7 +133,7 @@ def _grow(delta: torch.Tensor, sizes: tuple[int, int],
     wide, flipped = _wide(delta)
     total, (size, last) = frobenius_squared(wide), sizes
     space = None
-    while not exact and wide.shape[0] > _EXACT_BELOW * size:
+    while not exact and wide.shape[0] > max(_EXACT_ROWS, _EXACT_BELOW * size):
         space = space or _Krylov(wide, max(_SMALLEST_BLOCK, -(-size // 2)), generator)
         if not space.complete(size, total):
             break
