@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 from extend.errors import DataError
 from extend.evaluate.tasks.ruler.tokens import WholeText
@@ -123,6 +122,9 @@ def cut_parts(texts: Iterable[str]) -> list[str]:
     return [*parts, begun] if begun else parts
 
 
-def join_texts(texts: Sequence[str], between: str) -> Iterator[str]:
-    """The texts, each but the last with what stands between them."""
-    return chain((text + between for text in texts[:-1]), texts[-1:])
+def join_lines(lines: Sequence[Sequence[str]], between: str) -> Iterator[str]:
+    """The parts of all lines, the last of each but the last with what stands between lines."""
+    for line in lines[:-1]:
+        yield from line[:-1]
+        yield line[-1] + between
+    yield from lines[-1]

@@ -16,7 +16,7 @@ from extend.evaluate.tasks.ruler.fit import (
     Room,
     cut_parts,
     draw_fitting,
-    join_texts,
+    join_lines,
     largest_size,
     search_size,
 )
@@ -24,17 +24,17 @@ from extend.evaluate.tasks.ruler.task import Ruler
 from extend.evaluate.tasks.ruler.words import DRAWS
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-NEEDLE = "One of the special magic {kinds} for {key} is: {value}."
+Needle = tuple[str, ...]  # a sentence, in parts that come again and again but for key and value
 _DEPTHS = [round(100 * i / 39) for i in range(40)]
 _SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*$")
 
 _ONE = ("A special magic {kind} is hidden within the following text. Make sure to memorize it. I "
         "will quiz you about the {kind} afterwards.\n",
-        "\nWhat is the special magic {kind} for {query} mentioned in the provided text?",
+        "What is the special magic {kind} for {query} mentioned in the provided text?",
         " The special magic {kind} for {query} mentioned in the provided text is")
 _SEVERAL = ("Some special magic {kind} are hidden within the following text. Make sure to memorize "
             "it. I will quiz you about the {kind} afterwards.\n",
-            "\nWhat are all the special magic {kind} for {query} mentioned in the provided text?",
+            "What are all the special magic {kind} for {query} mentioned in the provided text?",
             " The special magic {kind} for {query} mentioned in the provided text are")
 
 
@@ -75,20 +75,23 @@ class Niah(Ruler):
         asked = rng.sample(range(self.num_keys), self.num_queries)
         return self._ask(context, [keys[i] for i in asked], [v for i in asked for v in values[i]])
 
-    def _needle(self, key: str, value: str) -> str:
-        return NEEDLE.format(kinds=self.value_kind, key=key, value=value)
+    def _needle(self, key: str, value: str) -> Needle:
+        return self._begin, f" {key}", " is:", f" {value}."
 
-    def _hide(self, rng: Random, size: int, needles: Sequence[str]) -> list[str]:
-        """The haystack with the needles, as texts in a row."""
-        if self.haystack == "noise":
-            lines = [NOISE] * size
-        else:
+    @property
+    def _begin(self) -> str:
+        return f"One of the special magic {self.value_kind} for"
+
+    def _hide(self, rng: Random, size: int, needles: Sequence[Needle]) -> list[str]:
+        """The haystack with the needles, as parts."""
+        lines: list[tuple[str, ...]] = [(NOISE,)] * size
+        if self.haystack == "needle":
             key, value = DRAWS[self.key_kind], DRAWS[self.value_kind]
             lines = [self._needle(key(rng), value(rng)) for _ in range(size)]
         places = sorted(rng.sample(range(size), len(needles)), reverse=True)
         for place, needle in zip(places, needles, strict=True):
             lines.insert(place, needle)
-        return list(join_texts(lines, "\n"))
+        return list(join_lines(lines, "\n"))
 
     def _ask(self, context: list[str], queries: list[str], references: list[str]) -> Draft:
         single = self.num_queries * self.num_values == 1
@@ -96,8 +99,9 @@ class Niah(Ruler):
         query = queries[0] if len(queries) == 1 else (
             ", ".join(queries[:-1]) + ", and " + queries[-1])
         names = {"kind": self.value_kind[:-1] if single else self.value_kind, "query": query}
-        parts = cut_parts([intro.format(**names), *context, question.format(**names)])
-        return Draft(parts, prefix.format(**names), references)
+        end = cut_parts([context[-1] + "\n", question.format(**names)])
+        return Draft([intro.format(**names), *context[:-1], *end], prefix.format(**names),
+                     references)
 
 
 @dataclass(kw_only=True)
@@ -145,16 +149,15 @@ class _InEssays(Niah):
     def inputs(self) -> dict[str, str]:
         return {"essays": self.essays}
 
-    def _hide(self, rng: Random, size: int, needles: Sequence[str]) -> list[str]:
+    def _hide(self, rng: Random, size: int, needles: Sequence[Needle]) -> list[str]:
         sentences = self._first_sentences(size)
         depths = rng.sample(_DEPTHS, len(needles))
         places = [0, *sorted(int(len(sentences) * (depth / 100)) for depth in depths)]
-        texts: list[str] = []
+        lines: list[tuple[str, ...]] = []
         for begin, end, needle in zip(places, places[1:], needles):
-            # An empty text leaves two spaces in a row, as in the published scripts.
-            texts += [*(sentences[begin:end] or [""]), needle]
-        texts += sentences[places[-1]:] or [""]
-        return list(join_texts(texts, " "))
+            lines += [*_one_by_one(sentences[begin:end]), needle]
+        lines += _one_by_one(sentences[places[-1]:])
+        return cut_parts(join_lines(lines, " "))
 
     def _first_sentences(self, num_words: int) -> list[str]:
         """Sentences of so many words, the last one cut."""
@@ -167,6 +170,11 @@ class _InEssays(Niah):
             if num_words <= 0:
                 return taken
         return taken
+
+
+def _one_by_one(sentences: Sequence[str]) -> list[tuple[str]]:
+    """A line each. No sentence is an empty line: two spaces, as in the published scripts."""
+    return [(sentence,) for sentence in sentences] or [("",)]
 
 
 def _read_essays(path: str) -> str:

@@ -64,6 +64,7 @@ class PiecedText(WholeText):
         self._pieces, self._anchor = pieces, anchor
         self._anchor_ids = encode(tokenizer, anchor) if anchor else []
         self._ids: dict[str, list[int]] = {}
+        self._lengths: dict[str, int] = {}
         self._known: dict[str, int] = {}
         self._sound = True
 
@@ -81,12 +82,22 @@ class PiecedText(WholeText):
     def count_all(self, counts: Mapping[str, int]) -> int:
         if len(self._known) > _MAX_KNOWN:
             self._known.clear()
-        new = {part: self._pieces.findall(part) for part in counts if part not in self._known}
-        self._learn(chain.from_iterable(new.values()))
-        for part, pieces in new.items():
-            self._known[part] = sum(len(self._ids[piece]) for piece in pieces)
+        new = [part for part in counts if part not in self._known]
+        missing = self._count_new(new)
+        self._learn(chain.from_iterable(map(self._pieces.findall, missing)))
+        self._count_new(missing)
         total = sum(map(mul, map(self._known.__getitem__, counts), counts.values()))
         return total + self._lead(next(iter(counts), ""))
+
+    def _count_new(self, parts: Iterable[str]) -> list[str]:
+        """Remember the tokens of new parts; return those with a piece that is new itself."""
+        missing, findall, length = [], self._pieces.findall, self._lengths.__getitem__
+        for part in parts:
+            try:
+                self._known[part] = sum(map(length, findall(part)))
+            except KeyError:
+                missing.append(part)
+        return missing
 
     def agrees(self, parts: Sequence[str], ids: Sequence[int]) -> bool:
         """Whether both ends of a text have the ids that tokenising them whole gives."""
@@ -105,7 +116,7 @@ class PiecedText(WholeText):
         return len(encode(self.tokenizer, piece)) - len(self._ids[piece])
 
     def _learn(self, pieces: Iterable[str]) -> None:
-        new = sorted({piece for piece in pieces if piece not in self._ids})
+        new = sorted(set(pieces).difference(self._ids))
         if not new:
             return
         coded = self.tokenizer([self._anchor + piece for piece in new], add_special_tokens=False,
@@ -114,6 +125,7 @@ class PiecedText(WholeText):
         for piece, ids in zip(new, coded, strict=True):
             self._sound &= list(ids[:skip]) == self._anchor_ids
             self._ids[piece] = list(ids[skip:])
+            self._lengths[piece] = len(self._ids[piece])
 
 
 def _first(parts: Sequence[str]) -> Sequence[str]:

@@ -11,7 +11,6 @@ from extend.evaluate.tasks.ruler.fit import (
     Room,
     cut_parts,
     draw_fitting,
-    join_texts,
     largest_size,
     search_size,
 )
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 _INTRO = ("Memorize and track the chain(s) of variable assignment hidden in the following text."
           "\n\n")
-_QUESTION = "\nQuestion: Find all variables that are assigned the value {value} in the text above."
+_QUESTION = "Question: Find all variables that are assigned the value {value} in the text above."
 _PREFIX = (" Answer: According to the chain(s) of variable assignment in the text above, 5 "
            "variables are assigned the value {value}, they are: ")
 _NUM_NAMES = 5  # a first one, and four hops
@@ -85,7 +84,7 @@ def _draw(rng: Random, size: int, letters: int, value: str) -> Draft:
     lines = [NOISE] * size
     for i, place in enumerate(sorted(rng.sample(range(size), len(chain)))):
         lines.insert(place + i, chain[i])
-    parts = [_INTRO, *join_texts(lines, "\n"), _QUESTION.format(value=value)]
+    parts = [_INTRO, *(f"{line}\n" for line in lines), _QUESTION.format(value=value)]
     return Draft(cut_parts(parts), _PREFIX.format(value=value), names)
 
 
