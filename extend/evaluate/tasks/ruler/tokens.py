@@ -13,8 +13,6 @@ from itertools import accumulate, chain
 from operator import mul
 from typing import Any
 
-from extend.haystack import encode
-
 _MAX_KNOWN = 500_000  # parts whose number of tokens is remembered
 _CHECKED_CHARS = 100_000  # at either end of a text
 
@@ -26,6 +24,11 @@ _PIECES = [re.compile(r"\s*[^\w\s]?[^\W\d_]+|\s*\d" + digits +
            for digits in ("", "{1,3}", "+")]
 # Stands before a piece where a tokenizer would put a space of its own before a text.
 _ANCHORS = ("", "\n")
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Ids of `text` alone, however long it is."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 class WholeText:

@@ -3,6 +3,7 @@
 import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from random import Random
 from typing import TYPE_CHECKING, ClassVar
 
@@ -80,7 +81,7 @@ def _draw(rng: Random, size: int, letters: int, value: str) -> Draft:
     """So many lines of noise, with a chain of assignments in it."""
     names = _draw_names(rng, letters)
     chain = [f"VAR {names[0]} = {value}"]
-    chain += [f"VAR {name} = VAR {before} " for before, name in zip(names, names[1:])]
+    chain += [f"VAR {name} = VAR {before} " for before, name in pairwise(names)]
     lines = [NOISE] * size
     for i, place in enumerate(sorted(rng.sample(range(size), len(chain)))):
         lines.insert(place + i, chain[i])
