@@ -48,7 +48,8 @@ def small(kind: str) -> PreTrainedTokenizerFast:
     if kind == "spaces":
         tokenizer.normalizer = normalizers.Sequence(
             [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"▁?[A-Za-z]+|▁?[0-9]|▁?[^▁\w\n]|\n|▁"), "isolated")
+        words = Regex(r"▁?[A-Za-z]+|▁?[0-9]|▁?[^▁\w\n]|\n|▁")
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(words, "isolated")
         alphabet = [chr(i) for i in range(33, 127)] + ["\n", "▁", "é"]
     else:
         cut = pre_tokenizers.Split(Regex(_THREES if kind == "threes" else r"[^.]+\.?"), "isolated")

@@ -151,8 +151,8 @@ def test_a_chat_prompt_holds_the_text_in_its_template():
     [prompt] = build("ruler-niah_single_1", 3000, 1, 42, frame)
     text = tokenizer.decode(prompt.ids)
     assert text.startswith("<user>\nA special magic number is hidden")
-    assert re.search(r"provided text\?</s>\n<assistant>\n?The special magic number for \S+ mentioned "
-                     r"in the provided text is$", text)
+    assert re.search(r"provided text\?</s>\n<assistant>\n?The special magic number for \S+ "
+                     r"mentioned in the provided text is$", text)
     assert prompt.length <= 3000
 
 
