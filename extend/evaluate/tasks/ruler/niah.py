@@ -25,6 +25,7 @@ from extend.evaluate.tasks.ruler.words import DRAWS
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 Needle = tuple[str, ...]  # a sentence, in parts that come again and again but for key and value
+_BEGIN = {kind: f"One of the special magic {kind} for" for kind in ("numbers", "uuids")}
 _DEPTHS = [round(100 * i / 39) for i in range(40)]
 _SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*$")
 
@@ -76,11 +77,8 @@ class Niah(Ruler):
         return self._ask(context, [keys[i] for i in asked], [v for i in asked for v in values[i]])
 
     def _needle(self, key: str, value: str) -> Needle:
-        return self._begin, f" {key}", " is:", f" {value}."
-
-    @property
-    def _begin(self) -> str:
-        return f"One of the special magic {self.value_kind} for"
+        first, hyphen, rest = key.partition("-")
+        return _BEGIN[self.value_kind], f" {first}", hyphen + rest, " is:", f" {value}."
 
     def _hide(self, rng: Random, size: int, needles: Sequence[Needle]) -> list[str]:
         """The haystack with the needles, as parts."""

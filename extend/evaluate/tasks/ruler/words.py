@@ -55,7 +55,7 @@ class HyphenatedWords(Sequence[str]):
             raise IndexError(index)
         number = bisect_right(self._starts, index) - 1
         block, inner = self._blocks[number], index - self._starts[number]
-        return block + self._seconds[inner] if isinstance(block, str) else block[inner]
+        return block + self._seconds[inner] if type(block) is str else block[inner]
 
 
 @cache
