@@ -64,12 +64,13 @@ class CommonWords(Ruler):
               seldom: int) -> tuple[list[str], list[str]]:
         """A numbered list, as parts, and the words that it repeats most."""
         drawn = rng.sample(self._choice(seed, num_words, where), num_words)
-        common = drawn[:_NUM_COMMON]
-        words = common * often + drawn[_NUM_COMMON:] * seldom
+        spaced = [f" {word}" for word in drawn]
+        words = spaced[:_NUM_COMMON] * often + spaced[_NUM_COMMON:] * seldom
         Random(seed).shuffle(words)
-        parts = [part for i, word in enumerate(words, start=1) for part in (f" {i}.", f" {word}")]
-        parts[0] = parts[0].lstrip()
-        return parts, common
+        parts = [""] * (2 * len(words))
+        parts[::2] = ["1.", *(f" {i}." for i in range(2, len(words) + 1))]
+        parts[1::2] = words
+        return parts, drawn[:_NUM_COMMON]
 
     def _choice(self, seed: int, num_words: int, where: str) -> Sequence[str]:
         words = single_words(seed)
