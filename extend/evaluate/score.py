@@ -39,3 +39,21 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
         return mean, None
     variance = math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)
     return mean, math.sqrt(variance / len(values))
+
+
+def string_match_all(text: str, references: Sequence[str]) -> float:
+    """Share of the references that the text holds, whatever their case.
+
+    Source: NVIDIA/RULER, scripts/eval/synthetic/constants.py.
+    """
+    text = text.lower()
+    return sum(reference.lower() in text for reference in references) / len(references)
+
+
+def string_match_part(text: str, references: Sequence[str]) -> float:
+    """1 when the text holds one of the references, whatever its case; 0 otherwise.
+
+    Source: NVIDIA/RULER, scripts/eval/synthetic/constants.py.
+    """
+    text = text.lower()
+    return float(any(reference.lower() in text for reference in references))

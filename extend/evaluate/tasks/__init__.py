@@ -1,8 +1,10 @@
 """The evaluation tasks. To add one: a class like those here, a line in TASKS, a test."""
 
+from extend.evaluate.tasks.babi import Babi
 from extend.evaluate.tasks.exact_match import ExactMatch
 from extend.evaluate.tasks.loss import Loss
 from extend.evaluate.tasks.passkey import Passkey, PasskeyText
+from extend.evaluate.tasks.ruler import RULER13
 from extend.evaluate.tasks.task import Cell, Prompt, Task
 
 __all__ = ["GROUPS", "TASKS", "Cell", "Prompt", "Task"]
@@ -11,4 +13,5 @@ __all__ = ["GROUPS", "TASKS", "Cell", "Prompt", "Task"]
 GROUPS: dict[str, tuple[str, ...]] = {}
 
 TASKS: dict[str, type[Task]] = {
-    "passkey": Passkey, "passkey-text": PasskeyText, "exact-match": ExactMatch, "loss": Loss}
+    "passkey": Passkey, "passkey-text": PasskeyText, "exact-match": ExactMatch, "loss": Loss,
+    "babi": Babi, **RULER13}
