@@ -1,8 +1,11 @@
 """The evaluation tasks. To add one: a class like those here, a line in TASKS, a test."""
 
 from extend.evaluate.tasks.exact_match import ExactMatch
+from extend.evaluate.tasks.kv_json import KeyValueJson
 from extend.evaluate.tasks.loss import Loss
-from extend.evaluate.tasks.passkey import Passkey, PasskeyText
+from extend.evaluate.tasks.multi_needle import MultiKey, MultiQuery, MultiValue
+from extend.evaluate.tasks.number_needle import NumberNeedle
+from extend.evaluate.tasks.passkey import Passkey, PasskeyHard, PasskeyText
 from extend.evaluate.tasks.task import Cell, Prompt, Task
 
 __all__ = ["GROUPS", "TASKS", "Cell", "Prompt", "Task"]
@@ -11,4 +14,6 @@ __all__ = ["GROUPS", "TASKS", "Cell", "Prompt", "Task"]
 GROUPS: dict[str, tuple[str, ...]] = {}
 
 TASKS: dict[str, type[Task]] = {
-    "passkey": Passkey, "passkey-text": PasskeyText, "exact-match": ExactMatch, "loss": Loss}
+    "passkey": Passkey, "passkey-text": PasskeyText, "passkey-hard": PasskeyHard,
+    "number-needle": NumberNeedle, "multi-key": MultiKey, "multi-query": MultiQuery,
+    "multi-value": MultiValue, "kv-json": KeyValueJson, "exact-match": ExactMatch, "loss": Loss}
