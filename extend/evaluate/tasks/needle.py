@@ -211,9 +211,22 @@ class NeedleTask:
         placed = [(len(head) + start, coded[i]) for i, start in enumerate(starts)]
         details |= _places(placed, len(head), len(passage.ids))
         prompt = Prompt(ids, len(answer), details | _view(quiz, source), budget)
-        check_leaks(cell, prompt, placed, [split_answer(frame.tokenizer, "is", f" {key}")[1]
-                                           for key in quiz.keys])
+        check_leaks(cell, prompt, placed, [_written(frame, cell, key) for key in quiz.keys])
         return prompt
+
+
+def _written(frame: Frame, cell: Cell, key: str) -> list[int]:
+    """Ids of a key as it reads after a word.
+
+    Raises:
+        DataError: they do not say the key.
+    """
+    ids = split_answer(frame.tokenizer, "is", f" {key}")[1]
+    text = "".join(frame.tokenizer.decode(ids).split())
+    if text != key:
+        raise DataError(f"{cell.name}: this tokenizer cannot write the key {key!r}: it gives "
+                        f"{text!r}")
+    return ids
 
 
 def _places(placed: Sequence[tuple[int, list[int]]], begin: int, size: int) -> dict[str, object]:
