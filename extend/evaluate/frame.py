@@ -114,8 +114,16 @@ class Frame:
             return self.encode(prompt, after_line=after_line), []
         return split_answer(self.tokenizer, prompt, answer, after_line=after_line)
 
-    def read(self, text: str) -> tuple[str, bool]:
-        """What a model answered, without what it thought, and whether thinking was cut off."""
+    def read(self, text: str, ids: Sequence[int] = ()) -> tuple[str, bool]:
+        """What a model answered, without what it thought, and whether thinking was cut off.
+
+        Args:
+            text: what it wrote, without special tokens.
+            ids: the same as ids where they are known: the mark that ends thinking is a special
+                token of some.
+        """
+        if self.thinking and ids and not any(end in text for _, end in _THINKING):
+            text = self.tokenizer.decode(list(ids))
         ends = [end for _, end in _THINKING if end in text]
         if ends:
             return text[max(text.rfind(end) + len(end) for end in ends):].lstrip(), False

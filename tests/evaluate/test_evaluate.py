@@ -51,8 +51,10 @@ def test_every_cell_has_its_row(whole, model_dir):
         ("passkey", 256, 0.0, None, 2, False), ("passkey", 256, 1.0, None, 2, False),
         ("passkey", 768, 0.0, None, 2, True), ("passkey", 768, 1.0, None, 2, True),
         ("passkey", 256, None, "no-needle", 2, False),
+        ("passkey", 256, None, "no-context", 2, False),
         ("passkey-text", 300, 0.0, None, 2, False), ("passkey-text", 300, 1.0, None, 2, False),
         ("passkey-text", 300, None, "no-needle", 2, False),
+        ("passkey-text", 300, None, "no-context", 2, False),
         ("adding", None, None, None, 20, False), ("loss", 128, None, None, 8, False)]
     assert set(results["summary"]["tasks"]) == {"passkey", "passkey-text"}
     assert results["summary"]["tasks"]["passkey"]["lengths"]["768"]["n"] == 4

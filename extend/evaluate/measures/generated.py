@@ -21,7 +21,7 @@ def generated(backend: Backend, frame: Frame, task: Task, cells: Sequence[Cell],
     for cell in cells:
         prompts = task.prompts(frame, cell, seed)
         written = backend.generate(prompts)
-        answers, cut = zip(*(frame.read(g.text) for g in written), strict=True)
+        answers, cut = zip(*(frame.read(g.text, g.ids) for g in written), strict=True)
         grades = [task.grade(text, p) for text, p in zip(answers, prompts, strict=True)]
         rows.append({**describe_prompts(cell, prompts, seed), **_graded(prompts, written, grades)})
         if frame.thinking:
