@@ -51,8 +51,10 @@ def test_every_cell_has_its_row(whole, model_dir):
         ("passkey", 256, 0.0, None, 2, False), ("passkey", 256, 1.0, None, 2, False),
         ("passkey", 768, 0.0, None, 2, True), ("passkey", 768, 1.0, None, 2, True),
         ("passkey", 256, None, "no-needle", 2, False),
+        ("passkey", 256, None, "no-context", 2, False),
         ("passkey-text", 300, 0.0, None, 2, False), ("passkey-text", 300, 1.0, None, 2, False),
         ("passkey-text", 300, None, "no-needle", 2, False),
+        ("passkey-text", 300, None, "no-context", 2, False),
         ("adding", None, None, None, 20, False), ("loss", 128, None, None, 8, False)]
     assert set(results["summary"]["tasks"]) == {"passkey", "passkey-text"}
     assert results["summary"]["tasks"]["passkey"]["lengths"]["768"]["n"] == 4
@@ -98,7 +100,7 @@ def test_interrupted_run_goes_on_and_ends_the_same(whole, model_dir, tasks, tmp_
     monkeypatch.setattr(cells_module, "score_unit", count)
     path = evaluate(model_dir, out, tasks=tasks, **GRID)
     assert path.read_bytes() == whole
-    assert len(calls) == len(set(calls)) == 10 and calls[:3] == done
+    assert len(calls) == len(set(calls)) == 12 and calls[:3] == done
     assert [p.name for p in tmp_path.iterdir()] == ["eval"]
 
 
@@ -129,7 +131,7 @@ def test_manifest_records_inputs(whole, model_dir, tasks, tmp_path):
 def test_progress_is_logged(model_dir, tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="extend"):
         evaluate(model_dir, tmp_path / "e", tasks=["passkey"], lengths=[256], depths=1, trials=2)
-    assert "passkey 256 depth 0.50: 0/2 (1 of 2, " in caplog.text
+    assert "passkey 256 depth 0.50: 0/2 (1 of 3, " in caplog.text
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), [

@@ -26,7 +26,7 @@ def test_grid_of_the_run_and_of_a_task():
     near, far = plan(tasks, lengths=["1k", 512])
     assert [(c.length, c.depth, c.trials) for c in near.cells] == [
         (512, 0.0, 2), (512, 0.5, 2), (512, 1.0, 2), (1024, 0.0, 2), (1024, 0.5, 2), (1024, 1.0, 2),
-        (512, None, 2)]
+        (512, None, 2), (512, None, 2)]
     assert [(c.name, c.length, c.depth, c.trials) for c in far.cells] == [
         ("far", 2048, 0.0, 7), ("far", 2048, 1.0, 7), ("far", 4096, 0.0, 7), ("far", 4096, 1.0, 7)]
     keys = [c.key for entry in (near, far) for c in entry.cells]
@@ -115,5 +115,5 @@ def test_the_base_is_asked_at_its_native_length_alone():
     planned = with_base(plan_tasks(["passkey"], lengths=[2048, 4096], depths=2, trials=3), 1024)
     added = [cell for cell in planned[0].cells if cell.control == "base"]
     assert [(c.length, c.depth, c.trials) for c in added] == [(1024, 0.0, 3), (1024, 1.0, 3)]
-    assert len(planned[0].cells) == 2 * 2 + 1 + 2
-    assert len({cell.key for cell in planned[0].cells}) == 7
+    assert len(planned[0].cells) == 2 * 2 + 2 + 2
+    assert len({cell.key for cell in planned[0].cells}) == 8

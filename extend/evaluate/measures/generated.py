@@ -21,8 +21,11 @@ def generated(backend: Backend, frame: Frame, task: Task, cells: Sequence[Cell],
     for cell in cells:
         prompts = task.prompts(frame, cell, seed)
         written = backend.generate(prompts)
-        grades = [task.grade(g.text, p) for g, p in zip(written, prompts, strict=True)]
+        answers, cut = zip(*(frame.read(g.text, g.ids) for g in written), strict=True)
+        grades = [task.grade(text, p) for text, p in zip(answers, prompts, strict=True)]
         rows.append({**describe_prompts(cell, prompts, seed), **_graded(prompts, written, grades)})
+        if frame.thinking:
+            rows[-1]["thinking_cut"] = round(sum(cut) / len(cut), 6)
     return rows
 
 

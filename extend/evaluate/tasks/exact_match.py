@@ -38,10 +38,10 @@ class ExactMatch:
     def prompts(self, frame: Frame, cell: Cell, seed: int) -> list[Prompt]:
         built = []
         for prompt, answer in self._rows():
-            asked, wanted = frame.ask(prompt, "", answer)
-            if not [*frame.head, *asked]:
+            asked, wanted = frame.ask_alone(prompt, "", answer)
+            if not asked:
                 raise DataError(f"{self.file}: prompt {prompt!r} has no tokens to answer from")
-            built.append(Prompt([*frame.head, *asked, *wanted], len(wanted), {"answer": answer}))
+            built.append(Prompt([*asked, *wanted], len(wanted), {"answer": answer}))
         return built
 
     def _rows(self) -> list[tuple[str, str]]:

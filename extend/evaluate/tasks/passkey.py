@@ -1,89 +1,34 @@
 """Passkey: one number hidden in long text and asked for at its end."""
 
 import random
-import re
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from extend.documents import read_documents
-from extend.errors import DataError
 from extend.evaluate.frame import Frame
-from extend.evaluate.tasks.task import NO_NEEDLE, Cell, Prompt, derive, occurrences
-from extend.haystack import INTRO, Haystack, hide
+from extend.evaluate.tasks.lines import Lines
+from extend.evaluate.tasks.needle import NeedleTask, Numbers, Quiz, Text
+from extend.haystack import INTRO
 
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key.\n"
 QUESTION, PREFILL = "What is the pass key?", " The pass key is"
-_KEY_LOW, _KEY_COUNT = 10_000, 90_000  # five digits, none leading zero: the same width for all
-_MAX_DRAWS = 1000
+_MANY = ("There are many pass keys below, each with a number. Find them and memorize them. I will "
+         "quiz you about one of them.\n")
+_NUMBERED = "Pass key number {number} is {key}.\n"
 
 
 @dataclass(kw_only=True)
-class Passkey:
+class Passkey(NeedleTask):
     """Find a number of five digits in repeated filler sentences.
-
-    Prompt and answer together have exactly the asked length in tokens. The key is drawn from
-    (seed, task, length, depth, trial) alone.
-
-    Args:
-        controls: also ask, at the shortest length, with the fact left out of the prompts: a score
-            above 0 there means that the answer leaks.
 
     Source: Mohtashami & Jaggi 2023, arXiv:2305.16300, section 4.2.
     """
 
-    measure: ClassVar[str] = "exact"
-    on_grid: ClassVar[bool] = True
     name: ClassVar[str] = "passkey"
 
-    controls: bool = True
-
-    def inputs(self) -> dict[str, str]:
-        return {}
-
-    def cells(self, name: str, lengths: Sequence[int], depths: Sequence[float],
-              trials: int) -> list[Cell]:
-        grid = [Cell(name, self.name, length, depth, trials)
-                for length in lengths for depth in depths]
-        if self.controls:
-            grid.append(Cell(name, self.name, min(lengths), None, trials, NO_NEEDLE))
-        return grid
-
-    def prompts(self, frame: Frame, cell: Cell, seed: int) -> list[Prompt]:
-        place = (self.name, cell.length, cell.control or f"{cell.depth:.6f}")
-        forbidden, used = self._taken_keys(), set()
-        built = []
-        for trial in range(cell.trials):
-            key = draw_key(seed, place, trial, forbidden, used)
-            used.add(key)
-            rng = random.Random(derive(seed, *place, trial, "passage"))
-            built.append(self._prompt(frame, cell, key, rng))
-        return built
-
-    def _prompt(self, frame: Frame, cell: Cell, key: str, rng: random.Random) -> Prompt:
-        head = [*frame.head, *frame.encode(INTRO)]
-        needle = [] if cell.control == NO_NEEDLE else frame.encode(NEEDLE.format(key=key))
-        question, answer = frame.ask(QUESTION, PREFILL, f" {key}")
-        fixed = len(head) + len(needle) + len(question) + len(answer)
-        if cell.length <= fixed:
-            raise DataError(f"{cell.name}: a length of {cell.length} leaves no room for a passage; "
-                            f"instruction, fact, question and answer take {fixed} tokens, so ask "
-                            f"for more than that")
-        passage = self._haystack(frame.tokenizer, cell.length).window(cell.length - fixed, rng)
-        text, starts = hide(passage, [needle], [cell.depth]) if needle else (passage.ids, [])
-        ids = head + text + question + answer
-        details = {"answer": f" {key}"}
-        if needle:
-            details |= {"needle_position": len(head) + starts[0],
-                        "actual_depth": starts[0] / len(passage.ids)}
-        check_leaks(cell, ids, needle, answer, details.get("needle_position", 0))
-        return Prompt(ids, len(answer), details)
-
-    def _haystack(self, tokenizer: Any, length: int) -> Haystack:
-        return Haystack.filler(tokenizer, length)
-
-    def _taken_keys(self) -> Collection[str]:
-        return ()
+    def quiz(self, rng: random.Random, numbers: Numbers) -> Quiz:
+        key = numbers.draw(rng)
+        return Quiz(intro=INTRO, facts=[NEEDLE.format(key=key)], keys=[key], question=QUESTION,
+                    prefill=PREFILL, answer=f" {key}")
 
 
 @dataclass(kw_only=True)
@@ -100,62 +45,38 @@ class PasskeyText(Passkey):
 
     haystack: str
     column: str = "text"
-    _texts: list[str] | None = field(default=None, init=False, repr=False)
-    _tokens: Haystack | None = field(default=None, init=False, repr=False)
-    _digits: frozenset[str] | None = field(default=None, init=False, repr=False)
+    _text: Text | None = field(default=None, init=False, repr=False)
 
-    def inputs(self) -> dict[str, str]:
-        return {"haystack": self.haystack}
-
-    def _haystack(self, tokenizer: Any, length: int) -> Haystack:
-        if self._tokens is None:
-            self._tokens = Haystack.from_texts(tokenizer, self._read(), str(self.haystack))
-        return self._tokens
-
-    def _taken_keys(self) -> Collection[str]:
-        """Every string of five digits in the text: as a key it would be there twice."""
-        if self._digits is None:
-            runs = (run for text in self._read() for run in re.findall(r"[0-9]{5,}", text))
-            self._digits = frozenset(run[i:i + 5] for run in runs for i in range(len(run) - 4))
-        return self._digits
-
-    def _read(self) -> list[str]:
-        if self._texts is None:
-            self._texts = list(read_documents(self.haystack, column=self.column))
-        return self._texts
+    def text(self) -> Text:
+        if self._text is None:
+            self._text = Text(path=self.haystack, column=self.column)
+        return self._text
 
 
-def draw_key(seed: int, place: tuple, trial: int, forbidden: Collection[str],
-             used: Collection[str]) -> str:
-    """A key of five digits that is neither in the text nor asked for elsewhere in the cell.
+@dataclass(kw_only=True)
+class PasskeyHard(NeedleTask):
+    """Find one of very many numbered pass keys: everything around the fact looks like it.
 
-    Raises:
-        DataError: the text holds nearly every number of five digits.
+    Numbers have six digits and keys seven, so that neither is guessed nor mistaken for the other;
+    the order of the numbers says nothing. A model that reads the format and picks any key is right
+    once in `in_view` trials.
+
+    Source: the harder passkey evaluation of Peng et al. 2023, arXiv:2309.00071 (jquesnelle/yarn,
+    eval/passkey_hard.py at 995db5b).
     """
-    for draw in range(_MAX_DRAWS):
-        key = str(_KEY_LOW + derive(seed, *place, trial, "key", draw) % _KEY_COUNT)
-        if key not in forbidden and key not in used:
-            return key
-    raise DataError(f"{place[0]}: the text holds {len(forbidden)} of the {_KEY_COUNT} numbers of "
-                    "five digits, so no pass key is safe; give text with fewer numbers")
 
+    name: ClassVar[str] = "passkey-hard"
+    width: ClassVar[int] = 7
+    chance: ClassVar[float] = 1 / 9_000_000
 
-def check_leaks(cell: Cell, ids: Sequence[int], needle: Sequence[int], answer: Sequence[int],
-                start: int) -> None:
-    """Check that a prompt has its exact length, its fact once, and its answer nowhere else.
+    def quiz(self, rng: random.Random, numbers: Numbers) -> Quiz:
+        number, key = Numbers(6, (), self.name).draw(rng), numbers.draw(rng)
+        return Quiz(intro=_MANY, facts=[_NUMBERED.format(number=number, key=key)], keys=[key],
+                    question=f"What is pass key number {number}?",
+                    prefill=f" Pass key number {number} is", answer=f" {key}",
+                    taken=(number, key))
 
-    Raises:
-        DataError: it has not.
-    """
-    if len(ids) != cell.length:
-        raise DataError(f"{cell.name}: a prompt has {len(ids)} tokens instead of {cell.length}")
-    if needle and occurrences(ids, needle) != [start]:
-        raise DataError(f"{cell.name}: the fact is at {occurrences(ids, needle)} of a prompt of "
-                        f"{cell.length} tokens instead of at {start} alone")
-    prompt = ids[:len(ids) - len(answer)]
-    end = start + len(needle)
-    stray = [i for i in occurrences(prompt, answer) if not start <= i < end]
-    if stray:
-        raise DataError(f"{cell.name}: the tokens of the answer {list(answer)} also occur at "
-                        f"{stray[:5]} of a prompt of {cell.length} tokens, outside the fact at "
-                        f"{start} to {end}; this tokenizer cannot tell the pass key from the text")
+    def source(self, frame: Frame, length: int, quiz: Quiz) -> Lines:
+        labels, keys = Numbers(6, quiz.taken, self.name), Numbers(7, quiz.taken, self.name)
+        return Lines(frame.tokenizer, lambda rng: _NUMBERED.format(
+            number=labels.draw(rng), key=keys.draw(rng)), self.name)

@@ -5,8 +5,7 @@ import pytest
 from extend.errors import DataError
 from extend.evaluate.frame import Frame
 from extend.evaluate.tasks import TASKS, Cell
-from extend.evaluate.tasks.passkey import check_leaks, draw_key
-from extend.evaluate.tasks.task import NO_NEEDLE, derive, occurrences
+from extend.evaluate.tasks.task import NO_CONTEXT, NO_NEEDLE, derive, occurrences
 from extend.haystack import INTRO
 from tests.tiny_text import KINDS, make_tokenizer, write_text
 
@@ -86,8 +85,8 @@ def test_control_has_no_key():
     cells = task.cells("x", [600, 300], [0.0, 1.0], 4)
     assert [(c.length, c.depth, c.control) for c in cells] == [
         (600, 0.0, None), (600, 1.0, None), (300, 0.0, None), (300, 1.0, None),
-        (300, None, NO_NEEDLE)]
-    for prompt in task.prompts(Frame.of(tokenizer), cells[-1], 0):
+        (300, None, NO_NEEDLE), (300, None, NO_CONTEXT)]
+    for prompt in task.prompts(Frame.of(tokenizer), cells[-2], 0):
         text = tokenizer.decode(prompt.ids)
         assert len(prompt.ids) == 300 and text.count(prompt.details["answer"].strip()) == 1
         assert "Remember it" not in text
@@ -107,11 +106,6 @@ def test_numbers_of_the_text_are_never_keys(tmp_path):
     assert all(int(answer) % 3 != 10_000 % 3 for answer in answers)
 
 
-def test_text_with_every_number_is_refused():
-    with pytest.raises(DataError, match="the text holds 90000 of the 90000"):
-        draw_key(0, ("passkey-text",), 0, {str(n) for n in range(10_000, 100_000)}, set())
-
-
 def test_too_short_is_refused_with_both_lengths():
     tokenizer = make_tokenizer("bytes")
     parts = len(INTRO) + len("The pass key is 12345. Remember it. 12345 is the pass key.\n") \
@@ -127,17 +121,6 @@ def test_too_little_text_is_refused(tmp_path):
     task = task_of("passkey-text", write_text(tmp_path / "x.txt", 20))
     with pytest.raises(DataError, match="too few for a passage of"):
         task.prompts(Frame.of(make_tokenizer("bytes")), Cell("x", "passkey-text", 9000, 0.5, 1), 0)
-
-
-def test_leaks_are_found():
-    cell = Cell("x", "passkey", 9, 0.5, 1)
-    check_leaks(cell, [1, 2, 7, 8, 3, 9, 4, 7, 8], [7, 8, 3], [7, 8], 2)
-    with pytest.raises(DataError, match="8 tokens instead of 9"):
-        check_leaks(cell, [1] * 8, [], [2], 0)
-    with pytest.raises(DataError, match=r"the fact is at \[0, 3\]"):
-        check_leaks(cell, [7, 3, 0, 7, 3, 0, 0, 0, 7], [7, 3], [7], 3)
-    with pytest.raises(DataError, match=r"answer \[7, 8\] also occur at \[5\]"):
-        check_leaks(cell, [1, 2, 7, 8, 3, 7, 8, 7, 8], [7, 8, 3], [7, 8], 2)
 
 
 def test_occurrences_may_overlap():
