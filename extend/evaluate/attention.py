@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from extend.errors import CompatibilityError
+from extend.evaluate.fork import attend_after, put_before, shared_keys
 from extend.ring.call import Call
 from extend.ring.comm import RingComm
 from extend.ring.hf_attention import read_layer
@@ -52,16 +53,25 @@ def prefill_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tens
     Raises:
         CompatibilityError: the model asks for a mask or for what these kernels do not compute.
     """
-    new, total = query.shape[2], key.shape[2]
     _refuse_arguments(module, attention_mask, kwargs)
-    _refuse_layer(module, sliding_window, total)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    before = shared_keys(getattr(module, "layer_idx", None))
+    if before is not None:
+        reach = before[0].shape[2] + key.shape[2]
+        _refuse_layer(module, sliding_window, reach)
+        if sliding_window is None or sliding_window >= reach:
+            out = attend_after(query, key, value, before, scale)
+            return out.transpose(1, 2).contiguous(), None
+        key, value = put_before(before, key, value, sliding_window)
+    _refuse_layer(module, sliding_window, key.shape[2])
+    new, total = query.shape[2], key.shape[2]
     mask = make_mask(True, sliding_window, None, total)
     kernel = choose_kernel("auto", query, key, mask=mask)
     tiles = fit_tiles(plan_tiles((Run(total - new, 1, new),), (Run(0, 1, total),), mask),
                       bands=kernel.bands, packed=kernel.packed)
     attended = AttentionSum(query, Call(
         comm=RingComm.alone(), layout="contiguous", mask=mask, kernel=kernel, seq_len=total,
-        softmax_scale=query.shape[-1] ** -0.5 if scaling is None else scaling), [tiles])
+        softmax_scale=scale), [tiles])
     attended.add(tiles, key, value)
     out, _ = attended.result()
     return out.transpose(1, 2).contiguous(), None
