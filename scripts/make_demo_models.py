@@ -29,7 +29,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from extend.evaluate.tasks.passkey import NEEDLE, QUESTION, Passkey
+from extend.evaluate.frame import Frame
+from extend.evaluate.tasks.passkey import NEEDLE, PREFILL, QUESTION, Passkey
 from extend.haystack import FILLER, INTRO, Haystack, split_answer
 from extend.model_config import read_config, write_rope
 from extend.output import atomic_directory, write_json
@@ -119,7 +120,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     texts = []
     for _ in range(2000):
         key = make_note(rng)[1]["key"]
-        texts += [INTRO, FILLER, NEEDLE.format(key=key), f"{QUESTION} {key}", make_sentence(rng),
+        texts += [INTRO, FILLER, NEEDLE.format(key=key), f"{QUESTION}{PREFILL} {key}", make_sentence(rng),
                   "".join(make_base_example(rng)), "".join(make_skill_example(rng))]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -306,7 +307,8 @@ def score_passkey(model: LlamaForCausalLM, rows: RowMaker, length: int, trials: 
     """Share of passkeys found, over 10 depths, with the prompts of `extend eval`."""
     task = Passkey(controls=False)
     cells = task.cells("passkey", [length], [i / 9 for i in range(10)], trials)
-    prompts = [prompt for cell in cells for prompt in task.prompts(rows.tokenizer, cell, seed=1)]
+    frame = Frame.of(rows.tokenizer)
+    prompts = [prompt for cell in cells for prompt in task.prompts(frame, cell, seed=1)]
     batch_rows, right = max(1, 8192 // length), 0
     for first in range(0, len(prompts), batch_rows):
         ids = torch.tensor([prompt.ids for prompt in prompts[first:first + batch_rows]])

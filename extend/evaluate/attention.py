@@ -3,12 +3,18 @@
 transformers' own `sdpa` is as good while queries and keys are equally many and each query sees all
 before it. With a cache or a sliding window it builds a mask of queries x keys and repeats the KV
 heads. Here the ring's planner and kernels compute the same: the new tokens are the last positions
-of the keys, and what they see is cut into tiles.
+of the keys, and what they see is cut into tiles. One new token of each row sees all keys that are
+its own, so it needs no planner.
 """
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AttentionInterface
 
 from extend.errors import CompatibilityError
@@ -25,6 +31,22 @@ ATTENTION_NAME = "extend_prefill"
 
 # Keywords with which a model asks its attention for something that is not computed here.
 _REFUSED = ("softcap", "s_aux", "position_bias", "cu_seq_lens_q")
+
+_SEEN: ContextVar[Tensor | None] = ContextVar("seen", default=None)
+
+
+@contextlib.contextmanager
+def decoding(seen: Tensor) -> Iterator[None]:
+    """Within it models read one new token of each row, on caches that are aligned at their ends.
+
+    Args:
+        seen: tokens of each row so far, the new one included [b].
+    """
+    token = _SEEN.set(seen)
+    try:
+        yield
+    finally:
+        _SEEN.reset(token)
 
 
 def register_prefill_attention() -> str:
@@ -64,8 +86,16 @@ def prefill_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tens
             return out.transpose(1, 2).contiguous(), None
         key, value = put_before(before, key, value, sliding_window)
     _refuse_layer(module, sliding_window, key.shape[2])
+    if (seen := _SEEN.get()) is not None and query.shape[2] == 1:
+        return _decode(query, key, value, seen, sliding_window, scale), None
+    return _prefill(query, key, value, sliding_window, scale), None
+
+
+def _prefill(query: Tensor, key: Tensor, value: Tensor, window: int | None,
+             scale: float) -> Tensor:
+    """Attention of the last tokens to all before them: [b, s_new, h, d]."""
     new, total = query.shape[2], key.shape[2]
-    mask = make_mask(True, sliding_window, None, total)
+    mask = make_mask(True, window, None, total)
     kernel = choose_kernel("auto", query, key, mask=mask)
     tiles = fit_tiles(plan_tiles((Run(total - new, 1, new),), (Run(0, 1, total),), mask),
                       bands=kernel.bands, packed=kernel.packed)
@@ -74,7 +104,18 @@ def prefill_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tens
         softmax_scale=scale), [tiles])
     attended.add(tiles, key, value)
     out, _ = attended.result()
-    return out.transpose(1, 2).contiguous(), None
+    return out.transpose(1, 2).contiguous()
+
+
+def _decode(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, window: int | None,
+            scale: float) -> Tensor:
+    """Attention of one token of each row to the last keys of the row's own: [b, 1, h, d]."""
+    total, own = key.shape[2], seen if window is None else seen.clamp(max=window)
+    places = torch.arange(total, device=key.device)
+    visible = (places >= total - own[:, None])[:, None, None]
+    out = functional.scaled_dot_product_attention(query, key, value, visible, scale=scale,
+                                                  enable_gqa=key.shape[1] != query.shape[1])
+    return out.transpose(1, 2)
 
 
 def _refuse_arguments(module: nn.Module, attention_mask: Tensor | None,

@@ -1,7 +1,5 @@
-"""Score one cell: build its prompts, run the model, make its row."""
+"""Run a model on the cells of a plan and keep their rows."""
 
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Sequence
@@ -9,20 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from extend.evaluate.adapted import adapted_config
-from extend.evaluate.forward import AnswerScore, score_answers
+from extend.evaluate.backends.backend import Backend
+from extend.evaluate.backends.local import LocalBackend
+from extend.evaluate.frame import Frame, Template
 from extend.evaluate.load import load_model
-from extend.evaluate.plan import PlannedTask
+from extend.evaluate.measures import MEASURES
+from extend.evaluate.plan import Unit
 from extend.evaluate.rows import RowStore
-from extend.evaluate.score import mean_and_error, proportion
-from extend.evaluate.tasks.task import Cell, Prompt, Task
 from extend.loading import choose_device, choose_dtype
 from extend.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
-_DIGITS = 6  # of stored losses: more would differ from one number of threads to another
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,83 +32,50 @@ class Job:
     chunk: int
     seed: int
     rows: Path
+    template: Template = "auto"
+
+    def open_local(self) -> LocalBackend:
+        """Load the model onto the job's device.
+
+        Raises:
+            CheckpointError: damaged weights, or names that do not fit the architecture.
+        """
+        device = choose_device(self.device)
+        return LocalBackend(
+            load_model(self.model, adapter=self.adapter, device=device,
+                       dtype=choose_dtype(self.dtype, device)),
+            load_tokenizer(self.model), chunk=self.chunk)
 
 
-def order_cells(planned: Sequence[PlannedTask]) -> list[tuple[Task, Cell]]:
-    """All cells, the longest first, so that processes that take turns end together."""
-    cells = [(entry.task, cell) for entry in planned for cell in entry.cells]
-    return sorted(cells, key=lambda pair: -(pair[1].length or 0))
+def score_units(job: Job, units: Sequence[Unit], rank: int = 0) -> None:
+    """Load the model once and append the rows of each unit to the store."""
+    if units:
+        score_with(job.open_local(), job, units, rank)
 
 
-def score_cells(job: Job, cells: Sequence[tuple[Task, Cell]], rank: int = 0) -> None:
-    """Load the model once and append a row to the store for each cell."""
-    if not cells:
-        return
-    config = adapted_config(job.model, job.adapter)
-    device = choose_device(job.device)
-    tokenizer = load_tokenizer(job.model)
-    model = load_model(job.model, adapter=job.adapter, device=device,
-                       dtype=choose_dtype(job.dtype, device))
+def score_with(backend: Backend, job: Job, units: Sequence[Unit], rank: int = 0) -> None:
+    """Append a row to the store for each cell of the units, a unit at a time."""
+    frame = Frame.of(load_tokenizer(job.model), job.template)
+    native_len = adapted_config(job.model, job.adapter).max_position_embeddings
     store = RowStore(job.rows)
-    for number, (task, cell) in enumerate(cells, start=1):
+    for number, unit in enumerate(units, start=1):
         start = time.monotonic()
-        row = score_cell(model, tokenizer, task, cell, seed=job.seed, chunk=job.chunk,
-                         native_len=config.max_position_embeddings)
-        store.append(rank, cell.key, row)
-        logger.info("%s (%d of %d, %.1f s)", describe(row), number, len(cells),
-                    time.monotonic() - start)
+        rows = score_unit(backend, frame, unit, seed=job.seed, native_len=native_len)
+        for cell, row in zip(unit.cells, rows, strict=True):
+            store.append(rank, cell.key, row)
+            logger.info("%s (%d of %d, %.1f s)", describe(row), number, len(units),
+                        time.monotonic() - start)
 
 
-def score_cell(model: PreTrainedModel, tokenizer: Any, task: Task, cell: Cell, *, seed: int,
-               chunk: int, native_len: int) -> dict[str, Any]:
-    """The row of one cell.
+def score_unit(backend: Backend, frame: Frame, unit: Unit, *, seed: int,
+               native_len: int) -> list[dict[str, Any]]:
+    """The rows of a unit, one a cell.
 
     Args:
         native_len: tokens, the model's `max_position_embeddings`.
     """
-    prompts = task.prompts(tokenizer, cell, seed)
-    scores = score_answers(model, prompts, chunk=chunk)
-    longest = max(len(prompt.ids) for prompt in prompts)
-    row = {"task": cell.task, "name": cell.name, "length": cell.length, "actual_length": longest,
-           "depth": cell.depth, "actual_depth": _mean_depth(prompts), "control": cell.control,
-           "beyond_native": longest > native_len, "seed": seed, "prompt_sha256": _hash(prompts)}
-    if task.measure == "loss":
-        return {**row, **_loss(prompts, scores)}
-    return {**row, **_exact(tokenizer, prompts, scores)}
-
-
-def _exact(tokenizer: Any, prompts: Sequence[Prompt],
-           scores: Sequence[AnswerScore]) -> dict[str, Any]:
-    correct = sum(score.correct for score in scores)
-    tokens = sum(prompt.answer_len for prompt in prompts)
-    trials = [{"correct": score.correct, **prompt.details,
-               "predicted": tokenizer.decode(score.predicted)}
-              for prompt, score in zip(prompts, scores, strict=True)]
-    return {**proportion(correct, len(prompts)), "correct": correct,
-            "answer_loss": round(sum(score.nll for score in scores) / tokens, _DIGITS),
-            "trials": trials}
-
-
-def _loss(prompts: Sequence[Prompt], scores: Sequence[AnswerScore]) -> dict[str, Any]:
-    """Windows are equally long, so the mean of their means is the mean over tokens."""
-    mean, error = mean_and_error([score.nll / prompt.answer_len
-                                  for prompt, score in zip(prompts, scores, strict=True)])
-    return {"length": len(prompts[0].ids), "loss": round(mean, _DIGITS),
-            "stderr": None if error is None else round(error, _DIGITS), "score": None,
-            "n": len(prompts), "tokens": sum(prompt.answer_len for prompt in prompts)}
-
-
-def _mean_depth(prompts: Sequence[Prompt]) -> float | None:
-    depths = [p.details["actual_depth"] for p in prompts if "actual_depth" in p.details]
-    return round(sum(depths) / len(depths), 6) if depths else None
-
-
-def _hash(prompts: Sequence[Prompt]) -> str:
-    """One sha256 of all ids of the cell: the same on every machine with this tokenizer."""
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(json.dumps(prompt.ids, separators=(",", ":")).encode() + b"\n")
-    return digest.hexdigest()
+    rows = MEASURES[unit.task.measure](backend, frame, unit.task, unit.cells, seed)
+    return [{**row, "beyond_native": row["actual_length"] > native_len} for row in rows]
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -122,4 +85,6 @@ def describe(row: dict[str, Any]) -> str:
         return f"{where}: loss {row['loss']:.4f} over {row['tokens']} tokens"
     place = f" {row['actual_length']}" if row["length"] else ""
     place += f" depth {row['depth']:.2f}" if row["depth"] is not None else ""
-    return f"{where}{place}: {row['correct']}/{row['n']}"
+    score = f"{row['correct']}/{row['n']}" if row["score"] * row["n"] == row["correct"] else \
+        f"mean {row['score']:.3f} of {row['n']}"
+    return f"{where}{place}: {score}"

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from extend.errors import CompatibilityError, ExtendError, RecipeError
-from extend.evaluate.plan import PlannedTask, plan_tasks
+from extend.evaluate.frame import Frame, Template
+from extend.evaluate.plan import PlannedTask, order_units, plan_tasks
 from extend.evaluate.rows import RowStore
 from extend.evaluate.summary import summarize
 from extend.manifest import Manifest
@@ -22,7 +23,8 @@ def evaluate(model: Path | str, out: Path | str, *,
              tasks: Sequence[str | Mapping[str, Any]], lengths: Sequence[int | str] = (),
              depths: int | Sequence[float] = 10, trials: int = 5, seed: int = 0,
              adapter: Path | str | None = None, device: str = "auto", dtype: str = "auto",
-             nproc: int | str = 1, chunk: int | None = None, overwrite: bool = False) -> Path:
+             nproc: int | str = 1, chunk: int | None = None, template: Template = "auto",
+             overwrite: bool = False) -> Path:
     """Score a model and write `results.json`; return its path.
 
     Each finished row is kept beside `out`, so that the same call goes on after an interruption.
@@ -40,6 +42,8 @@ def evaluate(model: Path | str, out: Path | str, *,
         dtype: of weights and activations; `auto` is bfloat16 on a GPU and float32 on the CPU.
         nproc: processes, one a GPU; `auto` is one for each visible GPU.
         chunk: most tokens in one forward; chosen for the device unless given.
+        template: `chat` puts every prompt into the model's chat template; `base` and `auto` do
+            not.
 
     Raises:
         RecipeError: a wrong task or option.
@@ -52,10 +56,11 @@ def evaluate(model: Path | str, out: Path | str, *,
     paths = _input_paths(model, adapter, planned)
     with atomic_directory(out, overwrite=overwrite, inputs=paths) as partial:
         from extend.evaluate.adapted import adapted_config
+        from extend.tokenizer import load_tokenizer
 
         config = adapted_config(model, adapter)
-        settings = _resolve(device, dtype, chunk)
-        _check_prompts(model, planned, seed)
+        settings = {**_resolve(device, dtype, chunk), "template": template}
+        _check_prompts(Frame.of(load_tokenizer(model), template), planned, seed)
         manifest = Manifest("eval", paths, {
             "tasks": [dict(entry.spec, name=entry.name) for entry in planned],
             "cells": [cell.key for entry in planned for cell in entry.cells], **settings}, seed)
@@ -64,7 +69,7 @@ def evaluate(model: Path | str, out: Path | str, *,
         try:
             rows = _score(store, planned, nproc, device, model=str(model), seed=seed,
                           adapter=None if adapter is None else str(adapter),
-                          dtype=settings["dtype"], chunk=settings["chunk"])
+                          dtype=settings["dtype"], chunk=settings["chunk"], template=template)
         except (ExtendError, OSError):
             store.remove_if_empty()
             raise
@@ -107,34 +112,32 @@ def _resolve(device: str, dtype: str, chunk: int | None) -> dict[str, Any]:
             "dtype": str(choose_dtype(dtype, chosen)).removeprefix("torch.")}
 
 
-def _check_prompts(model: Path | str, planned: Sequence[PlannedTask], seed: int) -> None:
+def _check_prompts(frame: Frame, planned: Sequence[PlannedTask], seed: int) -> None:
     """Build one prompt of each length: what cannot work is said before hours of work."""
     from dataclasses import replace
 
-    from extend.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(model)
     for entry in planned:
         first = {(cell.length, cell.control): cell for cell in reversed(entry.cells)}
         for cell in first.values():
             trials = 1 if entry.task.on_grid else cell.trials
-            entry.task.prompts(tokenizer, replace(cell, trials=trials), seed)
+            entry.task.prompts(frame, replace(cell, trials=trials), seed)
 
 
 def _score(store: RowStore, planned: Sequence[PlannedTask], nproc: int | str, device: str,
            **settings: Any) -> list[dict[str, Any]]:
     """Rows of all cells in the order of the plan; those already in the store are not redone."""
-    from extend.evaluate.cells import Job, order_cells, score_cells
+    from extend.evaluate.cells import Job, score_units
     from extend.evaluate.workers import count_processes, score_in_processes
 
     done = store.read()
-    todo = [(task, cell) for task, cell in order_cells(planned) if cell.key not in done]
+    todo = order_units(planned, done.keys())
     if done:
-        logger.info("%d of %d rows are there already", len(done), len(done) + len(todo))
+        logger.info("%d of %d rows are there already", len(done),
+                    sum(len(entry.cells) for entry in planned))
     job = Job(rows=store.directory, device=device, **settings)
     processes = min(count_processes(nproc, device), max(1, len(todo)))
     if processes == 1:
-        score_cells(job, todo)
+        score_units(job, todo)
     else:
         score_in_processes(job, todo, processes)
     done = store.read()
@@ -151,8 +154,8 @@ def _describe_model(config: ModelConfig, manifest: Manifest,
     return {**inputs["model"], "adapter": inputs.get("adapter"),
             "architecture": config.architecture,
             "max_position_embeddings": config.max_position_embeddings,
-            "rope": config.rope.to_json(), "dtype": settings["dtype"],
-            "device": settings["device"]}
+            "rope": config.rope.to_json(),
+            **{key: settings[key] for key in ("dtype", "device", "template")}}
 
 
 def _rows_directory(out: Path) -> Path:

@@ -6,35 +6,21 @@ computed for answer positions only.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel
 
 from extend.errors import CompatibilityError
+from extend.evaluate.backends.backend import AnswerScore
 from extend.evaluate.tasks.task import Prompt
 from extend.loading import cache_argument
 from extend.model_config import depends_on_length
 
 HEAD_ROWS = 512  # positions whose logits exist at once: 0.3 GiB in fp32 at 150,000 tokens
 _HEAD_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier")
-
-
-@dataclass(frozen=True, slots=True)
-class AnswerScore:
-    """What a model makes of one answer.
-
-    Attributes:
-        predicted: its first choice at each answer position, given the right tokens before it.
-        correct: whether all of them are right.
-        nll: sum over the answer of the negative log-likelihoods, in nats.
-    """
-
-    predicted: list[int]
-    correct: bool
-    nll: float
 
 
 @torch.inference_mode()
@@ -50,27 +36,83 @@ def score_answers(model: PreTrainedModel, prompts: Sequence[Prompt], *,
     Raises:
         CompatibilityError: the model changes its logits after the output head.
     """
-    _check_head(model)
+    check_head(model)
     scores: dict[int, AnswerScore] = {}
-    for batch in _batches(prompts, chunk):
+    for batch in _batches([prompt.ids for prompt in prompts], chunk):
         rows = [prompts[i] for i in batch]
-        hidden = _answer_states(model, rows, chunk)
-        scores.update(zip(batch, _read_answers(model, hidden, rows), strict=True))
+        states = [torch.cat(kept) for kept in _answer_states(model, rows, chunk)]
+        scores.update(zip(batch, _read_answers(model, states, rows), strict=True))
     return [scores[i] for i in range(len(prompts))]
 
 
-def _check_head(model: PreTrainedModel) -> None:
+@torch.inference_mode()
+def token_losses(model: PreTrainedModel, rows: Sequence[Sequence[int]], *,
+                 chunk: int) -> list[np.ndarray]:
+    """The loss of every token but the first of each row: fp32 [len - 1], in nats.
+
+    Args:
+        rows, chunk: as in `score_answers`.
+
+    Raises:
+        CompatibilityError: the model changes its logits after the output head.
+    """
+    check_head(model)
+    found = [np.empty(len(row) - 1, dtype=np.float32) for row in rows]
+    for batch in _batches(rows, chunk):
+        for i, begin, hidden in _states(model, [rows[i] for i in batch], chunk):
+            row = rows[batch[i]]
+            wanted = row[begin + 1:begin + 1 + len(hidden)]
+            _, losses = read_head(model, hidden[:len(wanted)], wanted)
+            found[batch[i]][begin:begin + len(wanted)] = losses.cpu().numpy()
+    return found
+
+
+@torch.inference_mode()
+def hidden_parts(model: PreTrainedModel, ids: Sequence[int], *, chunk: int,
+                 cache: DynamicCache | None = None) -> Iterator[tuple[int, Tensor]]:
+    """Read one row, in equal parts of at most `chunk` tokens.
+
+    Args:
+        cache: keys and values of what precedes the row; those of the row are added. Without one,
+            a cache of its own serves rows of several parts.
+
+    Yields:
+        The index in `ids` of a part's first token, and its last hidden states [n, hidden_size].
+
+    Raises:
+        CompatibilityError: the RoPE changes with the length, and the row does not fit one part.
+    """
+    total = len(ids)
+    if cache is not None or total > chunk:
+        _refuse_growing_rope(model, total, chunk)
+    if cache is None and total > chunk:
+        cache = DynamicCache(config=model.config)
+    arguments = {"use_cache": False} if cache is None else {
+        "use_cache": True, cache_argument(model.base_model): cache}
+    row = torch.as_tensor(ids, dtype=torch.int64, device=model.device)[None]
+    size = -(-total // -(-total // chunk))  # equal parts
+    for begin in range(0, total, size):
+        part = row[:, begin:begin + size]
+        yield begin, model.base_model(input_ids=part, **arguments).last_hidden_state[0]
+
+
+def check_head(model: PreTrainedModel) -> None:
+    """Refuse a model whose logits are more than its head's.
+
+    Raises:
+        CompatibilityError: naming the key.
+    """
     for key in _HEAD_CHANGES:
         if getattr(model.config, key, None) not in (None, 1, 1.0):
             raise CompatibilityError(f"{model.config.model_type}: {key} changes the logits after "
                                      "the output head, which evaluation does not compute yet")
 
 
-def _batches(prompts: Sequence[Prompt], chunk: int) -> Iterator[list[int]]:
-    """Indices of prompts, shortest first, in groups of at most `chunk` tokens with padding."""
+def _batches(rows: Sequence[Sequence[int]], chunk: int) -> Iterator[list[int]]:
+    """Indices of rows, shortest first, in groups of at most `chunk` tokens with padding."""
     batch: list[int] = []
-    for i in sorted(range(len(prompts)), key=lambda i: (len(prompts[i].ids), i)):
-        if batch and len(prompts[i].ids) * (len(batch) + 1) > chunk:
+    for i in sorted(range(len(rows)), key=lambda i: (len(rows[i]), i)):
+        if batch and len(rows[i]) * (len(batch) + 1) > chunk:
             yield batch
             batch = []
         batch.append(i)
@@ -78,50 +120,57 @@ def _batches(prompts: Sequence[Prompt], chunk: int) -> Iterator[list[int]]:
         yield batch
 
 
-def _answer_states(model: PreTrainedModel, rows: Sequence[Prompt], chunk: int) -> Tensor:
-    """Last hidden states [all answer tokens, hidden_size], each where its token is predicted."""
-    if len(rows) == 1 and len(rows[0].ids) > chunk:
-        return _chunked_states(model, rows[0], chunk)
-    longest = max(len(row.ids) for row in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+def _states(model: PreTrainedModel, rows: Sequence[Sequence[int]],
+            chunk: int) -> Iterator[tuple[int, int, Tensor]]:
+    """(row, index of its first token, last hidden states [n, hidden_size]) of a batch."""
+    if len(rows) == 1:
+        yield from ((0, begin, part) for begin, part in hidden_parts(model, rows[0], chunk=chunk))
+        return
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
     for i, row in enumerate(rows):
-        ids[i, :len(row.ids)] = torch.tensor(row.ids)
+        ids[i, :len(row)] = torch.as_tensor(row)
     hidden = model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
-    return torch.cat([hidden[i, len(row.ids) - row.answer_len - 1:len(row.ids) - 1]
-                      for i, row in enumerate(rows)])
+    yield from ((i, 0, hidden[i, :len(row)]) for i, row in enumerate(rows))
 
 
-def _chunked_states(model: PreTrainedModel, row: Prompt, chunk: int) -> Tensor:
-    """The same for one row that is too long for one forward."""
+def _answer_states(model: PreTrainedModel, rows: Sequence[Prompt],
+                   chunk: int) -> list[list[Tensor]]:
+    """Of each row the last hidden states [answer_len, hidden_size] that predict its answer."""
+    kept: list[list[Tensor]] = [[] for _ in rows]
+    for i, begin, hidden in _states(model, [row.ids for row in rows], chunk):
+        last = len(rows[i].ids) - 1
+        first = last - rows[i].answer_len
+        kept[i].append(hidden[max(0, first - begin):max(0, last - begin)].clone())
+    return kept
+
+
+def _refuse_growing_rope(model: PreTrainedModel, total: int, chunk: int) -> None:
     rope = getattr(model.config, "rope_parameters", None) or {}
     if depends_on_length(rope):
         raise CompatibilityError(f"RoPE of type {rope['rope_type']!r} changes with the length, so "
-                                 f"a row of {len(row.ids)} tokens cannot be read in parts of "
-                                 f"{chunk}; raise chunk to that length")
-    total = len(row.ids)
-    ids = torch.tensor([row.ids], device=model.device)
-    size = -(-total // -(-total // chunk))  # equal parts
-    first, cache, kept = total - row.answer_len - 1, DynamicCache(config=model.config), []
-    argument = cache_argument(model.base_model)
-    for begin in range(0, total, size):
-        hidden = model.base_model(input_ids=ids[:, begin:begin + size], use_cache=True,
-                                  **{argument: cache}).last_hidden_state[0]
-        kept.append(hidden[max(0, first - begin):max(0, total - 1 - begin)].clone())
-    return torch.cat(kept)
+                                 f"a row of {total} tokens cannot be read in parts of {chunk}; "
+                                 "raise chunk to that length")
 
 
-def _read_answers(model: PreTrainedModel, hidden: Tensor,
-                  rows: Sequence[Prompt]) -> list[AnswerScore]:
-    wanted = torch.tensor([t for row in rows for t in row.ids[-row.answer_len:]],
-                          device=hidden.device)
+def read_head(model: PreTrainedModel, hidden: Tensor,
+              wanted: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
+    """First choices and losses [n] where hidden states [n, hidden_size] predict `wanted` [n]."""
+    targets = torch.as_tensor(wanted, dtype=torch.int64, device=hidden.device)
     head, choices, losses = model.get_output_embeddings(), [], []
-    for states, targets in zip(hidden.split(HEAD_ROWS), wanted.split(HEAD_ROWS), strict=True):
+    for states, some in zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True):
         logits = head(states).float()
         choices.append(logits.argmax(dim=-1))
-        losses.append(functional.cross_entropy(logits, targets, reduction="none"))
-    right = torch.cat(choices) == wanted
+        losses.append(functional.cross_entropy(logits, some, reduction="none"))
+    return torch.cat(choices), torch.cat(losses)
+
+
+def _read_answers(model: PreTrainedModel, states: Sequence[Tensor],
+                  rows: Sequence[Prompt]) -> list[AnswerScore]:
+    wanted = torch.tensor([t for row in rows for t in row.ids[-row.answer_len:]])
+    choices, losses = read_head(model, torch.cat(list(states)), wanted)
+    right = choices.cpu() == wanted
     lengths = [row.answer_len for row in rows]
-    parts = zip(torch.cat(choices).split(lengths), right.split(lengths),
-                torch.cat(losses).double().split(lengths), strict=True)
+    parts = zip(choices.cpu().split(lengths), right.split(lengths),
+                losses.double().split(lengths), strict=True)
     return [AnswerScore(choice.tolist(), bool(ok.all()), float(nll.sum()))
             for choice, ok, nll in parts]

@@ -1,6 +1,6 @@
 """From the tasks a user names to the cells of the grid. Imports no torch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -15,6 +15,14 @@ _GRID_KEYS = ("lengths", "depths", "trials")
 
 
 @dataclass(frozen=True, slots=True)
+class Unit:
+    """Cells of a task that are measured in one go."""
+
+    task: Task
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedTask:
     """A task with its label and its cells."""
 
@@ -22,6 +30,19 @@ class PlannedTask:
     spec: Mapping[str, Any]
     task: Task
     cells: tuple[Cell, ...]
+
+    def units(self, done: Collection[str] = ()) -> list[Unit]:
+        """What is still to be measured, given the keys of finished cells."""
+        joined = getattr(self.task, "joined", False)
+        groups = [self.cells] if joined else [(cell,) for cell in self.cells]
+        return [Unit(self.task, group) for group in groups
+                if any(cell.key not in done for cell in group)]
+
+
+def order_units(planned: Sequence[PlannedTask], done: Collection[str] = ()) -> list[Unit]:
+    """All that is to do, the longest first, so that processes that take turns end together."""
+    units = [unit for entry in planned for unit in entry.units(done)]
+    return sorted(units, key=lambda unit: -max(cell.length or 0 for cell in unit.cells))
 
 
 def check_tasks(tasks: Sequence[str | Mapping[str, Any]]) -> None:

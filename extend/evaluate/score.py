@@ -6,7 +6,7 @@ from collections.abc import Sequence
 _Z95 = 1.959963984540054  # the 97.5 % quantile of the normal distribution
 
 
-def wilson_interval(successes: int, n: int, z: float = _Z95) -> tuple[float, float]:
+def wilson_interval(successes: float, n: int, z: float = _Z95) -> tuple[float, float]:
     """The Wilson score interval of a proportion; it stays inside [0, 1] and holds for small n.
 
     Source: Wilson 1927, doi:10.1080/01621459.1927.10502953.
@@ -22,8 +22,11 @@ def wilson_interval(successes: int, n: int, z: float = _Z95) -> tuple[float, flo
     return low, high
 
 
-def proportion(successes: int, n: int) -> dict[str, float | int]:
-    """`score`, `n`, `wilson_low` and `wilson_high` of so many right answers."""
+def proportion(successes: float, n: int) -> dict[str, float | int]:
+    """`score`, `n`, `wilson_low` and `wilson_high` of so many right answers.
+
+    Parts of answers count too: of values in [0, 1] none vary more than right and wrong.
+    """
     low, high = wilson_interval(successes, n)
     return {"score": round(successes / n, 6), "n": n,
             "wilson_low": round(low, 6), "wilson_high": round(high, 6)}

@@ -9,10 +9,8 @@ import torch
 from torch import multiprocessing
 
 from extend.errors import CompatibilityError, ExtendError
-from extend.evaluate.cells import Job, score_cells
-from extend.evaluate.tasks.task import Cell, Task
-
-Work = Sequence[tuple[Task, Cell]]
+from extend.evaluate.cells import Job, score_units
+from extend.evaluate.plan import Unit
 
 
 def count_processes(nproc: int | str, device: str) -> int:
@@ -30,8 +28,8 @@ def count_processes(nproc: int | str, device: str) -> int:
     return int(nproc)
 
 
-def score_in_processes(job: Job, cells: Work, nproc: int) -> None:
-    """Deal the cells out in turn and wait for all; every row lands in the store.
+def score_in_processes(job: Job, units: Sequence[Unit], nproc: int) -> None:
+    """Deal the units out in turn and wait for all; every row lands in the store.
 
     Raises:
         ExtendError: what a process raised, or that it died.
@@ -43,7 +41,7 @@ def score_in_processes(job: Job, cells: Work, nproc: int) -> None:
     # touches no GPU, so they may.
     multiprocessing.set_forkserver_preload(["extend.evaluate.cells"])
     try:
-        multiprocessing.start_processes(_work, (job, list(cells), nproc, level), nprocs=nproc,
+        multiprocessing.start_processes(_work, (job, list(units), nproc, level), nprocs=nproc,
                                         start_method="forkserver")
     except multiprocessing.ProcessRaisedException as error:
         raise ExtendError(f"evaluation process {error.error_index} of {nproc} failed:\n"
@@ -58,14 +56,14 @@ def score_in_processes(job: Job, cells: Work, nproc: int) -> None:
                           "same command goes on from there") from error
 
 
-def _work(rank: int, job: Job, cells: Work, nproc: int, level: int) -> None:
+def _work(rank: int, job: Job, units: Sequence[Unit], nproc: int, level: int) -> None:
     logging.basicConfig(level=level, format="%(message)s")
     if job.device in ("auto", "cuda") and torch.cuda.is_available():
         job = replace(job, device=f"cuda:{rank}")
     else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // nproc))
     try:
-        score_cells(job, cells[rank::nproc], rank)
+        score_units(job, units[rank::nproc], rank)
     except ExtendError as error:
         # The parent prints this instead of a traceback: it is the user's to put right.
         (job.rows / f"error-{rank}.txt").write_text(str(error), encoding="utf-8")

@@ -11,6 +11,7 @@ from torch import Tensor
 import extend
 from extend.checkpoint import Checkpoint
 from extend.evaluate.forward import score_answers
+from extend.evaluate.frame import Frame
 from extend.evaluate.tasks.passkey import Passkey, PasskeyText
 from extend.evaluate.tasks.task import Prompt
 from extend.model_config import RopeSpec, read_config
@@ -114,9 +115,10 @@ class PasskeyTest:
     def __init__(self, tokenizer: Any, plan: LongPlan, text: Path | None):
         task = PasskeyText(haystack=str(text), controls=False) if text else Passkey(controls=False)
         depths = [DEEPEST * i / max(1, plan.depths - 1) for i in range(plan.depths)]
+        frame = Frame.of(tokenizer)
         self.prompts: dict[int, list[Prompt]] = {length: [
             prompt for cell in task.cells(task.name, [length], depths, 1)
-            for prompt in task.prompts(tokenizer, cell, seed=0)] for length in plan.passkey}
+            for prompt in task.prompts(frame, cell, seed=0)] for length in plan.passkey}
 
     def score(self, subject: Subject, lengths: int | None = None) -> dict[str, list[int]]:
         """length -> [found, asked], for all or the first so many lengths."""

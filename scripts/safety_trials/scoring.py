@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from extend.evaluate.frame import Frame
 from extend.evaluate.tasks.exact_match import ExactMatch
 from extend.evaluate.tasks.task import Cell, Prompt
 from extend.haystack import encode
@@ -64,7 +65,7 @@ class Score:
 def read_examples(tokenizer: Any, path: Path, limit: int | None = None) -> list[Prompt]:
     """Token ids of a skill's examples."""
     cell = Cell("skill", "exact-match", None, None, limit or 0)
-    return ExactMatch(file=str(path), limit=limit).prompts(tokenizer, cell, seed=0)
+    return ExactMatch(file=str(path), limit=limit).prompts(Frame.of(tokenizer), cell, seed=0)
 
 
 def make_batch(prompts: Sequence[Prompt], device: torch.device) -> Batch:

@@ -7,7 +7,10 @@ import torch
 from torch import nn
 from torch.nn.functional import one_hot
 
-from extend.evaluate.cells import describe, score_cell
+from extend.evaluate.backends.local import LocalBackend
+from extend.evaluate.cells import describe, score_unit
+from extend.evaluate.frame import Frame
+from extend.evaluate.plan import Unit
 from extend.evaluate.tasks import TASKS, Cell
 from tests.tiny_text import KINDS, make_tokenizer
 
@@ -35,6 +38,12 @@ class Rigged(nn.Module):
         return nn.Identity()
 
 
+def score_cell(model, tokenizer, task, cell, *, seed, native_len):
+    row, = score_unit(LocalBackend(model, tokenizer, chunk=2000), Frame.of(tokenizer),
+                      Unit(task, (cell,)), seed=seed, native_len=native_len)
+    return row
+
+
 def retrieve(context):
     """Continue as the text did after the last tokens' earlier occurrence: it finds a fact."""
     for width in (8, 7, 6, 5, 4, 3, 2, 1):
@@ -51,13 +60,13 @@ def test_a_model_that_finds_the_fact_scores_1_and_without_it_0(kind, depth):
     tokenizer = make_tokenizer(kind)
     task = TASKS["passkey"]()
     row = score_cell(Rigged(retrieve, 12), tokenizer, task, Cell("x", "passkey", 600, depth, 4),
-                     seed=0, chunk=2000, native_len=500)
+                     seed=0, native_len=500)
     assert (row["score"], row["correct"], row["n"], row["wilson_high"]) == (1.0, 4, 4, 1.0)
     assert row["actual_length"] == 600 and row["beyond_native"] is True
     assert [t["predicted"].lstrip() for t in row["trials"]] == [
         t["answer"].lstrip() for t in row["trials"]]
     control = score_cell(Rigged(retrieve, 12), tokenizer, task,
-                         Cell("x", "passkey", 600, None, 4, "no-needle"), seed=0, chunk=2000,
+                         Cell("x", "passkey", 600, None, 4, "no-needle"), seed=0,
                          native_len=600)
     assert (control["score"], control["correct"], control["beyond_native"]) == (0.0, 0, False)
     assert control["actual_depth"] is None
@@ -65,7 +74,7 @@ def test_a_model_that_finds_the_fact_scores_1_and_without_it_0(kind, depth):
 
 def test_a_constant_model_scores_0_with_the_loss_of_a_sure_mistake():
     row = score_cell(Rigged(lambda ids: 0, 12), make_tokenizer("bytes"), TASKS["passkey"](),
-                     Cell("x", "passkey", 400, 0.5, 2), seed=0, chunk=2000, native_len=512)
+                     Cell("x", "passkey", 400, 0.5, 2), seed=0, native_len=512)
     assert row["score"] == 0.0
     assert row["answer_loss"] == pytest.approx(20.0, abs=1e-3)
     assert describe(row) == "x 400 depth 0.50: 0/2"
@@ -76,7 +85,7 @@ def test_prompt_hash_tells_prompts_apart():
         cell = Cell(**{"name": "x", "task": "passkey", "length": 400, "depth": 0.5, "trials": 1,
                        **changes})
         return score_cell(Rigged(lambda ids: 0, 12), make_tokenizer("bytes"), TASKS["passkey"](),
-                          cell, seed=seed, chunk=2000, native_len=512)["prompt_sha256"]
+                          cell, seed=seed, native_len=512)["prompt_sha256"]
 
     assert row_of(0) == row_of(0)
     assert len({row_of(0), row_of(1), row_of(0, trials=2), row_of(0, depth=0.25)}) == 4

@@ -12,6 +12,8 @@ from extend.errors import CheckpointError, DataError, ExtendError, RecipeError
 from extend.evaluate import cells as cells_module
 from extend.evaluate import evaluate
 from extend.evaluate.cells import Job
+from extend.evaluate.frame import Frame
+from extend.evaluate.plan import Unit
 from extend.evaluate.tasks import TASKS
 from extend.evaluate.workers import count_processes, score_in_processes
 from extend.tokenizer import load_tokenizer
@@ -61,7 +63,7 @@ def test_loss_is_that_of_transformers(whole, model_dir, text_file):
     row = json.loads(whole)["rows"][-1]
     task = TASKS["loss"](text=str(text_file), window=128, max_tokens=1024)
     cell, = task.cells("loss", (), (), 0)
-    ids = torch.tensor([p.ids for p in task.prompts(load_tokenizer(model_dir), cell, 0)])
+    ids = torch.tensor([p.ids for p in task.prompts(Frame.of(load_tokenizer(model_dir)), cell, 0)])
     model = LlamaForCausalLM.from_pretrained(model_dir)
     with torch.no_grad():
         losses = torch.stack([model(w[None], labels=w[None]).loss for w in ids]).double()
@@ -73,15 +75,15 @@ def test_loss_is_that_of_transformers(whole, model_dir, text_file):
 
 def test_interrupted_run_goes_on_and_ends_the_same(whole, model_dir, tasks, tmp_path, monkeypatch):
     out, calls = tmp_path / "eval", []
-    score_cell = cells_module.score_cell
+    score_unit = cells_module.score_unit
 
     def stop_after_three(*args, **kwargs):
         if len(calls) == 3:
             raise KeyboardInterrupt
-        calls.append(args[3].key)
-        return score_cell(*args, **kwargs)
+        calls.append(args[2].cells[0].key)
+        return score_unit(*args, **kwargs)
 
-    monkeypatch.setattr(cells_module, "score_cell", stop_after_three)
+    monkeypatch.setattr(cells_module, "score_unit", stop_after_three)
     with pytest.raises(KeyboardInterrupt):
         evaluate(model_dir, out, tasks=tasks, **GRID)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".eval.rows"]
@@ -90,10 +92,10 @@ def test_interrupted_run_goes_on_and_ends_the_same(whole, model_dir, tasks, tmp_
     done = list(calls)
 
     def count(*args, **kwargs):
-        calls.append(args[3].key)
-        return score_cell(*args, **kwargs)
+        calls.append(args[2].cells[0].key)
+        return score_unit(*args, **kwargs)
 
-    monkeypatch.setattr(cells_module, "score_cell", count)
+    monkeypatch.setattr(cells_module, "score_unit", count)
     path = evaluate(model_dir, out, tasks=tasks, **GRID)
     assert path.read_bytes() == whole
     assert len(calls) == len(set(calls)) == 10 and calls[:3] == done
@@ -168,7 +170,7 @@ def test_tokenizer_without_bos_gives_other_prompts(model_dir, whole, tmp_path):
 class KillsItself(TASKS["passkey"]):
     """A task whose process dies, as when memory runs out."""
 
-    def prompts(self, tokenizer, cell, seed):
+    def prompts(self, frame, cell, seed):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -176,6 +178,6 @@ def test_death_of_a_process_is_told(model_dir, tmp_path):
     job = Job(model=str(model_dir), adapter=None, device="cpu", dtype="float32", chunk=512,
               seed=0, rows=tmp_path)
     task = KillsItself()
-    work = [(task, cell) for cell in task.cells("x", [256], [0.0], 1)]
+    work = [Unit(task, (cell,)) for cell in task.cells("x", [256], [0.0], 1)]
     with pytest.raises(ExtendError, match=r"process [01] of 2 died \(SIGKILL.*same command"):
         score_in_processes(job, work, 2)

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from extend.documents import read_json_lines
 from extend.errors import DataError
+from extend.evaluate.frame import Frame
 from extend.evaluate.tasks.task import Cell, Prompt
-from extend.haystack import prefix_ids, split_answer
 
 
 @dataclass(kw_only=True)
@@ -35,14 +35,13 @@ class ExactMatch:
               trials: int) -> list[Cell]:
         return [Cell(name, self.name, None, None, len(self._rows()))]
 
-    def prompts(self, tokenizer: Any, cell: Cell, seed: int) -> list[Prompt]:
-        prefix = prefix_ids(tokenizer)
+    def prompts(self, frame: Frame, cell: Cell, seed: int) -> list[Prompt]:
         built = []
         for prompt, answer in self._rows():
-            asked, wanted = split_answer(tokenizer, prompt, answer)
-            if not prefix + asked:
+            asked, wanted = frame.ask(prompt, "", answer)
+            if not [*frame.head, *asked]:
                 raise DataError(f"{self.file}: prompt {prompt!r} has no tokens to answer from")
-            built.append(Prompt(prefix + asked + wanted, len(wanted), {"answer": answer}))
+            built.append(Prompt([*frame.head, *asked, *wanted], len(wanted), {"answer": answer}))
         return built
 
     def _rows(self) -> list[tuple[str, str]]:

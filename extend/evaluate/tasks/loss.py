@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 from extend.documents import read_documents
 from extend.errors import DataError
+from extend.evaluate.frame import Frame
 from extend.evaluate.tasks.task import Cell, Prompt
-from extend.haystack import prefix_ids
 
 
 @dataclass(kw_only=True)
@@ -41,13 +41,13 @@ class Loss:
               trials: int) -> list[Cell]:
         return [Cell(name, self.name, self.window, None, self.max_tokens // self.window)]
 
-    def prompts(self, tokenizer: Any, cell: Cell, seed: int) -> list[Prompt]:
-        prefix = prefix_ids(tokenizer)
+    def prompts(self, frame: Frame, cell: Cell, seed: int) -> list[Prompt]:
+        prefix = list(frame.prefix)
         body = self.window - len(prefix)
         if body < 2 or self.max_tokens < self.window:
             raise DataError(f"{cell.name}: a window of {self.window} tokens must hold at least 2 "
                             f"of text and fit into max_tokens, which is {self.max_tokens}")
-        ids = self._tokens(tokenizer)
+        ids = self._tokens(frame.tokenizer)
         total = len(ids) // body
         if not total:
             raise DataError(f"{self.text}: has {len(ids)} tokens, too few for one window of "

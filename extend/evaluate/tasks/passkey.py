@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 
 from extend.documents import read_documents
 from extend.errors import DataError
+from extend.evaluate.frame import Frame
 from extend.evaluate.tasks.task import NO_NEEDLE, Cell, Prompt, derive, occurrences
-from extend.haystack import INTRO, Haystack, encode, hide, prefix_ids, split_answer
+from extend.haystack import INTRO, Haystack, hide
 
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key.\n"
-QUESTION = "What is the pass key? The pass key is"
+QUESTION, PREFILL = "What is the pass key?", " The pass key is"
 _KEY_LOW, _KEY_COUNT = 10_000, 90_000  # five digits, none leading zero: the same width for all
 _MAX_DRAWS = 1000
 
@@ -48,7 +49,7 @@ class Passkey:
             grid.append(Cell(name, self.name, min(lengths), None, trials, NO_NEEDLE))
         return grid
 
-    def prompts(self, tokenizer: Any, cell: Cell, seed: int) -> list[Prompt]:
+    def prompts(self, frame: Frame, cell: Cell, seed: int) -> list[Prompt]:
         place = (self.name, cell.length, cell.control or f"{cell.depth:.6f}")
         forbidden, used = self._taken_keys(), set()
         built = []
@@ -56,19 +57,19 @@ class Passkey:
             key = draw_key(seed, place, trial, forbidden, used)
             used.add(key)
             rng = random.Random(derive(seed, *place, trial, "passage"))
-            built.append(self._prompt(tokenizer, cell, key, rng))
+            built.append(self._prompt(frame, cell, key, rng))
         return built
 
-    def _prompt(self, tokenizer: Any, cell: Cell, key: str, rng: random.Random) -> Prompt:
-        head = prefix_ids(tokenizer) + encode(tokenizer, INTRO)
-        needle = [] if cell.control == NO_NEEDLE else encode(tokenizer, NEEDLE.format(key=key))
-        question, answer = split_answer(tokenizer, QUESTION, f" {key}")
+    def _prompt(self, frame: Frame, cell: Cell, key: str, rng: random.Random) -> Prompt:
+        head = [*frame.head, *frame.encode(INTRO)]
+        needle = [] if cell.control == NO_NEEDLE else frame.encode(NEEDLE.format(key=key))
+        question, answer = frame.ask(QUESTION, PREFILL, f" {key}")
         fixed = len(head) + len(needle) + len(question) + len(answer)
         if cell.length <= fixed:
             raise DataError(f"{cell.name}: a length of {cell.length} leaves no room for a passage; "
                             f"instruction, fact, question and answer take {fixed} tokens, so ask "
                             f"for more than that")
-        passage = self._haystack(tokenizer, cell.length).window(cell.length - fixed, rng)
+        passage = self._haystack(frame.tokenizer, cell.length).window(cell.length - fixed, rng)
         text, starts = hide(passage, [needle], [cell.depth]) if needle else (passage.ids, [])
         ids = head + text + question + answer
         details = {"answer": f" {key}"}

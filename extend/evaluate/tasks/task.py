@@ -3,9 +3,13 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    from extend.evaluate.frame import Frame
 
 NO_NEEDLE = "no-needle"
+NO_CONTEXT = "no-context"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,28 +41,37 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Token ids to score.
+    """Token ids to score, or to go on from.
 
     Attributes:
-        ids: prompt and answer.
-        answer_len: how many of the last ids are the answer.
-        details: facts about this prompt for its entry in the results; JSON values.
+        ids: the prompt, and the answer where it is known.
+        answer_len: how many of the last ids are the answer; 0 where the model writes it.
+        details: facts about this prompt for its entry in the results; JSON values. `references`
+            are the texts that a written answer should hold.
+        max_new_tokens: what the model may write at most; it is part of the prompt's length.
     """
 
     ids: list[int]
     answer_len: int
     details: dict[str, Any] = field(default_factory=dict)
+    max_new_tokens: int = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer together, written or known."""
+        return len(self.ids) + self.max_new_tokens
 
 
 class Task(Protocol):
     """A member of TASKS. Its options are the keyword-only parameters of its constructor.
 
     Attributes:
-        measure: exact (is every answer token the model's first choice?) or loss (mean nats).
+        measure: how its prompts are scored; a key of `extend.evaluate.measures.MEASURES`.
         on_grid: whether it is asked at given lengths and depths.
+        joined: whether all its cells are measured in one go; False where it is not there.
     """
 
-    measure: ClassVar[Literal["exact", "loss"]]
+    measure: ClassVar[str]
     on_grid: ClassVar[bool]
 
     def inputs(self) -> dict[str, str]:
@@ -70,7 +83,7 @@ class Task(Protocol):
         """The rows this task will give."""
         ...
 
-    def prompts(self, tokenizer: Any, cell: Cell, seed: int) -> list[Prompt]:
+    def prompts(self, frame: "Frame", cell: Cell, seed: int) -> list[Prompt]:
         """Build the prompts of a cell; the same on every machine and in every order.
 
         Raises:

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from extend.errors import DataError
+from extend.evaluate.frame import Frame
 from extend.evaluate.tasks import TASKS
 from tests.tiny_text import KINDS, make_tokenizer
 
@@ -22,7 +23,7 @@ def test_rows_are_prompt_and_answer(kind, file):
     task = TASKS["exact-match"](file=str(file))
     cell, = task.cells("skill", (), (), 0)
     assert (cell.length, cell.depth, cell.trials) == (None, None, 2)
-    for prompt, row in zip(task.prompts(tokenizer, cell, 0), ROWS, strict=True):
+    for prompt, row in zip(task.prompts(Frame.of(tokenizer), cell, 0), ROWS, strict=True):
         assert prompt.ids == tokenizer(row["prompt"] + row["answer"])["input_ids"]
         wanted = tokenizer.decode(prompt.ids[-prompt.answer_len:])
         assert wanted.endswith(row["answer"].lstrip(" "))  # a lone leading space is given

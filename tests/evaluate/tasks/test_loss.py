@@ -1,13 +1,14 @@
 import pytest
 
 from extend.errors import DataError
+from extend.evaluate.frame import Frame
 from extend.evaluate.tasks import TASKS
 from tests.tiny_text import KINDS, make_text, make_tokenizer
 
 
 def windows_of(task, tokenizer):
     cell, = task.cells("held-out", (), (), 0)
-    return task.prompts(tokenizer, cell, 0)
+    return task.prompts(Frame.of(tokenizer), cell, 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

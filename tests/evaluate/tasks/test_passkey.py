@@ -3,6 +3,7 @@ import re
 import pytest
 
 from extend.errors import DataError
+from extend.evaluate.frame import Frame
 from extend.evaluate.tasks import TASKS, Cell
 from extend.evaluate.tasks.passkey import check_leaks, draw_key
 from extend.evaluate.tasks.task import NO_NEEDLE, derive, occurrences
@@ -24,7 +25,7 @@ def test_prompts_are_exact_and_whole(kind, name, length, text_file):
     tokenizer = make_tokenizer(kind)
     task = task_of(name, text_file)
     for depth in (0.0, 0.37, 1.0):
-        prompts = task.prompts(tokenizer, Cell("x", name, length, depth, 3), seed=1)
+        prompts = task.prompts(Frame.of(tokenizer), Cell("x", name, length, depth, 3), seed=1)
         assert [len(p.ids) for p in prompts] == [length] * 3
         for prompt in prompts:
             text = tokenizer.decode(prompt.ids, skip_special_tokens=True)
@@ -48,7 +49,7 @@ def test_depth_is_within_a_line_of_what_was_asked(kind, name, text_file):
     longest_line = 120  # characters: the filler's 115, and the longest of the text's
     for i in range(10):
         cell = Cell("x", name, length, i / 9, 2)
-        for prompt in task.prompts(tokenizer, cell, seed=0):
+        for prompt in task.prompts(Frame.of(tokenizer), cell, seed=0):
             details = prompt.details
             rest = tokenizer.decode(prompt.ids[details["needle_position"]:])
             assert NEEDLE.match(rest).group(1) == details["answer"].strip()
@@ -62,15 +63,15 @@ def test_depth_is_within_a_line_of_what_was_asked(kind, name, text_file):
 def test_prompts_depend_on_seed_and_cell_alone(text_file):
     tokenizer = make_tokenizer("bytes")
     cells = [Cell("x", "passkey-text", n, d, 2) for n in (600, 1200) for d in (0.0, 0.5, 1.0)]
-    forward = [task_of("passkey-text", text_file).prompts(tokenizer, c, 7) for c in cells]
+    forward = [task_of("passkey-text", text_file).prompts(Frame.of(tokenizer), c, 7) for c in cells]
     task = task_of("passkey-text", text_file)
-    backward = [task.prompts(tokenizer, c, 7) for c in reversed(cells)][::-1]
+    backward = [task.prompts(Frame.of(tokenizer), c, 7) for c in reversed(cells)][::-1]
     assert forward == backward
     keys = [p.details["answer"] for prompts in forward for p in prompts]
     assert len(set(keys)) == len(keys)
-    other = task.prompts(tokenizer, cells[0], 8)
+    other = task.prompts(Frame.of(tokenizer), cells[0], 8)
     assert other != forward[0]
-    fewer = task.prompts(tokenizer, Cell("y", "passkey-text", 600, 0.0, 1), 7)
+    fewer = task.prompts(Frame.of(tokenizer), Cell("y", "passkey-text", 600, 0.0, 1), 7)
     assert fewer == forward[0][:1]  # neither the label nor the number of trials matters
 
 
@@ -86,7 +87,7 @@ def test_control_has_no_key():
     assert [(c.length, c.depth, c.control) for c in cells] == [
         (600, 0.0, None), (600, 1.0, None), (300, 0.0, None), (300, 1.0, None),
         (300, None, NO_NEEDLE)]
-    for prompt in task.prompts(tokenizer, cells[-1], 0):
+    for prompt in task.prompts(Frame.of(tokenizer), cells[-1], 0):
         text = tokenizer.decode(prompt.ids)
         assert len(prompt.ids) == 300 and text.count(prompt.details["answer"].strip()) == 1
         assert "Remember it" not in text
@@ -100,7 +101,8 @@ def test_numbers_of_the_text_are_never_keys(tmp_path):
         f.writelines(f"{n}\n" for n in range(10_000, 100_000, 3))
     task = task_of("passkey-text", file)
     answers = {p.details["answer"] for d in range(11)
-               for p in task.prompts(tokenizer, Cell("x", "passkey-text", 500, d / 10, 4), 0)}
+               for p in task.prompts(Frame.of(tokenizer),
+                                     Cell("x", "passkey-text", 500, d / 10, 4), 0)}
     assert len(answers) == 44
     assert all(int(answer) % 3 != 10_000 % 3 for answer in answers)
 
@@ -116,15 +118,15 @@ def test_too_short_is_refused_with_both_lengths():
         + len(QUESTION) + len(" 12345")
     task = task_of("passkey")
     with pytest.raises(DataError, match=f"a length of {parts} leaves no room .* take {parts} "):
-        task.prompts(tokenizer, Cell("x", "passkey", parts, 0.5, 1), 0)
-    shortest, = task.prompts(tokenizer, Cell("x", "passkey", parts + 1, 0.5, 1), 0)
+        task.prompts(Frame.of(tokenizer), Cell("x", "passkey", parts, 0.5, 1), 0)
+    shortest, = task.prompts(Frame.of(tokenizer), Cell("x", "passkey", parts + 1, 0.5, 1), 0)
     assert len(shortest.ids) == parts + 1
 
 
 def test_too_little_text_is_refused(tmp_path):
     task = task_of("passkey-text", write_text(tmp_path / "x.txt", 20))
     with pytest.raises(DataError, match="too few for a passage of"):
-        task.prompts(make_tokenizer("bytes"), Cell("x", "passkey-text", 9000, 0.5, 1), 0)
+        task.prompts(Frame.of(make_tokenizer("bytes")), Cell("x", "passkey-text", 9000, 0.5, 1), 0)
 
 
 def test_leaks_are_found():

@@ -1,0 +1,55 @@
+"""What a measure may ask of whatever runs the model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from extend.evaluate.tasks.task import Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerScore:
+    """What a model makes of one answer.
+
+    Attributes:
+        predicted: its first choice at each answer position, given the right tokens before it.
+        correct: whether all of them are right.
+        nll: sum over the answer of the negative log-likelihoods, in nats.
+    """
+
+    predicted: list[int]
+    correct: bool
+    nll: float
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What a model wrote, always its first choice.
+
+    Attributes:
+        ids: without the token that ended it.
+        text: of `ids`, without special tokens.
+        finished: whether it ended by itself, within its budget.
+    """
+
+    ids: list[int]
+    text: str
+    finished: bool
+
+
+class Backend(Protocol):
+    """Runs a model. A measure that needs more than this asks for it by `name`.
+
+    Attributes:
+        name: local, ring or server.
+    """
+
+    name: str
+
+    def score(self, prompts: Sequence[Prompt]) -> list[AnswerScore]:
+        """Score known answers by teacher forcing."""
+        ...
+
+    def generate(self, prompts: Sequence[Prompt]) -> list[Generation]:
+        """Let the model go on from each prompt for at most its `max_new_tokens`."""
+        ...

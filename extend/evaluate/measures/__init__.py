@@ -1,0 +1,17 @@
+"""How prompts become rows. To add a measure: one function, a line in MEASURES, a test."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from extend.evaluate.backends.backend import Backend
+from extend.evaluate.frame import Frame
+from extend.evaluate.measures.answers import exact, loss
+from extend.evaluate.measures.generated import generated
+from extend.evaluate.tasks.task import Cell, Task
+
+__all__ = ["MEASURES", "Measure"]
+
+# (what runs the model, how prompts are put, the task, its cells, the seed) -> a row for each cell
+Measure = Callable[[Backend, Frame, Task, Sequence[Cell], int], list[dict[str, Any]]]
+
+MEASURES: dict[str, Measure] = {"exact": exact, "loss": loss, "generated": generated}

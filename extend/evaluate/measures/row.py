@@ -1,0 +1,34 @@
+"""What every row of results says of its prompts."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from extend.evaluate.tasks.task import Cell, Prompt
+
+DIGITS = 6  # of stored losses: more would differ from one number of threads to another
+
+
+def describe_prompts(cell: Cell, prompts: Sequence[Prompt], seed: int) -> dict[str, Any]:
+    """The cell, and length, depth and hash of its prompts."""
+    return {"task": cell.task, "name": cell.name, "length": cell.length,
+            "actual_length": max(prompt.length for prompt in prompts), "depth": cell.depth,
+            "actual_depth": _mean_depth(prompts), "control": cell.control, "seed": seed,
+            "prompt_sha256": hash_prompts(prompts)}
+
+
+def _mean_depth(prompts: Sequence[Prompt]) -> float | None:
+    depths = [p.details["actual_depth"] for p in prompts if "actual_depth" in p.details]
+    return round(sum(depths) / len(depths), 6) if depths else None
+
+
+def hash_prompts(prompts: Sequence[Prompt]) -> str:
+    """One sha256 of all ids of the cell: the same on every machine with this tokenizer."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps(np.asarray(prompt.ids).tolist(),
+                                 separators=(",", ":")).encode() + b"\n")
+    return digest.hexdigest()
