@@ -6,11 +6,16 @@ that changes ids and lengths. Facts are inserted where a line of the haystack be
 
 import bisect
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from extend.errors import DataError
+
+_BATCH_CHARS = 1 << 24  # text handed to the tokenizer's threads at once; bounds their memory
+_SOME_CHARS = 1 << 20  # the same where a part of the text may be enough
 
 # The passkey test of Mohtashami & Jaggi 2023, arXiv:2305.16300 (wording of its published script).
 INTRO = ("There is an important info hidden inside a lot of irrelevant text. Find it and memorize "
@@ -72,39 +77,42 @@ class Haystack:
         source: what it was made of, for messages.
     """
 
-    def __init__(self, ids: Sequence[int], line_starts: Sequence[int], source: str):
-        self.ids, self.line_starts, self.source = ids, line_starts, source
+    def __init__(self, ids: Sequence[int] | np.ndarray, line_starts: Sequence[int] | np.ndarray,
+                 source: str):
+        self.ids = np.asarray(ids, dtype=np.int32)
+        self.line_starts = np.asarray(line_starts, dtype=np.int64)
+        self.source = source
 
     @classmethod
     def filler(cls, tokenizer: Any, num_tokens: int) -> "Haystack":
         """Repeated sentences about grass, at least `num_tokens` long."""
         unit = encode(tokenizer, FILLER)
         count = num_tokens // len(unit) + 2
-        return cls(unit * count, range(0, len(unit) * count + 1, len(unit)), "repeated filler")
+        return cls(np.tile(np.asarray(unit, dtype=np.int32), count),
+                   np.arange(0, len(unit) * count + 1, len(unit)), "repeated filler")
 
     @classmethod
-    def from_texts(cls, tokenizer: Any, texts: Iterable[str], source: str) -> "Haystack":
+    def from_texts(cls, tokenizer: Any, texts: Iterable[str], source: str,
+                   limit: int | None = None) -> "Haystack":
         """Real text. Documents are separated by a line break.
+
+        Args:
+            limit: tokens; no document is taken up when those before it have as many.
 
         Raises:
             DataError: no text, or a tokenizer that cannot say where a token begins.
         """
-        ids: list[int] = []
-        line_starts: list[int] = []
-        if not getattr(tokenizer, "is_fast", False):
-            raise DataError(f"{source}: hiding facts in text needs a fast tokenizer "
-                            "(tokenizer.json)")
-        for text in texts:
-            text = text.rstrip() + "\n"
-            coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True,
-                              verbose=False)
-            ends = [end for _, end in coded["offset_mapping"]]
-            line_starts += [len(ids) + i + 1 for i, end in enumerate(ends)
-                            if end and text[end - 1] == "\n"]
-            ids += coded["input_ids"]
-        if not ids:
+        taken, total = [], 0
+        for ids in encode_documents(tokenizer, texts, source, "hiding facts in text",
+                                    _BATCH_CHARS if limit is None else _SOME_CHARS):
+            taken.append(ids)
+            total += len(ids)
+            if limit is not None and total >= limit:
+                break
+        if not total:
             raise DataError(f"{source}: holds no text")
-        return cls(ids, line_starts, source)
+        joined = np.concatenate(taken)
+        return cls(joined, find_lines(tokenizer, joined), source)
 
     def window(self, num_tokens: int, rng: random.Random) -> Passage:
         """Cut a passage of exactly `num_tokens` that ends where a line ends.
@@ -114,14 +122,92 @@ class Haystack:
         """
         first = bisect.bisect_left(self.line_starts, num_tokens)
         if num_tokens > 0 and first >= len(self.line_starts):
-            raise DataError(f"{self.source}: has {len(self.ids)} tokens, too few for a passage of "
-                            f"{num_tokens}; give more text or a shorter length")
-        end = self.line_starts[rng.randrange(first, len(self.line_starts))] if num_tokens else 0
-        begin = end - num_tokens
+            raise self._too_short(num_tokens)
+        end = (int(self.line_starts[rng.randrange(first, len(self.line_starts))])
+               if num_tokens else 0)
+        return self._passage(end - num_tokens, end)
+
+    def windows(self, sizes: Sequence[int], rng: random.Random) -> list[Passage]:
+        """Cut passages of exactly these sizes that follow one another, each to the end of a line.
+
+        Where a size ends within a line, the next passage begins so much later that it ends with
+        one: at most a line of text is left out between two.
+
+        Raises:
+            DataError: the haystack is too short for all of them.
+        """
+        shortest = self._ends(0, sizes)
+        if shortest is None:
+            raise self._too_short(sum(sizes))
+        spare = bisect.bisect_right(self.line_starts, len(self.ids) - shortest[-1])
+        # A start whose lines do not leave room is not taken; the first one always leaves it.
+        starts = (int(self.line_starts[rng.randrange(spare)]) for _ in range(8 if spare else 0))
+        ends = next(filter(None, (self._ends(start, sizes) for start in starts)), shortest)
+        return [self._passage(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+
+    def _ends(self, start: int, sizes: Sequence[int]) -> list[int] | None:
+        """Where passages of these sizes end, the first of which begins at `start` or later."""
+        ends = []
+        for size in sizes:
+            line = bisect.bisect_left(self.line_starts, start + size) if size else None
+            if line is not None and line >= len(self.line_starts):
+                return None
+            start = start if line is None else int(self.line_starts[line])
+            ends.append(start)
+        return ends
+
+    def _passage(self, begin: int, end: int) -> Passage:
         low = bisect.bisect_right(self.line_starts, begin)
         high = bisect.bisect_left(self.line_starts, end)
-        inner = [start - begin for start in self.line_starts[low:high]]
-        return Passage(list(self.ids[begin:end]), [0, *inner, num_tokens])
+        inner = (self.line_starts[low:high] - begin).tolist()
+        return Passage(self.ids[begin:end].tolist(), [0, *inner, end - begin])
+
+    def _too_short(self, num_tokens: int) -> DataError:
+        return DataError(f"{self.source}: has {len(self.ids)} tokens, too few for a passage of "
+                         f"{num_tokens}; give more text or a shorter length")
+
+
+def encode_documents(tokenizer: Any, texts: Iterable[str], source: str, purpose: str,
+                     batch_chars: int = _BATCH_CHARS) -> Iterator[np.ndarray]:
+    """Ids int32 [n] of each text, which ends with one line break, without special tokens.
+
+    Args:
+        purpose: what needs it, for the message.
+        batch_chars: characters that are encoded at once.
+
+    Raises:
+        DataError: a tokenizer that cannot encode many texts at once.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError(f"{source}: {purpose} needs a fast tokenizer (tokenizer.json)")
+    backend = tokenizer.backend_tokenizer
+    for batch in _batches(texts, batch_chars):
+        backend.no_truncation()  # as any call of the tokenizer does that does not ask for it
+        backend.no_padding()
+        lines = [text.rstrip() + "\n" for text in batch]
+        for coded in backend.encode_batch_fast(lines, add_special_tokens=False):
+            yield np.asarray(coded.ids, dtype=np.int32)
+
+
+def _batches(texts: Iterable[str], chars: int) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= chars:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def find_lines(tokenizer: Any, ids: np.ndarray) -> np.ndarray:
+    """Ascending indices int64 where a line begins: after a token that ends with a line break."""
+    used, places = np.unique(ids, return_inverse=True)
+    texts = tokenizer.batch_decode([[int(i)] for i in used], clean_up_tokenization_spaces=False)
+    ends_line = np.array([text.endswith("\n") for text in texts], dtype=bool)
+    return np.flatnonzero(ends_line[places]) + 1
 
 
 def _nearest(boundaries: Sequence[int], place: float) -> int:

@@ -1,14 +1,13 @@
 """Passkey: one number hidden in long text and asked for at its end."""
 
 import random
-import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from extend.documents import read_documents
 from extend.errors import DataError
 from extend.evaluate.frame import Frame
+from extend.evaluate.tasks.held_text import HeldText
 from extend.evaluate.tasks.task import NO_NEEDLE, Cell, Prompt, derive, occurrences
 from extend.haystack import INTRO, Haystack, hide
 
@@ -92,7 +91,7 @@ class PasskeyText(Passkey):
 
     Args:
         haystack: file or folder of text (see `extend.documents`) that the model was not trained
-            on; tokenised once a run.
+            on; see `HeldText` for how much of it is used.
         column: key of a JSON line, or column of a parquet file, that holds the text.
     """
 
@@ -100,29 +99,18 @@ class PasskeyText(Passkey):
 
     haystack: str
     column: str = "text"
-    _texts: list[str] | None = field(default=None, init=False, repr=False)
-    _tokens: Haystack | None = field(default=None, init=False, repr=False)
-    _digits: frozenset[str] | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._text = HeldText(self.haystack, self.column)
 
     def inputs(self) -> dict[str, str]:
         return {"haystack": self.haystack}
 
     def _haystack(self, tokenizer: Any, length: int) -> Haystack:
-        if self._tokens is None:
-            self._tokens = Haystack.from_texts(tokenizer, self._read(), str(self.haystack))
-        return self._tokens
+        return self._text.haystack(tokenizer, length)
 
     def _taken_keys(self) -> Collection[str]:
-        """Every string of five digits in the text: as a key it would be there twice."""
-        if self._digits is None:
-            runs = (run for text in self._read() for run in re.findall(r"[0-9]{5,}", text))
-            self._digits = frozenset(run[i:i + 5] for run in runs for i in range(len(run) - 4))
-        return self._digits
-
-    def _read(self) -> list[str]:
-        if self._texts is None:
-            self._texts = list(read_documents(self.haystack, column=self.column))
-        return self._texts
+        return self._text.numbers()
 
 
 def draw_key(seed: int, place: tuple, trial: int, forbidden: Collection[str],
