@@ -3,9 +3,11 @@
 from extend.evaluate.tasks.exact_match import ExactMatch
 from extend.evaluate.tasks.loss import Loss
 from extend.evaluate.tasks.passkey import Passkey, PasskeyText
+from extend.evaluate.tasks.passkey_stream import PasskeyStream
 from extend.evaluate.tasks.task import Cell, Prompt, Task
 
 __all__ = ["TASKS", "Cell", "Prompt", "Task"]
 
 TASKS: dict[str, type[Task]] = {
-    "passkey": Passkey, "passkey-text": PasskeyText, "exact-match": ExactMatch, "loss": Loss}
+    "passkey": Passkey, "passkey-text": PasskeyText, "passkey-stream": PasskeyStream,
+    "exact-match": ExactMatch, "loss": Loss}
