@@ -14,7 +14,8 @@ FACT = "The pass key for {name} is {key}.\n"
 QUESTION, PREFILL = "What is the pass key for {name}?", " The pass key for {name} is"
 _KEY_LOW, _KEY_COUNT = 10_000, 90_000  # five digits, none leading zero
 _MAX_DRAWS = 8  # of keys for a name that may be too wide or narrow
-_SAMPLE = 256  # pairs of names whose width is looked at
+_SAMPLE = 64  # names whose width is looked at
+_MARGIN = 1.5  # the share in the sample may be larger than that in all names
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +57,9 @@ class FactMaker:
     def __init__(self, frame: Frame, most: int, rng: random.Random, forbidden: Collection[str]):
         self._frame, self._rng, self._used = frame, rng, set(forbidden)
         names = rng.sample(NAMES, len(NAMES))
-        self.width, fitting = self._common(names)
+        self.width, share = self._common(names[:_SAMPLE])
         self._names: Iterable[str] = names
-        if fitting < most:
+        if share * len(names) < _MARGIN * most:
             self._names = _pairs(rng)
             self.width, _ = self._common(self._names[:_SAMPLE])
 
@@ -75,10 +76,11 @@ class FactMaker:
                             "lengths or depths, or give text with fewer numbers")
         return facts
 
-    def _common(self, names: Sequence[str]) -> tuple[tuple[int, int], int]:
-        """The most frequent width of facts with these names, and how many have it."""
+    def _common(self, names: Sequence[str]) -> tuple[tuple[int, int], float]:
+        """The most frequent width of facts with these names, and the share that has it."""
         widths = Counter(Fact.of(self._frame, name, self._key()).width for name in names)
-        return widths.most_common(1)[0]
+        width, count = widths.most_common(1)[0]
+        return width, count / len(names)
 
     def _fact(self, name: str) -> Fact | None:
         """A fact of the common width; None for a name that is wider or narrower."""

@@ -100,10 +100,20 @@ class PasskeyStream:
     def __post_init__(self) -> None:
         self._text = None if self.haystack is None else HeldText(self.haystack, self.column)
         self._grid: tuple[tuple[int, ...], tuple[float, ...]] = ((), ())
-        self._last: tuple[Any, Stream] | None = None  # what `prompts` built, for the next cell
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what was built for one cell and is kept for the next."""
+        self._last: tuple[Any, Stream | None] = None, None
+        self._plans: tuple[Any, dict[int, tuple[Slots, list[Fact]]]] = None, {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last": None}
+        return {key: value for key, value in self.__dict__.items()
+                if key not in ("_last", "_plans")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
 
     def inputs(self) -> dict[str, str]:
         return {} if self.haystack is None else {"haystack": self.haystack}
@@ -132,7 +142,7 @@ class PasskeyStream:
 
     def _kept(self, frame: Frame, cell: Cell, seed: int, trial: int) -> Stream:
         key = (frame, cell.name, cell.control, seed, trial, self._grid)
-        if self._last is None or self._last[0] != key:
+        if self._last[0] != key:
             self._last = key, self.stream(frame, cell, seed, trial)
         return self._last[1]
 
@@ -210,6 +220,16 @@ class PasskeyStream:
             "actual_depth": start / max(1, room)})
 
     def _plan(self, frame: Frame, name: str, seed: int, trial: int) -> tuple[Slots, list[Fact]]:
+        run = frame, name, seed, self._grid
+        if self._plans[0] != run:
+            self._plans = run, {}
+        known = self._plans[1]
+        if trial not in known:
+            known[trial] = self._draw_plan(frame, name, seed, trial)
+        return known[trial]
+
+    def _draw_plan(self, frame: Frame, name: str, seed: int,
+                   trial: int) -> tuple[Slots, list[Fact]]:
         lengths, depths = self._grid
         head = len(frame.head) + len(frame.encode(INTRO))
         rng = random.Random(derive(seed, self.name, trial, "facts"))
