@@ -32,7 +32,23 @@ ATTENTION_NAME = "extend_prefill"
 # Keywords with which a model asks its attention for something that is not computed here.
 _REFUSED = ("softcap", "s_aux", "position_bias", "cu_seq_lens_q")
 
-_SEEN: ContextVar[Tensor | None] = ContextVar("seen", default=None)
+_DECODING: ContextVar["_Decoding | None"] = ContextVar("decoding", default=None)
+
+
+class _Decoding:
+    """What rows of one new token each see of caches that are aligned at their ends."""
+
+    def __init__(self, seen: Tensor):
+        self._seen = seen
+        self._visible: dict[tuple[int, int | None], Tensor] = {}
+
+    def visible(self, total: int, window: int | None) -> Tensor:
+        """Which of `total` keys a row's token sees, bool [b, 1, 1, total]; made once a step."""
+        if (total, window) not in self._visible:
+            own = self._seen if window is None else self._seen.clamp(max=window)
+            places = torch.arange(total, device=own.device)
+            self._visible[total, window] = (places >= total - own[:, None])[:, None, None]
+        return self._visible[total, window]
 
 
 @contextlib.contextmanager
@@ -42,11 +58,11 @@ def decoding(seen: Tensor) -> Iterator[None]:
     Args:
         seen: tokens of each row so far, the new one included [b].
     """
-    token = _SEEN.set(seen)
+    token = _DECODING.set(_Decoding(seen))
     try:
         yield
     finally:
-        _SEEN.reset(token)
+        _DECODING.reset(token)
 
 
 def register_prefill_attention() -> str:
@@ -86,8 +102,9 @@ def prefill_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tens
             return out.transpose(1, 2).contiguous(), None
         key, value = put_before(before, key, value, sliding_window)
     _refuse_layer(module, sliding_window, key.shape[2])
-    if (seen := _SEEN.get()) is not None and query.shape[2] == 1:
-        return _decode(query, key, value, seen, sliding_window, scale), None
+    if (rows := _DECODING.get()) is not None and query.shape[2] == 1:
+        visible = rows.visible(key.shape[2], sliding_window)
+        return _decode(query, key, value, visible, scale), None
     return _prefill(query, key, value, sliding_window, scale), None
 
 
@@ -107,15 +124,15 @@ def _prefill(query: Tensor, key: Tensor, value: Tensor, window: int | None,
     return out.transpose(1, 2).contiguous()
 
 
-def _decode(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, window: int | None,
-            scale: float) -> Tensor:
-    """Attention of one token of each row to the last keys of the row's own: [b, 1, h, d]."""
-    total, own = key.shape[2], seen if window is None else seen.clamp(max=window)
-    places = torch.arange(total, device=key.device)
-    visible = (places >= total - own[:, None])[:, None, None]
-    out = functional.scaled_dot_product_attention(query, key, value, visible, scale=scale,
-                                                  enable_gqa=key.shape[1] != query.shape[1])
-    return out.transpose(1, 2)
+def _decode(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """Attention of one token of each row to its `visible` keys: [b, 1, h, d].
+
+    The heads that share keys are given as so many queries of one head: torch's kernels that take
+    a mask take no groups, and would be fed a copy of the keys for each head.
+    """
+    grouped = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])
+    out = functional.scaled_dot_product_attention(grouped, key, value, visible, scale=scale)
+    return out.reshape(query.shape).transpose(1, 2)
 
 
 def _refuse_arguments(module: nn.Module, attention_mask: Tensor | None,

@@ -25,12 +25,13 @@ from transformers.cache_utils import (
 )
 
 from extend.errors import CompatibilityError
+from extend.evaluate.cache import RoomLayer
 from extend.ring.kernels import KERNELS, Kernel, choose_kernel
 from extend.ring.lse import merge_partial
 from extend.ring.mask import CAUSAL, FULL, Mask
 
 _SHARED: ContextVar["Fork | None"] = ContextVar("shared keys", default=None)
-_KNOWN = (DynamicLayer, DynamicSlidingWindowLayer)
+_KNOWN = (DynamicLayer, RoomLayer, DynamicSlidingWindowLayer)
 
 
 class Fork(Cache):

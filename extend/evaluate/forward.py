@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from extend.errors import CompatibilityError
 from extend.evaluate.backends.backend import AnswerScore
+from extend.evaluate.cache import make_cache
 from extend.evaluate.fork import Fork
 from extend.evaluate.tasks.task import Prompt
 from extend.loading import cache_argument
@@ -117,7 +118,7 @@ def hidden_parts(model: PreTrainedModel, ids: Sequence[int], *, chunk: int,
                             "on top of a cache; raise chunk to that length, and take tasks with "
                             "known answers and a row for each")
     if cache is None and total > chunk:
-        cache = DynamicCache(config=model.config)
+        cache = make_cache(model, total)
     arguments = {"use_cache": False} if cache is None else {
         "use_cache": True, cache_argument(model.base_model): cache}
     row = torch.as_tensor(ids, dtype=torch.int64, device=model.device)[None]

@@ -83,7 +83,7 @@ class Knows:
     def __init__(self, rule):
         self._rule = rule
 
-    def new_cache(self):
+    def new_cache(self, room):
         return []
 
     def hidden_parts(self, ids, cache):

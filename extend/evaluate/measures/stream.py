@@ -51,7 +51,7 @@ def _refuse_backend(backend: Backend) -> None:
 
 def _ask(backend: Any, row: Stream) -> list[AnswerScore]:
     """Scores of a row's questions, in their order."""
-    cache, read, scores = backend.new_cache(), 0, {}
+    cache, read, scores = backend.new_cache(len(row.ids)), 0, {}
     for begin in sorted({question.begin for question in row.questions}):
         for _ in backend.hidden_parts(row.ids[read:begin], cache):
             pass
