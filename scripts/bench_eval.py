@@ -17,20 +17,16 @@ prefill   one row of --prefill tokens, and the kernels of its attention alone in
           tensors of the same shapes, for all layers. Goal: 1.3 times as long.
 prompts   one prompt of --prefill tokens of each task that is asked at given lengths, from a fresh
           task (text is read and tokenised anew), on one core. Goal: 10 s.
-generate  --rows prompts of each of 6 lengths to --longest, 64 new tokens each. Not in the default.
+generate  --rows prompts of each of up to 6 lengths, halved from --longest, 64 new tokens each. Not in the default.
 
 A --model without weights (config.json and a tokenizer alone) is run with random ones: times do not
 depend on them. Hidden text comes from --text or is made up. Writes bench.json and table.md into
 --out after every section and prints the table.
 """
 
-import os
-
-os.environ.setdefault("RAYON_NUM_THREADS", "1")  # prompts are timed on one core
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -70,14 +66,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", default="auto")
     add("--commit", help="default: what git says")
     add("--tiny", action="store_true", help="small sizes, to try this script")
+    if parser.parse_known_args(arguments)[0].tiny:
+        parser.set_defaults(**TINY)
     options = parser.parse_args(arguments)
     options.sections = options.sections.split(",")
     unknown = set(options.sections) - set(SECTIONS)
     if unknown:
         parser.error(f"--sections: no {', '.join(sorted(unknown))}; choose of {','.join(SECTIONS)}")
-    if options.tiny:
-        for name, value in TINY.items():
-            setattr(options, name, value)
     return options
 
 
@@ -106,6 +101,8 @@ def commit() -> str | None:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    os.environ.setdefault("RAYON_NUM_THREADS", "1")  # prompts are built on one core
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from eval_bench.bench import Bench
     from eval_bench.prompts import time_prompts
 

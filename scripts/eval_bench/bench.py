@@ -216,7 +216,8 @@ class Bench:
 
     def generate(self) -> dict[str, Any]:
         longest, rows = self.options.longest, self.options.rows
-        lengths = [longest >> shift for shift in range(5, -1, -1)]
+        lengths = [longest >> shift for shift in range(5, -1, -1)
+                   if longest >> shift >= 2 * NEW_TOKENS]
         vocabulary = self.backend.model.config.get_text_config().vocab_size
         generator = torch.Generator().manual_seed(0)
         found = {}
