@@ -17,7 +17,8 @@ prefill   one row of --prefill tokens, and the kernels of its attention alone in
           tensors of the same shapes, for all layers. Goal: 1.3 times as long.
 prompts   one prompt of --prefill tokens of each task that is asked at given lengths, from a fresh
           task (text is read and tokenised anew), on one core. Goal: 10 s.
-generate  --rows prompts of each of up to 6 lengths, halved from --longest, 64 new tokens each. Not in the default.
+generate  --rows prompts of each of up to 6 lengths, halved from --longest, 64 new tokens each.
+          Not in the default.
 
 A --model without weights (config.json and a tokenizer alone) is run with random ones: times do not
 depend on them. Hidden text comes from --text or is made up. Writes bench.json and table.md into

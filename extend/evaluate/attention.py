@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 
 from extend.errors import CompatibilityError
@@ -32,6 +33,8 @@ ATTENTION_NAME = "extend_prefill"
 # Keywords with which a model asks its attention for something that is not computed here.
 _REFUSED = ("softcap", "s_aux", "position_bias", "cu_seq_lens_q")
 
+# Not cuDNN's, which compiles a graph for every number of keys, and so in every step.
+_STEP_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _DECODING: ContextVar["_Decoding | None"] = ContextVar("decoding", default=None)
 
 
@@ -60,7 +63,8 @@ def decoding(seen: Tensor) -> Iterator[None]:
     """
     token = _DECODING.set(_Decoding(seen))
     try:
-        yield
+        with sdpa_kernel(_STEP_KERNELS):
+            yield
     finally:
         _DECODING.reset(token)
 

@@ -13,7 +13,7 @@ from extend.retrieval.names import NAMES
 FACT = "The pass key for {name} is {key}.\n"
 QUESTION, PREFILL = "What is the pass key for {name}?", " The pass key for {name} is"
 _KEY_LOW, _KEY_COUNT = 10_000, 90_000  # five digits, none leading zero
-_MAX_DRAWS = 8  # of keys for a name that may be too wide or narrow
+_MAX_DRAWS = 16  # of keys for a name that may be too wide or narrow
 _SAMPLE = 64  # names whose width is looked at
 _MARGIN = 1.5  # the share in the sample may be larger than that in all names
 
@@ -62,6 +62,8 @@ class FactMaker:
         if share * len(names) < _MARGIN * most:
             self._names = _pairs(rng)
             self.width, _ = self._common(self._names[:_SAMPLE])
+        widths = {Fact.of(frame, NAMES[0], self._key()).width for _ in range(_MAX_DRAWS)}
+        self._draws = 1 if len(widths) == 1 else _MAX_DRAWS  # where keys differ in width
 
     def make(self, count: int, source: str) -> list[Fact]:
         """So many facts; `source` is who asks, for messages.
@@ -84,7 +86,7 @@ class FactMaker:
 
     def _fact(self, name: str) -> Fact | None:
         """A fact of the common width; None for a name that is wider or narrower."""
-        for _ in range(_MAX_DRAWS):
+        for _ in range(self._draws):
             fact = Fact.of(self._frame, name, self._key())
             if fact.key not in self._used and fact.width == self.width:
                 self._used.add(fact.key)
