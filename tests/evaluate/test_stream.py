@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from extend.errors import CompatibilityError
 from extend.evaluate.attention import register_prefill_attention
+from extend.evaluate.backends.backend import AnswerScore
 from extend.evaluate.backends.local import LocalBackend
 from extend.evaluate.frame import Frame
 from extend.evaluate.measures import MEASURES
@@ -99,7 +100,7 @@ class Knows:
     def _score(self, ids, answer_len):
         wanted = ids[-answer_len:]
         predicted = self._rule(ids[:-answer_len], wanted)
-        return SimpleNamespace(predicted=predicted, correct=predicted == wanted, nll=0.0)
+        return AnswerScore(predicted, predicted == wanted, 0.0)
 
 
 def copies(before, wanted):
