@@ -115,6 +115,11 @@ class PasskeyStream:
         self.__dict__.update(state)
         self._forget()
 
+    @property
+    def chance(self) -> float:
+        """The score of naming a fact in view at random, at the shortest length."""
+        return 1 / max(1, len(self._grid[1]))
+
     def inputs(self) -> dict[str, str]:
         return {} if self.haystack is None else {"haystack": self.haystack}
 
@@ -231,6 +236,9 @@ class PasskeyStream:
     def _draw_plan(self, frame: Frame, name: str, seed: int,
                    trial: int) -> tuple[Slots, list[Fact]]:
         lengths, depths = self._grid
+        if not lengths:
+            raise DataError(f"{name}: its facts depend on the whole grid; call cells() before a "
+                            "prompt is built")
         head = len(frame.head) + len(frame.encode(INTRO))
         rng = random.Random(derive(seed, self.name, trial, "facts"))
         maker = FactMaker(frame, len(lengths) * len(depths), rng, self._numbers())
