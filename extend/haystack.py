@@ -11,7 +11,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from extend.errors import DataError
+
+_BATCH_CHARS = 1 << 24  # text handed to the tokenizer's threads at once; bounds their memory
 
 # The passkey test of Mohtashami & Jaggi 2023, arXiv:2305.16300 (wording of its published script).
 INTRO = ("There is an important info hidden inside a lot of irrelevant text. Find it and memorize "
@@ -105,22 +109,31 @@ class Haystack:
         line_break: ids of a line break; needed with sentence starts.
     """
 
-    def __init__(self, ids: Sequence[int], line_starts: Sequence[int], source: str, *,
-                 sentence_starts: Sequence[int] = (), line_break: Sequence[int] = ()):
-        self.ids, self.line_starts, self.source = ids, line_starts, source
-        self.inside, self.line_break = frozenset(sentence_starts), line_break
-        self.boundaries = sorted({*line_starts, *sentence_starts}) if self.inside else line_starts
+    def __init__(self, ids: Sequence[int] | np.ndarray, line_starts: Sequence[int] | np.ndarray,
+                 source: str, *, sentence_starts: Sequence[int] = (),
+                 line_break: Sequence[int] = ()):
+        self.ids = np.asarray(ids, dtype=np.int32)
+        self.line_starts = np.asarray(line_starts, dtype=np.int64)
+        self.inside = np.asarray(sentence_starts, dtype=np.int64)
+        self.line_break, self.source = list(line_break), source
+        self.boundaries = (np.union1d(self.line_starts, self.inside) if len(self.inside)
+                           else self.line_starts)
 
     @classmethod
     def filler(cls, tokenizer: Any, num_tokens: int) -> "Haystack":
         """Repeated sentences about grass, at least `num_tokens` long."""
         unit = encode(tokenizer, FILLER, after_line=True)
         count = num_tokens // len(unit) + 2
-        return cls(unit * count, range(0, len(unit) * count + 1, len(unit)), "repeated filler")
+        return cls(np.tile(np.asarray(unit, dtype=np.int32), count),
+                   np.arange(0, len(unit) * count + 1, len(unit)), "repeated filler")
 
     @classmethod
-    def from_texts(cls, tokenizer: Any, texts: Iterable[str], source: str) -> "Haystack":
+    def from_texts(cls, tokenizer: Any, texts: Iterable[str], source: str,
+                   limit: int | None = None) -> "Haystack":
         """Real text. Documents are separated by a line break.
+
+        Args:
+            limit: tokens; no more text is taken up than gives as many.
 
         Raises:
             DataError: no text, or a tokenizer that cannot say where a token begins.
@@ -138,6 +151,8 @@ class Haystack:
             lines += gaps.find(match.end() for match in _LINE_BREAK.finditer(piece))
             sentences += gaps.find(match.end() for match in _SENTENCE_END.finditer(piece))
             ids += coded["input_ids"]
+            if limit is not None and len(ids) >= limit:
+                break
         if not ids:
             raise DataError(f"{source}: holds no text")
         return cls(ids, lines, source, sentence_starts=sentences,
@@ -154,18 +169,63 @@ class Haystack:
         ends = self.boundaries if num_tokens > len(self.line_break) else self.line_starts
         first = bisect.bisect_left(ends, num_tokens)
         if first >= len(ends):
-            raise DataError(f"{self.source}: has {len(self.ids)} tokens, too few for a passage of "
-                            f"{num_tokens}; give more text or a shorter length")
-        end = ends[rng.randrange(first, len(ends))]
-        closing = list(self.line_break) if end in self.inside else []
+            raise self._too_short(num_tokens)
+        end = int(ends[rng.randrange(first, len(ends))])
+        closing = self.line_break if _holds(self.inside, end) else []
         begin = end - num_tokens + len(closing)
-        low, high = bisect.bisect_right(self.boundaries, begin), bisect.bisect_left(
-            self.boundaries, end)
-        inner = list(self.boundaries[low:high])
-        return Passage([*self.ids[begin:end], *closing],
-                       [0, *(start - begin for start in inner), num_tokens],
-                       frozenset(start - begin for start in inner if start in self.inside),
-                       self.line_break)
+        inner = _between(self.boundaries, begin, end)
+        inside = _between(self.inside, begin, end)
+        return Passage([*self.ids[begin:end].tolist(), *closing],
+                       [0, *(inner - begin).tolist(), num_tokens],
+                       frozenset((inside - begin).tolist()), self.line_break)
+
+    def windows(self, sizes: Sequence[int], rng: random.Random) -> list[Passage]:
+        """Cut passages of exactly these sizes that follow one another, each to the end of a line.
+
+        Where a size ends within a line, the next passage begins so much later that it ends with
+        one: at most a line of text is left out between two.
+
+        Raises:
+            DataError: the haystack is too short for all of them.
+        """
+        shortest = self._ends(0, sizes)
+        if shortest is None:
+            raise self._too_short(sum(sizes))
+        spare = bisect.bisect_right(self.line_starts, len(self.ids) - shortest[-1])
+        # A start whose lines do not leave room is not taken; the first one always leaves it.
+        starts = (int(self.line_starts[rng.randrange(spare)]) for _ in range(8 if spare else 0))
+        ends = next(filter(None, (self._ends(start, sizes) for start in starts)), shortest)
+        return [self._passage(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+
+    def _ends(self, start: int, sizes: Sequence[int]) -> list[int] | None:
+        """Where passages of these sizes end, the first of which begins at `start` or later."""
+        ends = []
+        for size in sizes:
+            line = bisect.bisect_left(self.line_starts, start + size) if size else None
+            if line is not None and line >= len(self.line_starts):
+                return None
+            start = start if line is None else int(self.line_starts[line])
+            ends.append(start)
+        return ends
+
+    def _passage(self, begin: int, end: int) -> Passage:
+        """From one line's end to another's; facts go to the starts of its lines alone."""
+        inner = _between(self.line_starts, begin, end) - begin
+        return Passage(self.ids[begin:end].tolist(), [0, *inner.tolist(), end - begin])
+
+    def _too_short(self, num_tokens: int) -> DataError:
+        return DataError(f"{self.source}: has {len(self.ids)} tokens, too few for a passage of "
+                         f"{num_tokens}; give more text or a shorter length")
+
+
+def _between(places: np.ndarray, begin: int, end: int) -> np.ndarray:
+    """Those of the ascending places that lie after `begin` and before `end`."""
+    return places[bisect.bisect_right(places, begin):bisect.bisect_left(places, end)]
+
+
+def _holds(places: np.ndarray, place: int) -> bool:
+    index = bisect.bisect_left(places, place)
+    return index < len(places) and int(places[index]) == place
 
 
 def _pieces(tokenizer: Any, texts: Iterable[str]) -> Iterator[str]:
@@ -203,6 +263,49 @@ class _Gaps:
             if low and (low == len(self.ends) or self.begins[low] >= place):
                 found.append(self.shift + low)
         return found
+
+
+def encode_documents(tokenizer: Any, texts: Iterable[str], source: str, purpose: str,
+                     batch_chars: int = _BATCH_CHARS) -> Iterator[np.ndarray]:
+    """Ids int32 [n] of each text, which ends with one line break, without special tokens.
+
+    Args:
+        purpose: what needs it, for the message.
+        batch_chars: characters that are encoded at once.
+
+    Raises:
+        DataError: a tokenizer that cannot encode many texts at once.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError(f"{source}: {purpose} needs a fast tokenizer (tokenizer.json)")
+    backend = tokenizer.backend_tokenizer
+    for batch in _batches(texts, batch_chars):
+        backend.no_truncation()  # as any call of the tokenizer does that does not ask for it
+        backend.no_padding()
+        lines = [text.rstrip() + "\n" for text in batch]
+        for coded in backend.encode_batch_fast(lines, add_special_tokens=False):
+            yield np.asarray(coded.ids, dtype=np.int32)
+
+
+def _batches(texts: Iterable[str], chars: int) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= chars:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def find_lines(tokenizer: Any, ids: np.ndarray) -> np.ndarray:
+    """Ascending indices int64 where a line begins: after a token that ends with a line break."""
+    used, places = np.unique(ids, return_inverse=True)
+    texts = tokenizer.batch_decode([[int(i)] for i in used], clean_up_tokenization_spaces=False)
+    ends_line = np.array([text.endswith("\n") for text in texts], dtype=bool)
+    return np.flatnonzero(ends_line[places]) + 1
 
 
 def _nearest(boundaries: Sequence[int], place: float) -> int:

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 
 from extend.errors import CompatibilityError
+from extend.evaluate.fork import attend_after, put_before, shared_keys
 from extend.ring.call import Call
 from extend.ring.comm import RingComm
 from extend.ring.hf_attention import read_layer
@@ -31,7 +33,25 @@ ATTENTION_NAME = "extend_prefill"
 # Keywords with which a model asks its attention for something that is not computed here.
 _REFUSED = ("softcap", "s_aux", "position_bias", "cu_seq_lens_q")
 
-_SEEN: ContextVar[Tensor | None] = ContextVar("seen", default=None)
+# Not cuDNN's, which compiles a graph for every number of keys, and so in every step.
+_STEP_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_DECODING: ContextVar["_Decoding | None"] = ContextVar("decoding", default=None)
+
+
+class _Decoding:
+    """What rows of one new token each see of caches that are aligned at their ends."""
+
+    def __init__(self, seen: Tensor):
+        self._seen = seen
+        self._visible: dict[tuple[int, int | None], Tensor] = {}
+
+    def visible(self, total: int, window: int | None) -> Tensor:
+        """Which of `total` keys a row's token sees, bool [b, 1, 1, total]; made once a step."""
+        if (total, window) not in self._visible:
+            own = self._seen if window is None else self._seen.clamp(max=window)
+            places = torch.arange(total, device=own.device)
+            self._visible[total, window] = (places >= total - own[:, None])[:, None, None]
+        return self._visible[total, window]
 
 
 @contextlib.contextmanager
@@ -41,11 +61,12 @@ def decoding(seen: Tensor) -> Iterator[None]:
     Args:
         seen: tokens of each row so far, the new one included [b].
     """
-    token = _SEEN.set(seen)
+    token = _DECODING.set(_Decoding(seen))
     try:
-        yield
+        with sdpa_kernel(_STEP_KERNELS):
+            yield
     finally:
-        _SEEN.reset(token)
+        _DECODING.reset(token)
 
 
 def register_prefill_attention() -> str:
@@ -74,32 +95,48 @@ def prefill_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tens
     Raises:
         CompatibilityError: the model asks for a mask or for what these kernels do not compute.
     """
-    new, total = query.shape[2], key.shape[2]
     _refuse_arguments(module, attention_mask, kwargs)
-    _refuse_layer(module, sliding_window, total)
-    if (seen := _SEEN.get()) is not None and new == 1:
-        return _decode(query, key, value, seen, sliding_window, scaling), None
-    mask = make_mask(True, sliding_window, None, total)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    before = shared_keys(getattr(module, "layer_idx", None))
+    if before is not None:
+        reach = before[0].shape[2] + key.shape[2]
+        _refuse_layer(module, sliding_window, reach)
+        if sliding_window is None or sliding_window >= reach:
+            out = attend_after(query, key, value, before, scale)
+            return out.transpose(1, 2).contiguous(), None
+        key, value = put_before(before, key, value, sliding_window)
+    _refuse_layer(module, sliding_window, key.shape[2])
+    if (rows := _DECODING.get()) is not None and query.shape[2] == 1:
+        visible = rows.visible(key.shape[2], sliding_window)
+        return _decode(query, key, value, visible, scale), None
+    return _prefill(query, key, value, sliding_window, scale), None
+
+
+def _prefill(query: Tensor, key: Tensor, value: Tensor, window: int | None,
+             scale: float) -> Tensor:
+    """Attention of the last tokens to all before them: [b, s_new, h, d]."""
+    new, total = query.shape[2], key.shape[2]
+    mask = make_mask(True, window, None, total)
     kernel = choose_kernel("auto", query, key, mask=mask)
     tiles = fit_tiles(plan_tiles((Run(total - new, 1, new),), (Run(0, 1, total),), mask),
                       bands=kernel.bands, packed=kernel.packed)
     attended = AttentionSum(query, Call(
         comm=RingComm.alone(), layout="contiguous", mask=mask, kernel=kernel, seq_len=total,
-        softmax_scale=query.shape[-1] ** -0.5 if scaling is None else scaling), [tiles])
+        softmax_scale=scale), [tiles])
     attended.add(tiles, key, value)
     out, _ = attended.result()
-    return out.transpose(1, 2).contiguous(), None
+    return out.transpose(1, 2).contiguous()
 
 
-def _decode(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, window: int | None,
-            scaling: float | None) -> Tensor:
-    """Attention of one token of each row to the last keys of the row's own: [b, 1, h, d]."""
-    total, own = key.shape[2], seen if window is None else seen.clamp(max=window)
-    places = torch.arange(total, device=key.device)
-    visible = (places >= total - own[:, None])[:, None, None]
-    out = functional.scaled_dot_product_attention(query, key, value, visible, scale=scaling,
-                                                  enable_gqa=key.shape[1] != query.shape[1])
-    return out.transpose(1, 2)
+def _decode(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """Attention of one token of each row to its `visible` keys: [b, 1, h, d].
+
+    The heads that share keys are given as so many queries of one head: torch's kernels that take
+    a mask take no groups, and would be fed a copy of the keys for each head.
+    """
+    grouped = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])
+    out = functional.scaled_dot_product_attention(grouped, key, value, visible, scale=scale)
+    return out.reshape(query.shape).transpose(1, 2)
 
 
 def _refuse_arguments(module: nn.Module, attention_mask: Tensor | None,

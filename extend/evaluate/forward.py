@@ -15,6 +15,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from extend.errors import CompatibilityError
 from extend.evaluate.backends.backend import AnswerScore
+from extend.evaluate.cache import make_cache
+from extend.evaluate.fork import Fork
 from extend.evaluate.tasks.task import Prompt
 from extend.loading import cache_argument
 from extend.model_config import depends_on_length
@@ -41,6 +43,34 @@ def score_answers(model: PreTrainedModel, prompts: Sequence[Prompt], *,
     for batch in _batches([prompt.ids for prompt in prompts], chunk):
         rows = [prompts[i] for i in batch]
         states = [torch.cat(kept) for kept in _answer_states(model, rows, chunk)]
+        scores.update(zip(batch, _read_answers(model, states, rows), strict=True))
+    return [scores[i] for i in range(len(prompts))]
+
+
+@torch.inference_mode()
+def score_after(model: PreTrainedModel, cache: DynamicCache, prompts: Sequence[Prompt], *,
+                chunk: int) -> list[AnswerScore]:
+    """Score answers that each follow the one row in a cache; the cache stays as it is.
+
+    Args:
+        cache: of one row, as `hidden_parts` fills it.
+        prompts: what follows the row, question and answer; none sees another.
+        chunk: most tokens in one forward.
+
+    Raises:
+        CompatibilityError: the model changes its logits after the output head, or it keeps
+            something other than keys and values in its cache.
+    """
+    check_head(model)
+    scores: dict[int, AnswerScore] = {}
+    for batch in _batches([prompt.ids for prompt in prompts], chunk):
+        rows = [prompts[i] for i in batch]
+        with Fork(cache).shared() as fork:
+            hidden = model.base_model(input_ids=_pad([row.ids for row in rows]).to(model.device),
+                                      use_cache=True, **{cache_argument(model.base_model): fork}
+                                      ).last_hidden_state
+        states = [hidden[i, len(row.ids) - row.answer_len - 1:len(row.ids) - 1]
+                  for i, row in enumerate(rows)]
         scores.update(zip(batch, _read_answers(model, states, rows), strict=True))
     return [scores[i] for i in range(len(prompts))]
 
@@ -84,9 +114,11 @@ def hidden_parts(model: PreTrainedModel, ids: Sequence[int], *, chunk: int,
     """
     total = len(ids)
     if cache is not None or total > chunk:
-        _refuse_growing_rope(model, total, chunk)
+        refuse_growing_rope(model, f"a row of {total} tokens cannot be read in parts of {chunk} or "
+                            "on top of a cache; raise chunk to that length, and take tasks with "
+                            "known answers and a row for each")
     if cache is None and total > chunk:
-        cache = DynamicCache(config=model.config)
+        cache = make_cache(model, total)
     arguments = {"use_cache": False} if cache is None else {
         "use_cache": True, cache_argument(model.base_model): cache}
     row = torch.as_tensor(ids, dtype=torch.int64, device=model.device)[None]
@@ -126,11 +158,17 @@ def _states(model: PreTrainedModel, rows: Sequence[Sequence[int]],
     if len(rows) == 1:
         yield from ((0, begin, part) for begin, part in hidden_parts(model, rows[0], chunk=chunk))
         return
+    ids = _pad(rows).to(model.device)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    yield from ((i, 0, hidden[i, :len(row)]) for i, row in enumerate(rows))
+
+
+def _pad(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Rows as one int64 tensor, with zeros on the right, which a causal model cannot see."""
     ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
     for i, row in enumerate(rows):
         ids[i, :len(row)] = torch.as_tensor(row)
-    hidden = model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
-    yield from ((i, 0, hidden[i, :len(row)]) for i, row in enumerate(rows))
+    return ids
 
 
 def _answer_states(model: PreTrainedModel, rows: Sequence[Prompt],
@@ -144,12 +182,18 @@ def _answer_states(model: PreTrainedModel, rows: Sequence[Prompt],
     return kept
 
 
-def _refuse_growing_rope(model: PreTrainedModel, total: int, chunk: int) -> None:
+def refuse_growing_rope(model: PreTrainedModel, consequence: str) -> None:
+    """Refuse a model whose keys differ with the length of what is read, so that none can be kept.
+
+    Raises:
+        CompatibilityError: saying the consequence.
+    """
     rope = getattr(model.config, "rope_parameters", None) or {}
     if depends_on_length(rope):
-        raise CompatibilityError(f"RoPE of type {rope['rope_type']!r} changes with the length, so "
-                                 f"a row of {total} tokens cannot be read in parts of {chunk}; "
-                                 "raise chunk to that length")
+        kinds = {entry["rope_type"] for entry in (rope, *rope.values())
+                 if isinstance(entry, dict) and "rope_type" in entry}
+        raise CompatibilityError(f"RoPE of type {', '.join(map(repr, sorted(kinds)))} changes "
+                                 f"with the length, so {consequence}")
 
 
 def read_head(model: PreTrainedModel, hidden: Tensor,

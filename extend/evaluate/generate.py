@@ -13,9 +13,12 @@ from transformers import DynamicCache, PreTrainedModel
 
 from extend.evaluate.attention import decoding
 from extend.evaluate.backends.backend import Generation
+from extend.evaluate.cache import make_cache
 from extend.evaluate.forward import check_head, hidden_parts
 from extend.evaluate.tasks.task import Prompt
 from extend.loading import cache_argument
+
+_SHARE = 0.5  # of a GPU's memory that caches of a batch may take
 
 
 @torch.inference_mode()
@@ -25,8 +28,8 @@ def generate(model: PreTrainedModel, tokenizer: Any, prompts: Sequence[Prompt], 
 
     Args:
         prompts: each with `max_new_tokens` of at least 1.
-        chunk: most tokens in one forward, and of caches that are held side by side; a longer
-            prompt is read in parts and goes on alone.
+        chunk: most tokens in one forward; a longer prompt is read in parts. Caches of as many
+            tokens are held side by side, and of more where a GPU has memory for them.
 
     Raises:
         CompatibilityError: the model changes its logits after the output head, or its RoPE
@@ -35,7 +38,7 @@ def generate(model: PreTrainedModel, tokenizer: Any, prompts: Sequence[Prompt], 
     check_head(model)
     ends = end_tokens(model, tokenizer)
     written: dict[int, Generation] = {}
-    for batch in _batches(prompts, chunk):
+    for batch in _batches(prompts, max(chunk, _held_tokens(model))):
         rows = [prompts[i] for i in batch]
         ids = _go_on(model, *_read(model, rows, chunk), rows, ends)
         written.update(zip(batch, (finish(tokenizer, row, some, ends)
@@ -60,11 +63,23 @@ def finish(tokenizer: Any, prompt: Prompt, ids: Sequence[int],
     return Generation(kept, tokenizer.decode(kept, skip_special_tokens=True), end is not None)
 
 
-def _batches(prompts: Sequence[Prompt], chunk: int) -> Iterator[list[int]]:
-    """Indices of prompts, longest first, whose padded caches hold at most `chunk` tokens."""
+def _held_tokens(model: PreTrainedModel) -> int:
+    """Tokens whose keys and values take half of the GPU's memory; 0 without a GPU."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if model.device.type != "cuda" or heads is None:
+        return 0
+    memory = torch.cuda.get_device_properties(model.device).total_memory
+    token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    return int(_SHARE * memory) // token
+
+
+def _batches(prompts: Sequence[Prompt], held: int) -> Iterator[list[int]]:
+    """Indices of prompts, longest first, whose padded caches hold at most `held` tokens."""
     batch: list[int] = []
     for i in sorted(range(len(prompts)), key=lambda i: (-prompts[i].length, i)):
-        if batch and prompts[batch[0]].length * (len(batch) + 1) > chunk:
+        if batch and prompts[batch[0]].length * (len(batch) + 1) > held:
             yield batch
             batch = []
         batch.append(i)
@@ -77,26 +92,29 @@ def _read(model: PreTrainedModel, rows: Sequence[Prompt],
     """The joined cache, and the states [rows, hidden_size] that choose the first new tokens."""
     caches, states = [], []
     for row in rows:
-        cache = DynamicCache(config=model.config)
+        # A row that goes on alone does so in the cache it was read into.
+        cache = make_cache(model, row.length if len(rows) == 1 else len(row.ids))
         for _, hidden in hidden_parts(model, row.ids, chunk=chunk, cache=cache):
             last = hidden[-1]
         caches.append(cache)
         states.append(last.clone())
-    return _join(model, caches), torch.stack(states)
+    room = max(len(row.ids) for row in rows) + max(row.max_new_tokens for row in rows)
+    return _join(model, caches, room), torch.stack(states)
 
 
-def _join(model: PreTrainedModel, caches: Sequence[DynamicCache]) -> DynamicCache:
+def _join(model: PreTrainedModel, caches: Sequence[DynamicCache], room: int) -> DynamicCache:
     """One cache of all rows; shorter ones are padded on the left, layer by layer."""
     if len(caches) == 1:
         return caches[0]
-    joined = DynamicCache(config=model.config)
+    joined = make_cache(model, room)
     for index in range(len(caches[0].layers)):
         layers = [cache.layers[index] for cache in caches]
         longest = max(layer.keys.shape[-2] for layer in layers)
         joined.update(*(_pad([getattr(layer, name) for layer in layers], longest)
                         for name in ("keys", "values")), index)
-        for layer in layers:  # held twice for one layer only
-            layer.keys = layer.values = None
+        for cache in caches:  # held twice for one layer only
+            cache.layers[index] = None
+        del layers
     return joined
 
 

@@ -133,7 +133,7 @@ def cut_windows(haystack: Haystack, size: int, num_tokens: int, prefix: Sequence
         raise DataError(f"{haystack.source}: has {len(haystack.ids)} tokens, too few for a window "
                         f"of {body}; give more text")
     stride = len(haystack.ids) // count
-    return torch.tensor([[*prefix, *haystack.ids[i * stride:i * stride + body]]
+    return torch.tensor([[*prefix, *haystack.ids[i * stride:i * stride + body].tolist()]
                          for i in range(count)])
 
 

@@ -14,9 +14,13 @@ import numpy as np
 
 from extend.documents import list_files, read_documents, read_json_lines
 from extend.errors import DataError
-from extend.haystack import Haystack, encode, split_answer
-
-_BATCH_CHARS = 1 << 24  # text handed to the tokenizer's threads at once; bounds their memory
+from extend.haystack import (
+    Haystack,
+    encode,
+    encode_documents,
+    find_lines,
+    split_answer,
+)
 
 
 @dataclass(frozen=True)
@@ -42,14 +46,9 @@ def tokenize_text(tokenizer: Any, path: str, column: str) -> Documents:
     Raises:
         DataError: no text, or a tokenizer that cannot encode in parallel.
     """
-    backend = _fast_backend(tokenizer, path)
-    ids, sizes = [], []
-    for batch in _batches(read_documents(path, column=column)):
-        texts = [text.rstrip() + "\n" for text in batch]
-        for coded in backend.encode_batch_fast(texts, add_special_tokens=False):
-            ids.append(np.asarray(coded.ids, dtype=np.int32))
-            sizes.append(len(coded.ids))
-    return _documents(ids, sizes, None, path)
+    ids = list(encode_documents(tokenizer, read_documents(path, column=column), path,
+                                "training text"))
+    return _documents(ids, [len(some) for some in ids], None, path)
 
 
 def tokenize_examples(tokenizer: Any, path: str) -> Documents:
@@ -88,41 +87,9 @@ def _documents(ids: list[np.ndarray], sizes: list[int], answer_starts: np.ndarra
     return Documents(np.concatenate(ids), offsets, answer_starts, source)
 
 
-def _fast_backend(tokenizer: Any, source: str) -> Any:
-    if not getattr(tokenizer, "is_fast", False):
-        raise DataError(f"{source}: training text needs a fast tokenizer (tokenizer.json)")
-    return tokenizer.backend_tokenizer
-
-
-def _batches(texts: Iterable[str]) -> Iterable[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= _BATCH_CHARS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
 def as_haystack(tokenizer: Any, documents: Documents) -> Haystack:
     """The documents as one haystack whose passages may be cut at every line."""
-    ends_line = _line_ending_ids(tokenizer, documents.ids)
-    line_starts = np.flatnonzero(ends_line[documents.ids]) + 1
-    # A memoryview gives Python integers when it is sliced into a list; an array would not.
-    return Haystack(memoryview(documents.ids), memoryview(line_starts.astype(np.int64)),
-                    documents.source)
-
-
-def _line_ending_ids(tokenizer: Any, ids: np.ndarray) -> np.ndarray:
-    """bool [vocabulary]: does a token, of those in use, end with a line break?"""
-    used = np.unique(ids)
-    texts = tokenizer.batch_decode([[int(i)] for i in used], clean_up_tokenization_spaces=False)
-    table = np.zeros(int(used.max()) + 1, dtype=bool)
-    table[used] = [text.endswith("\n") for text in texts]
-    return table
+    return Haystack(documents.ids, find_lines(tokenizer, documents.ids), documents.source)
 
 
 @dataclass(frozen=True)

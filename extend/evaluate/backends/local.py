@@ -9,7 +9,14 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from extend.evaluate.backends.backend import AnswerScore, Generation
-from extend.evaluate.forward import hidden_parts, score_answers, token_losses
+from extend.evaluate.cache import make_cache
+from extend.evaluate.forward import (
+    hidden_parts,
+    refuse_growing_rope,
+    score_after,
+    score_answers,
+    token_losses,
+)
 from extend.evaluate.generate import generate
 from extend.evaluate.load import load_model
 from extend.evaluate.tasks.task import Prompt
@@ -50,6 +57,20 @@ class LocalBackend:
                      ) -> Iterator[tuple[int, Tensor]]:
         """Read one row on top of a cache; see `extend.evaluate.forward.hidden_parts`."""
         return hidden_parts(self.model, ids, chunk=self.chunk, cache=cache)
+
+    def new_cache(self, room: int) -> DynamicCache:
+        """An empty cache, to read a row of at most `room` tokens into and ask questions after.
+
+        Raises:
+            CompatibilityError: the RoPE changes with the length.
+        """
+        refuse_growing_rope(self.model, "keys in a cache would not be those of a longer row; take "
+                            "a task that reads a row for each question, such as passkey")
+        return make_cache(self.model, room)
+
+    def score_after(self, cache: DynamicCache, prompts: Sequence[Prompt]) -> list[AnswerScore]:
+        """Score answers that each follow the row in a cache; see `extend.evaluate.forward`."""
+        return score_after(self.model, cache, prompts, chunk=self.chunk)
 
     def reference(self, path: Path | str) -> "LocalBackend":
         """Another model on the same device and in the same dtype, loaded once and kept.

@@ -7,6 +7,7 @@ from extend.evaluate.backends.backend import Backend
 from extend.evaluate.frame import Frame
 from extend.evaluate.measures.answers import exact, loss
 from extend.evaluate.measures.generated import generated
+from extend.evaluate.measures.stream import stream
 from extend.evaluate.tasks.task import Cell, Task
 
 __all__ = ["MEASURES", "Measure"]
@@ -14,4 +15,5 @@ __all__ = ["MEASURES", "Measure"]
 # (what runs the model, how prompts are put, the task, its cells, the seed) -> a row for each cell
 Measure = Callable[[Backend, Frame, Task, Sequence[Cell], int], list[dict[str, Any]]]
 
-MEASURES: dict[str, Measure] = {"exact": exact, "loss": loss, "generated": generated}
+MEASURES: dict[str, Measure] = {"exact": exact, "loss": loss, "generated": generated,
+                                "stream": stream}

@@ -17,12 +17,13 @@ def exact(backend: Backend, frame: Frame, task: Task, cells: Sequence[Cell],
     for cell in cells:
         prompts = task.prompts(frame, cell, seed)
         rows.append({**describe_prompts(cell, prompts, seed),
-                     **_exact(frame, prompts, backend.score(prompts))})
+                     **grade_answers(frame, prompts, backend.score(prompts))})
     return rows
 
 
-def _exact(frame: Frame, prompts: Sequence[Prompt],
-           scores: Sequence[AnswerScore]) -> dict[str, Any]:
+def grade_answers(frame: Frame, prompts: Sequence[Prompt],
+                  scores: Sequence[AnswerScore]) -> dict[str, Any]:
+    """The score of a cell, and its trials."""
     correct = sum(score.correct for score in scores)
     tokens = sum(prompt.answer_len for prompt in prompts)
     trials = [{"correct": score.correct, **prompt.details,

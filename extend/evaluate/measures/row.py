@@ -1,7 +1,6 @@
 """What every row of results says of its prompts."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,9 +25,13 @@ def _mean_depth(prompts: Sequence[Prompt]) -> float | None:
 
 
 def hash_prompts(prompts: Sequence[Prompt]) -> str:
-    """One sha256 of all ids of the cell: the same on every machine with this tokenizer."""
+    """One sha256 of all ids of the cell: the same on every machine with this tokenizer.
+
+    Hashed are, of each prompt in turn, its length (8 bytes) and its ids (4 bytes each), little
+    endian.
+    """
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(json.dumps(np.asarray(prompt.ids).tolist(),
-                                 separators=(",", ":")).encode() + b"\n")
+        digest.update(len(prompt.ids).to_bytes(8, "little"))
+        digest.update(np.asarray(prompt.ids, dtype="<i4").tobytes())
     return digest.hexdigest()

@@ -7,6 +7,7 @@ from extend.evaluate.tasks.loss import Loss
 from extend.evaluate.tasks.multi_needle import MultiKey, MultiQuery, MultiValue
 from extend.evaluate.tasks.number_needle import NumberNeedle
 from extend.evaluate.tasks.passkey import Passkey, PasskeyHard, PasskeyText
+from extend.evaluate.tasks.passkey_stream import PasskeyStream
 from extend.evaluate.tasks.ruler import RULER6, RULER13
 from extend.evaluate.tasks.task import Cell, Prompt, Task
 
@@ -17,6 +18,7 @@ GROUPS: dict[str, tuple[str, ...]] = {"ruler6": tuple(RULER6), "ruler13": tuple(
 
 TASKS: dict[str, type[Task]] = {
     "passkey": Passkey, "passkey-text": PasskeyText, "passkey-hard": PasskeyHard,
+    "passkey-stream": PasskeyStream,
     "number-needle": NumberNeedle, "multi-key": MultiKey, "multi-query": MultiQuery,
     "multi-value": MultiValue, "kv-json": KeyValueJson, "babi": Babi, **RULER13,
     "exact-match": ExactMatch, "loss": Loss}

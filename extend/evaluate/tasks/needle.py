@@ -13,6 +13,7 @@ from extend.evaluate.tasks.task import NO_CONTEXT, NO_NEEDLE, Cell, Prompt, deri
 from extend.haystack import Haystack, Passage, insert, split_answer
 
 _MAX_DRAWS = 1000
+_LEAST_TOKENS = 2**20  # shorter rows have this much text to draw passages from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +84,9 @@ class Numbers:
 class Text:
     """Text of the user that facts are hidden in; read and tokenised once.
 
+    Of more text than is needed, what comes first is used: a quarter more than the row, or than 1M
+    tokens for a shorter row.
+
     Args:
         path: file or folder (see `extend.documents`).
         column: key of a JSON line, or column of a parquet file, that holds the text.
@@ -91,14 +95,23 @@ class Text:
     path: str
     column: str = "text"
     _texts: list[str] | None = field(default=None, init=False, repr=False)
-    _tokens: tuple[object, Haystack] | None = field(default=None, init=False, repr=False)
+    _tokens: dict[tuple[int, int], Haystack] = field(default_factory=dict, init=False, repr=False)
     _numbers: dict[int, frozenset[str]] = field(default_factory=dict, init=False, repr=False)
 
-    def haystack(self, tokenizer: object) -> Haystack:
-        if self._tokens is None or self._tokens[0] is not tokenizer:
-            made = Haystack.from_texts(tokenizer, self._read(), self.path)
-            self._tokens = (tokenizer, made)
-        return self._tokens[1]
+    def haystack(self, tokenizer: object, length: int) -> Haystack:
+        """Enough of the text for rows of `length` tokens, if there is as much.
+
+        Raises:
+            DataError: no text, or a tokenizer without a tokenizer.json.
+        """
+        key = (id(tokenizer), max(length, _LEAST_TOKENS) * 5 // 4)
+        if key not in self._tokens:
+            self._tokens[key] = Haystack.from_texts(tokenizer, self._read(), self.path, key[1])
+        return self._tokens[key]
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without what is quickly made again, and would be another process's."""
+        return {**self.__dict__, "_texts": None, "_tokens": {}}
 
     def numbers(self, width: int) -> frozenset[str]:
         """Every string of so many digits in the text: as a key it would be there twice."""
@@ -178,7 +191,7 @@ class NeedleTask:
         """What the facts of a quiz are hidden in."""
         text = self.text()
         return (Haystack.filler(frame.tokenizer, length) if text is None
-                else text.haystack(frame.tokenizer))
+                else text.haystack(frame.tokenizer, length))
 
     def budget(self, frame: Frame, quiz: Quiz) -> int:
         """Tokens that the model may write: twice what the answer takes, some to begin and end

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import numpy as np
+
 if TYPE_CHECKING:
     from extend.evaluate.frame import Frame
 
@@ -99,14 +101,10 @@ def derive(seed: int, *parts: object) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-def occurrences(ids: Sequence[int], pattern: Sequence[int]) -> list[int]:
-    """Every index where `pattern` begins in `ids`."""
-    ids, pattern, found, start = list(ids), list(pattern), [], 0
-    while True:
-        try:
-            start = ids.index(pattern[0], start)
-        except ValueError:
-            return found
-        if ids[start:start + len(pattern)] == pattern:
-            found.append(start)
-        start += 1
+def occurrences(ids: Sequence[int] | np.ndarray, pattern: Sequence[int]) -> list[int]:
+    """Every index where `pattern` begins in `ids`; many searches want an array of them."""
+    ids = np.asarray(ids)
+    found = np.flatnonzero(ids[:max(0, len(ids) - len(pattern) + 1)] == pattern[0])
+    for offset, token in enumerate(pattern[1:], start=1):
+        found = found[ids[found + offset] == token]
+    return found.tolist()
