@@ -22,16 +22,16 @@ class RingReader:
         model: with `register_ring_prefill()` as its attention; the same on every rank.
         comm: the ranks that share the row.
         chunk: most tokens of one rank in one forward.
-        capacity: tokens that the row may come to have, for which memory is then taken at once.
+        reserve: tokens that will be asked on top of what is read, whose keys need room.
 
     Raises:
         CompatibilityError: several ranks, and a RoPE that changes with the length: each rank would
             take the positions that it sees for all there are.
     """
 
-    def __init__(self, model: PreTrainedModel, comm: RingComm, *, chunk: int, capacity: int = 0):
-        self.model, self.comm, self.chunk = model, comm, chunk
-        self.shards = Shards(comm.rank, comm.world, capacity)
+    def __init__(self, model: PreTrainedModel, comm: RingComm, *, chunk: int, reserve: int = 0):
+        self.model, self.comm, self.chunk, self.reserve = model, comm, chunk, reserve
+        self.shards = Shards(comm.rank, comm.world)
         if comm.world > 1:
             self._refuse_growing_rope(f"spread over {comm.world} processes")
 
@@ -60,9 +60,10 @@ class RingReader:
             self._refuse_growing_rope(f"read in parts of {self.chunk * self.comm.world} tokens")
         multiple = length_multiple(LAYOUT, self.comm.world)
         size = -(-total // (parts * multiple)) * multiple
+        self.shards.expect(-(-total // multiple) * multiple // self.comm.world + self.reserve)
         row = torch.as_tensor(ids, dtype=torch.int64)
         for first in range(0, total, size):
-            part = Part(begin + first, begin + min(first + size, total))
+            part = Part(begin + first, min(size, total - first))
             keep = not last or first + size < total
             yield self._read_part(part, row[first:first + size], starts, keep)
 
@@ -73,7 +74,7 @@ class RingReader:
         """
         self._refuse_growing_rope("read in parts")
         row = torch.as_tensor(ids, dtype=torch.int64)
-        part = Part(self.length, self.length + len(row), owner=self.comm.world - 1)
+        part = Part(self.length, len(row), owner=self.comm.world - 1)
         positions = torch.arange(part.begin, part.end)
         return self._forward(Reading(self.shards, part, self.comm), row, positions)
 

@@ -28,18 +28,26 @@ class Part:
     """Tokens that are read in one forward.
 
     Attributes:
-        begin, end: their positions, from and to.
+        begin: position of the first.
+        count: how many they are.
         owner: the rank that keeps the keys; None: every rank those that the layout gives it.
+        kept: so many of the first are still of use; None: all.
     """
 
     begin: int
-    end: int
+    count: int
     owner: int | None = None
+    kept: int | None = None
+
+    @property
+    def end(self) -> int:
+        """The position after the last that is of use."""
+        return self.begin + (self.count if self.kept is None else self.kept)
 
     def padded_len(self, world: int) -> int:
         """Tokens that are computed, all ranks together where the part is spread."""
         multiple = 1 if self.owner is not None else length_multiple(LAYOUT, world)
-        return -(-(self.end - self.begin) // multiple) * multiple
+        return -(-self.count // multiple) * multiple
 
     def runs(self, rank: int, world: int) -> tuple[Run, ...]:
         """The positions whose keys `rank` computes and keeps, padding included."""
@@ -55,16 +63,16 @@ class Shards:
 
     Args:
         rank, world: this process among those that share the row.
-        capacity: tokens that the whole row may come to have; memory is taken for so many, layer by
-            layer, and for more when more come.
 
     Attributes:
+        capacity: keys that this rank may come to have in a layer; memory is taken for so many, and
+            for more when more come.
         parts: what has been read and is kept.
         reach: layers with a window w have dropped the keys before position reach - (w - 1).
     """
 
-    def __init__(self, rank: int, world: int, capacity: int = 0):
-        self.rank, self.world, self.capacity = rank, world, capacity
+    def __init__(self, rank: int, world: int):
+        self.rank, self.world, self.capacity = rank, world, 0
         self.parts: list[Part] = []
         self.reach = 0
         self._before = 0  # `reach` before the part that is being read
@@ -76,6 +84,10 @@ class Shards:
         """Tokens read so far."""
         return self.parts[-1].end if self.parts else 0
 
+    def expect(self, count: int) -> None:
+        """Take memory for so many more keys of this rank when the next ones come."""
+        self.capacity = _count(self.held(self.rank, None)) + count
+
     def begin(self, part: Part) -> None:
         """Get ready for the keys of the next part."""
         self._before = self.reach
@@ -86,7 +98,7 @@ class Shards:
         """Note that every layer has put its keys of a part, which is to be kept."""
         last = self.parts[-1] if self.parts else None
         if last is not None and part.owner is not None and last.owner == part.owner:
-            self.parts[-1] = replace(last, end=part.end)
+            self.parts[-1] = Part(last.begin, part.end - last.begin, part.owner)
         else:
             self.parts.append(part)
 
@@ -126,7 +138,7 @@ class Shards:
                 f"a row of {self.length} tokens cannot go back to {length}: layers with a sliding "
                 f"window have dropped what lies before its last part, which begins at "
                 f"{self.reach}; read the row again, or in parts that end where it should go back")
-        self.parts = [replace(part, end=min(part.end, length))
+        self.parts = [replace(part, kept=min(part.end, length) - part.begin)
                       for part in self.parts if part.begin < length]
         self.reach = min(self.reach, length)
 
@@ -139,8 +151,7 @@ class Shards:
                   total: int) -> tuple[Tensor, Tensor]:
         block = self._full.get(index)
         if block is None or len(block) < total:
-            rows = total + GROWTH if block is not None else max(
-                total, -(-self.capacity // self.world))
+            rows = max(self.capacity, total if block is None else total + GROWTH)
             grown = k.new_empty((rows, *block_shape(k)[1:]))
             if block is not None:
                 grown[:held] = block[:held]

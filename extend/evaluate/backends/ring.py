@@ -1,10 +1,12 @@
 """A transformers model on several ranks that share each row."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -18,11 +20,9 @@ from extend.evaluate.load import load_model
 from extend.evaluate.ring_attention import register_ring_prefill
 from extend.evaluate.ring_reader import RingReader
 from extend.evaluate.tasks.task import Prompt
+from extend.ring.agreement import agree
 from extend.ring.comm import RingComm
 from extend.tokenizer import load_tokenizer
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 class RingBackend:
@@ -50,19 +50,20 @@ class RingBackend:
     def device(self) -> torch.device:
         return self.model.device
 
-    def reader(self, capacity: int = 0) -> RingReader:
-        """A new row of at most `capacity` tokens, to be read and asked part by part."""
-        return RingReader(self.model, self.comm, chunk=self.chunk, capacity=capacity)
+    def reader(self, reserve: int = 0) -> RingReader:
+        """A new row, to be read part by part, with room for `reserve` tokens asked on top."""
+        return RingReader(self.model, self.comm, chunk=self.chunk, reserve=reserve)
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[Prompt]) -> list[AnswerScore]:
         """Score answers by teacher forcing; short rows lie side by side in one forward.
 
         Raises:
-            CompatibilityError: the model changes its logits after the output head, or its RoPE
-                changes with the length.
+            CompatibilityError: the model changes its logits after the output head, its RoPE
+                changes with the length, or the ranks were given different rows.
+            RankError: a rank does not take part.
         """
-        check_head(self.model)
+        self._check([prompt.ids for prompt in prompts])
         scores: dict[int, AnswerScore] = {}
         for batch in self._batches([prompt.ids for prompt in prompts]):
             rows = [prompts[i] for i in batch]
@@ -77,13 +78,13 @@ class RingBackend:
         return [scores[i] for i in range(len(prompts))]
 
     @torch.inference_mode()
-    def token_losses(self, rows: Sequence[Sequence[int]]) -> "list[np.ndarray]":
+    def token_losses(self, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Of each row the loss of every token but the first, fp32 [len - 1], in nats.
 
         Raises:
-            CompatibilityError: as `score`.
+            CompatibilityError, RankError: as `score`.
         """
-        check_head(self.model)
+        self._check(rows)
         found: dict[int, np.ndarray] = {}
         for batch in self._batches(rows):
             lengths = [len(rows[i]) - 1 for i in batch]
@@ -97,9 +98,9 @@ class RingBackend:
         """Let the model write its first choices after each prompt, one prompt after the other.
 
         Raises:
-            CompatibilityError: as `score`.
+            CompatibilityError, RankError: as `score`.
         """
-        check_head(self.model)
+        self._check([prompt.ids for prompt in prompts])
         ends = end_tokens(self.model, self.tokenizer)
         return [finish(self.tokenizer, prompt, self._write(prompt, ends), ends)
                 for prompt in prompts]
@@ -116,6 +117,14 @@ class RingBackend:
                 load_model(path, device=self.device, dtype=self.model.dtype),
                 load_tokenizer(path), group=self.comm.group, chunk=self.chunk)
         return self._references[path]
+
+    def _check(self, rows: Sequence[Sequence[int]]) -> None:
+        """Refuse a model of another head, and rows that are not the same on every rank."""
+        check_head(self.model)
+        digest = hashlib.sha256()
+        for row in rows:
+            digest.update(np.asarray(row, dtype=np.int64).tobytes() + b".")
+        agree(self.comm, "evaluation", rows=len(rows), sha256_of_ids=digest.hexdigest()[:16])
 
     def _batches(self, rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         """Indices of rows, shortest first, that lie side by side in one forward of all ranks."""
@@ -153,7 +162,7 @@ class RingBackend:
 
     def _write(self, prompt: Prompt, ends: frozenset[int]) -> list[int]:
         """What follows a prompt, up to its budget or an end token."""
-        reader, written = self.reader(prompt.length), []
+        reader, written = self.reader(prompt.max_new_tokens), []
         token = torch.zeros(1, dtype=torch.int64, device=self.device)
         for positions, hidden in reader.read(prompt.ids):
             if len(positions) and positions[-1] == len(prompt.ids) - 1:
