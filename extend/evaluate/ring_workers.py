@@ -110,7 +110,7 @@ def _start(job: Job, units: Sequence[Unit], ranks: int) -> None:
 def _work(rank: int, world: int, port: int, job: Job, units: Sequence[Unit], level: int) -> None:
     logging.basicConfig(level=level if rank == 0 else logging.WARNING, format="%(message)s")
     try:
-        with _join_local(rank, world, port, job.device):
+        with join_local(rank, world, port, job.device):
             _measure(job, units, rank, rank)
     except Exception as error:  # of any kind: the parent tells the first one of all ranks
         known = isinstance(error, ExtendError)
@@ -140,8 +140,8 @@ def _measure(job: Job, units: Sequence[Unit], rank: int, local_rank: int) -> Non
 
 
 @contextlib.contextmanager
-def _join_local(rank: int, world: int, port: int, device: str) -> Iterator[None]:
-    """The group of processes that `_start` made."""
+def join_local(rank: int, world: int, port: int, device: str) -> Iterator[None]:
+    """The group of `world` processes of this machine that meet at a store on `port`."""
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(rank)

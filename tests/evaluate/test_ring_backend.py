@@ -104,10 +104,10 @@ class Largest(TorchDispatchMode):
 
 
 def largest_tensor():
-    """Of a row of 1024 tokens, 16 of a rank at a time."""
-    backend = backend_of("llama", 16)
+    """Of a row of 512 tokens, 32 of a rank at a time."""
+    backend = backend_of("llama", 32)
     with Largest() as seen:
-        backend.score([Prompt(IDS * 16, 3)])
+        backend.score([Prompt(IDS * 8, 3)])
     return seen.elements
 
 
@@ -196,9 +196,9 @@ def test_what_would_be_wrong_is_refused_on_every_rank(ranks):
 
 
 def test_no_tensor_is_as_long_as_the_row_but_a_ranks_share_of_the_keys(ranks):
-    keys = 2 * 2 * 8 * 1024 // len(ranks)  # of a layer; the MLP of the whole row would be 48 * 1024
+    keys = 2 * 2 * 8 * 512 // len(ranks)  # of a layer; the MLP of the whole row would be 48 * 512
     for found in ranks:
-        assert found["largest"] <= max(keys, 50 * 32) < 48 * 1024
+        assert found["largest"] <= max(keys, 50 * 32) < 48 * 512
 
 
 def test_a_model_that_tells_its_attention_nothing_is_refused():
