@@ -180,7 +180,7 @@ class Bench:
         from extend.evaluate.backends.ring import RingBackend
 
         backend = RingBackend(self.model, None, chunk=self.options.chunk)
-        reader = backend.reader(reserve=self.options.new_tokens)
+        reader = backend.reader(self.options.length, asked=1 + self.options.new_tokens)
         last = torch.zeros(self.model.config.hidden_size, device=self.device,
                            dtype=self.model.dtype)
 

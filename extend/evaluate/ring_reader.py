@@ -22,18 +22,22 @@ class RingReader:
         model: with `register_ring_prefill()` as its attention; the same on every rank.
         comm: the ranks that share the row.
         chunk: most tokens of one rank in one forward.
-        reserve: tokens that will be asked on top of what is read, whose keys need room.
+        tokens: that will be read, about so many; memory for their keys is taken at once.
+        asked: that will be asked on top of them.
 
     Raises:
         CompatibilityError: several ranks, and a RoPE that changes with the length: each rank would
             take the positions that it sees for all there are.
     """
 
-    def __init__(self, model: PreTrainedModel, comm: RingComm, *, chunk: int, reserve: int = 0):
-        self.model, self.comm, self.chunk, self.reserve = model, comm, chunk, reserve
+    def __init__(self, model: PreTrainedModel, comm: RingComm, *, chunk: int, tokens: int = 0,
+                 asked: int = 0):
+        self.model, self.comm, self.chunk = model, comm, chunk
         self.shards = Shards(comm.rank, comm.world)
+        # One rank keeps what is asked, and a part's padding takes room until the next part.
+        self.shards.expect(-(-tokens // comm.world) + asked + length_multiple(LAYOUT, 1))
         if comm.world > 1:
-            self._refuse_growing_rope(f"spread over {comm.world} processes")
+            self.refuse_growing_rope(f"spread over {comm.world} processes")
 
     @property
     def length(self) -> int:
@@ -57,10 +61,10 @@ class RingReader:
         total, begin = len(ids), self.length
         parts = 1 if starts else -(-total // (self.chunk * self.comm.world))
         if parts > 1 or begin:
-            self._refuse_growing_rope(f"read in parts of {self.chunk * self.comm.world} tokens")
+            self.refuse_growing_rope(f"read in parts of {self.chunk * self.comm.world} tokens")
         multiple = length_multiple(LAYOUT, self.comm.world)
         size = -(-total // (parts * multiple)) * multiple
-        self.shards.expect(-(-total // multiple) * multiple // self.comm.world + self.reserve)
+        self.shards.expect(-(-total // multiple) * multiple // self.comm.world)
         row = torch.as_tensor(ids, dtype=torch.int64)
         for first in range(0, total, size):
             part = Part(begin + first, min(size, total - first))
@@ -72,7 +76,7 @@ class RingReader:
 
         One rank, the last, keeps their keys.
         """
-        self._refuse_growing_rope("read in parts")
+        self.refuse_growing_rope("read in parts")
         row = torch.as_tensor(ids, dtype=torch.int64)
         part = Part(self.length, len(row), owner=self.comm.world - 1)
         positions = torch.arange(part.begin, part.end)
@@ -113,7 +117,12 @@ class RingReader:
             self.shards.end(reading.part)
         return hidden
 
-    def _refuse_growing_rope(self, how: str) -> None:
+    def refuse_growing_rope(self, how: str) -> None:
+        """Refuse a RoPE that changes with the length.
+
+        Raises:
+            CompatibilityError: it does, and a row that is so read would not be one row.
+        """
         rope = getattr(self.model.config, "rope_parameters", None) or {}
         if depends_on_length(rope):
             raise CompatibilityError(f"RoPE of type {rope['rope_type']!r} changes with the length, "

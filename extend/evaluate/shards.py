@@ -85,8 +85,8 @@ class Shards:
         return self.parts[-1].end if self.parts else 0
 
     def expect(self, count: int) -> None:
-        """Take memory for so many more keys of this rank when the next ones come."""
-        self.capacity = _count(self.held(self.rank, None)) + count
+        """Take memory for at least so many more keys of this rank when the next ones come."""
+        self.capacity = max(self.capacity, _count(self.held(self.rank, None)) + count)
 
     def begin(self, part: Part) -> None:
         """Get ready for the keys of the next part."""

@@ -50,7 +50,9 @@ def run_all(rank, world):
             found[name, chunk] = {
                 "score": backend.score(SCORED), "written": backend.generate(WRITTEN),
                 "losses": backend.token_losses([p.ids for p in SCORED]),
-                "asked": ask_at_checkpoints(backend),
+                "asked": ask_at_checkpoints(backend), "after": score_at_checkpoints(backend),
+                "last": backend.token_losses([p.ids for p in SCORED],
+                                             [p.answer_len for p in SCORED]),
             }  # fmt: skip
         found["refused"] = refusals(rank)
         found["largest"] = largest_tensor()
@@ -59,7 +61,7 @@ def run_all(rank, world):
 
 def ask_at_checkpoints(backend):
     """The choices after questions that are put at checkpoints of one growing row."""
-    reader, begin, found = backend.reader(reserve=8), 0, []
+    reader, begin, found = backend.reader(), 0, []
     for end, question in QUESTIONS:
         for _ in reader.read(IDS[begin:end]):
             pass
@@ -67,6 +69,17 @@ def ask_at_checkpoints(backend):
         again = backend.model.lm_head(reader.ask(question[:1]))  # on top of the first
         reader.truncate(end)
         found.append(again)
+        begin = end
+    return found
+
+
+def score_at_checkpoints(backend):
+    """The same by way of what a grid in one row asks a backend for."""
+    cache, begin, found = backend.new_cache(64), 0, []
+    for end, question in QUESTIONS:
+        for _ in backend.hidden_parts(IDS[begin:end], cache):
+            pass
+        found += backend.score_after(cache, [Prompt(question + IDS[:2], 2), Prompt(IDS[2:6], 3)])
         begin = end
     return found
 
@@ -143,6 +156,9 @@ def test_every_token_has_its_loss(ranks, references):
             logits, ids = logits_of(references[name], prompt.ids), torch.tensor(prompt.ids)
             expected = functional.cross_entropy(logits[:-1], ids[1:], reduction="none")
             torch.testing.assert_close(torch.from_numpy(found), expected, **TOLERANCE)
+        for prompt, found, some in zip(SCORED, ranks[0][name, chunk]["losses"],
+                                       ranks[0][name, chunk]["last"], strict=True):
+            torch.testing.assert_close(some, found[-prompt.answer_len:], **TOLERANCE)
 
 
 def test_greedy_text_is_that_of_full_forwards(ranks, references):
@@ -161,6 +177,18 @@ def test_questions_leave_a_growing_row_as_it_was(ranks, references):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-5)  # logits of 1 to 10
 
 
+def test_answers_after_a_row_score_as_behind_it(ranks, references):
+    rows = [Prompt(IDS[:end] + row.ids, row.answer_len) for end, question in QUESTIONS
+            for row in (Prompt(question + IDS[:2], 2), Prompt(IDS[2:6], 3))]
+    for name, chunk in cases(len(ranks)):
+        for row, score in zip(rows, ranks[0][name, chunk]["after"], strict=True):
+            logits = logits_of(references[name], row.ids)[-row.answer_len - 1:-1]
+            wanted = torch.tensor(row.ids[-row.answer_len:])
+            assert score.predicted == logits.argmax(-1).tolist()
+            loss = functional.cross_entropy(logits, wanted, reduction="sum")
+            torch.testing.assert_close(score.nll, float(loss), **TOLERANCE)
+
+
 def test_ranks_have_the_same_results_to_the_last_bit(ranks):
     first, *others = ranks
     for other in others:
@@ -168,6 +196,7 @@ def test_ranks_have_the_same_results_to_the_last_bit(ranks):
             found = first[case]
             assert other[case]["score"] == found["score"]
             assert other[case]["written"] == found["written"]
+            assert other[case]["after"] == found["after"]
             for kind in ("losses", "asked"):
                 for ours, theirs in zip(found[kind], other[case][kind], strict=True):
                     torch.testing.assert_close(torch.as_tensor(ours), torch.as_tensor(theirs),

@@ -19,6 +19,7 @@ from extend.evaluate.generate import end_tokens, finish
 from extend.evaluate.load import load_model
 from extend.evaluate.ring_attention import register_ring_prefill
 from extend.evaluate.ring_reader import RingReader
+from extend.evaluate.shards import GROWTH
 from extend.evaluate.tasks.task import Prompt
 from extend.ring.agreement import agree
 from extend.ring.comm import RingComm
@@ -50,9 +51,43 @@ class RingBackend:
     def device(self) -> torch.device:
         return self.model.device
 
-    def reader(self, reserve: int = 0) -> RingReader:
-        """A new row, to be read part by part, with room for `reserve` tokens asked on top."""
-        return RingReader(self.model, self.comm, chunk=self.chunk, reserve=reserve)
+    def reader(self, tokens: int = 0, asked: int = 0) -> RingReader:
+        """A new row, with room for so many tokens to be read and to be asked on top."""
+        return RingReader(self.model, self.comm, chunk=self.chunk, tokens=tokens, asked=asked)
+
+    def new_cache(self, room: int) -> RingReader:
+        """A new row of at most `room` tokens, to ask questions after.
+
+        Raises:
+            CompatibilityError: the RoPE changes with the length.
+        """
+        reader = self.reader(room, asked=GROWTH)
+        reader.refuse_growing_rope("read in parts")
+        return reader
+
+    @torch.inference_mode()
+    def hidden_parts(self, ids: Sequence[int],
+                     cache: RingReader) -> Iterator[tuple[Tensor, Tensor]]:
+        """Read what follows in a row; see `RingReader.read`."""
+        yield from cache.read(ids)
+
+    @torch.inference_mode()
+    def score_after(self, cache: RingReader, prompts: Sequence[Prompt]) -> list[AnswerScore]:
+        """Score answers that each follow the row read so far, which stays as it is.
+
+        Raises:
+            CompatibilityError, RankError: as `score`.
+        """
+        self._check([prompt.ids for prompt in prompts])
+        scores, length = [], cache.length
+        for prompt in prompts:
+            hidden = cache.ask(prompt.ids)
+            cache.truncate(length)
+            choices, losses = read_head(self.model, hidden[-prompt.answer_len - 1:-1],
+                                        prompt.ids[-prompt.answer_len:])
+            scores.append(_score(prompt, *self._agreed(torch.stack((choices.double(),
+                                                                    losses.double())))))
+        return scores
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[Prompt]) -> list[AnswerScore]:
@@ -70,24 +105,26 @@ class RingBackend:
             choices, losses = self._read_answers([row.ids for row in rows],
                                                  [row.answer_len for row in rows])
             lengths = [row.answer_len for row in rows]
-            for i, row, chosen, nll in zip(batch, rows, choices.split(lengths),
-                                           losses.split(lengths), strict=True):
-                predicted = chosen.tolist()
-                right = predicted == list(row.ids[-row.answer_len:])
-                scores[i] = AnswerScore(predicted, right, float(nll.sum()))
+            scores.update(zip(batch, map(_score, rows, choices.split(lengths),
+                                         losses.split(lengths)), strict=True))
         return [scores[i] for i in range(len(prompts))]
 
     @torch.inference_mode()
-    def token_losses(self, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    def token_losses(self, rows: Sequence[Sequence[int]],
+                     last: Sequence[int] | None = None) -> list[np.ndarray]:
         """Of each row the loss of every token but the first, fp32 [len - 1], in nats.
+
+        Args:
+            last: of each row, how many of its last tokens are scored instead.
 
         Raises:
             CompatibilityError, RankError: as `score`.
         """
         self._check(rows)
+        counts = [len(row) - 1 for row in rows] if last is None else last
         found: dict[int, np.ndarray] = {}
         for batch in self._batches(rows):
-            lengths = [len(rows[i]) - 1 for i in batch]
+            lengths = [counts[i] for i in batch]
             _, losses = self._read_answers([rows[i] for i in batch], lengths)
             found.update(zip(batch, (some.float().numpy() for some in losses.split(lengths)),
                              strict=True))
@@ -162,14 +199,14 @@ class RingBackend:
 
     def _write(self, prompt: Prompt, ends: frozenset[int]) -> list[int]:
         """What follows a prompt, up to its budget or an end token."""
-        reader, written = self.reader(prompt.max_new_tokens), []
+        reader, written = self.reader(len(prompt.ids), prompt.max_new_tokens), []
         token = torch.zeros(1, dtype=torch.int64, device=self.device)
         for positions, hidden in reader.read(prompt.ids):
             if len(positions) and positions[-1] == len(prompt.ids) - 1:
                 token += self._choose(hidden[-1:])
         written.append(int(self._sum(token)))
         while written[-1] not in ends and len(written) < prompt.max_new_tokens:
-            written.append(self._agreed(self._choose(reader.ask(written[-1:]))))
+            written.append(int(self._agreed(self._choose(reader.ask(written[-1:])))))
         return written
 
     def _choose(self, hidden: Tensor) -> Tensor:
@@ -182,8 +219,15 @@ class RingBackend:
             dist.all_reduce(tensor, group=self.comm.group)
         return tensor
 
-    def _agreed(self, token: Tensor) -> int:
-        """The first rank's: two GPUs that rounded differently would otherwise part ways."""
+    def _agreed(self, tensor: Tensor) -> Tensor:
+        """The first rank's: GPUs that rounded differently would otherwise part ways."""
         if self.comm.world > 1:
-            dist.broadcast(token, self.comm.ranks[0], group=self.comm.group)
-        return int(token)
+            dist.broadcast(tensor, self.comm.ranks[0], group=self.comm.group)
+        return tensor
+
+
+def _score(prompt: Prompt, choices: Tensor, losses: Tensor) -> AnswerScore:
+    """Of the first choices and losses, whole numbers and fp64 [answer_len], at the answer."""
+    predicted = choices.long().tolist()
+    return AnswerScore(predicted, predicted == list(prompt.ids[-prompt.answer_len:]),
+                       float(losses.sum()))
