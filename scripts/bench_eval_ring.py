@@ -14,17 +14,20 @@ The model has SmolLM2-135M's shape and random weights in bf16. Measured, in one 
     decode   one new token on top of the whole row, on all GPUs
 
 `one` and `ring` take turns, --rounds times each; the first round compiles what its shapes need, and
-the best round of each counts. Exit code 1 if the last token's hidden state differs between them.
+the best round of each counts. Exit code 1 if the hidden states of the last token and of one new
+token differ between them; before the rounds a shorter row in fp32 is compared more strictly.
 Writes eval_ring.json and table.md into --out after every step.
 """
 
 import argparse
 import json
 import math
+import os
 import shlex
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,9 +40,10 @@ SHAPE = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
          "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152}
 TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128}
-# Relative, of the last hidden state: bf16 keeps 8 bits, and the ring rounds partial results that
-# one call would not; a missing or doubled part of the keys moves it by far more.
+# Relative, of hidden states. fp32: sums in another order; without some of the keys it is 1e-3 and
+# more. bf16 keeps 8 bits, and the ring rounds partial results that one call would not.
 MOST_DIFFERENCE = {"bfloat16": 0.05, "float32": 1e-4}
+CHECKED = 8192  # tokens of the row that is compared in fp32
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -99,20 +103,36 @@ class Bench:
 
     def run(self) -> None:
         """Everything in turn; rank 0 writes."""
+        self.result["difference_fp32"] = self.check()
         self.alone(lambda: self.result.update(floor=self.floor()))
         self.write()
         rounds = self.result["rounds"] = []
         for number in range(self.options.rounds):
             found: dict[str, Any] = {}
-            self.alone(lambda found=found: found.update(one=self.one()))
-            found["ring"] = self.ring()
-            found["difference"] = self.compare(found)
+            rows = self.ids, self.options.chunk
+            self.alone(lambda found=found, rows=rows: found.update(one=self.one(*rows)))
+            found["ring"] = self.ring(*rows)
+            found["difference"] = self.compare()
             rounds.append(found)
+            if self.rank:
+                continue
             self.summarize()
             self.write()
             self.say(f"round {number + 1} of {self.options.rounds}: one GPU "
                      f"{found['one']['seconds']:.2f} s, {self.comm.world} GPUs "
                      f"{found['ring']['seconds']:.2f} s")
+
+    def check(self) -> float:
+        """How far the backends are apart on a shorter row of many parts, in fp32."""
+        import torch
+
+        ids = self.ids[:CHECKED]
+        rows = ids, max(1, len(ids) // 16)
+        self.model.float()
+        self.alone(lambda: self.one(*rows))
+        self.ring(*rows)
+        self.model.to(getattr(torch, self.options.dtype))  # the same weights as before
+        return self.compare()
 
     def alone(self, work: Callable[[], object]) -> None:
         """Let rank 0 work while the others wait on the host, so that their GPUs are idle."""
@@ -159,38 +179,42 @@ class Bench:
                 "seconds": layers * seconds[fastest],
                 "not_taken": {name: why for name, why in refused.items() if why}}
 
-    def one(self) -> dict[str, Any]:
+    def one(self, ids: Any, chunk: int) -> dict[str, Any]:
         """Prefill on one GPU by the backend `local`."""
+        from transformers import DynamicCache
+
         from extend.evaluate.attention import register_prefill_attention
         from extend.evaluate.forward import hidden_parts
 
         self.model.set_attn_implementation(register_prefill_attention())
-        last = []
+        cache, last = DynamicCache(config=self.model.config), []
 
-        def prefill() -> None:
-            for _, hidden in hidden_parts(self.model, self.ids, chunk=self.options.chunk):
-                last[:] = [hidden[-1].clone()]
+        def read(ids: Any) -> None:
+            for _, hidden in hidden_parts(self.model, ids, chunk=chunk, cache=cache):
+                state = hidden[-1].clone()
+            last.append(state)
 
         self.forget()
-        seconds = self.clock(prefill)
-        self._last_of_one = last[0]
+        seconds = self.clock(lambda: read(ids))
+        read([1])
+        self._states_of_one = last
         return {"seconds": seconds, "peak_gib": self.peak_gib()}
 
-    def ring(self) -> dict[str, Any]:
+    def ring(self, ids: Any, chunk: int) -> dict[str, Any]:
         """Prefill on all GPUs by the backend `ring`, and new tokens on top of it."""
         import torch
         import torch.distributed as dist
 
         from extend.evaluate.backends.ring import RingBackend
 
-        backend = RingBackend(self.model, None, chunk=self.options.chunk)
-        reader = backend.reader(self.options.length, asked=1 + self.options.new_tokens)
+        backend = RingBackend(self.model, None, chunk=chunk)
+        reader = backend.reader(len(ids), asked=1 + self.options.new_tokens)
         last = torch.zeros(self.model.config.hidden_size, device=self.device,
                            dtype=self.model.dtype)
 
         def prefill() -> None:
-            for positions, hidden in reader.read(self.ids):
-                if len(positions) and positions[-1] == self.options.length - 1:
+            for positions, hidden in reader.read(ids):
+                if len(positions) and positions[-1] == len(ids) - 1:
                     last.copy_(hidden[-1])
 
         def decode() -> None:
@@ -201,26 +225,23 @@ class Bench:
         self.forget()
         self.meet()
         seconds = self.slowest(self.clock(prefill))
-        reader.ask([1])
+        asked = reader.ask([1])[-1]
         each = self.slowest(self.clock(decode)) / self.options.new_tokens
         dist.all_reduce(last)  # of the rank that has it and zeros
-        self._last_of_ring = last
+        self._states_of_ring = [last, asked]
         return {"seconds": seconds, "peak_gib": self.slowest(self.peak_gib()),
                 "decode_seconds": each}
 
-    def compare(self, found: dict[str, Any]) -> float | None:
-        """How far the last hidden states are apart, relative; on rank 0."""
+    def compare(self) -> float:
+        """How far hidden states are apart, relative: the row's last, and one token later."""
         if self.rank:
-            found.setdefault("one", {"seconds": math.nan, "peak_gib": None})
-            return None
-        one, ring = self._last_of_one.double(), self._last_of_ring.double()
-        return float((one - ring).norm() / one.norm())
+            return math.nan  # it has read nothing by itself
+        return max(float((one.double() - ring.double()).norm() / one.double().norm())
+                   for one, ring in zip(self._states_of_one, self._states_of_ring, strict=True))
 
     def summarize(self) -> None:
         """The figures that the goals are about, from the best rounds so far."""
-        rounds, floor = self.result["rounds"], self.result.get("floor")
-        if floor is None:
-            return  # of another rank
+        rounds, floor = self.result["rounds"], self.result["floor"]
         one = min(found["one"]["seconds"] for found in rounds)
         ring = min(found["ring"]["seconds"] for found in rounds)
         self.result |= {
@@ -332,6 +353,7 @@ def table(result: dict[str, Any]) -> str:
             f"{result['speedup']:.2f} x as fast as 1 GPU, {result['ring_over_floor']:.2f} x the "
             f"floor / {world} |",
             f"| one new token, {world} GPUs | {result['decode_seconds']:.4f} | |", "",
+            f"Difference of hidden states in fp32: {result['difference_fp32']:.1e}", "",
             "| round | 1 GPU | GiB | ring | GiB a GPU | difference |", "|---|---|---|---|---|---|"]
         lines += [f"| {i} | {r['one']['seconds']:.2f} | {r['one']['peak_gib']:.1f} | "
                   f"{r['ring']['seconds']:.2f} | {r['ring']['peak_gib']:.1f} | "
@@ -345,8 +367,13 @@ def work(rank: int, port: int, options: argparse.Namespace) -> None:
 
     from extend.evaluate.ring_workers import join_local
 
-    with torch.inference_mode(), join_local(rank, options.gpus, port, options.device):
-        Bench(options, rank).run()
+    try:
+        with torch.inference_mode(), join_local(rank, options.gpus, port, options.device):
+            Bench(options, rank).run()
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # at a regular end NCCL might wait for ranks that wait for this one
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -371,11 +398,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def verdict(result: dict[str, Any]) -> str | None:
     """What is wrong with the results, if anything is."""
-    most = MOST_DIFFERENCE[result["dtype"]]
-    if result["difference"] <= most:  # NaN is not
-        return None
-    return (f"the last hidden states of 1 and of {result['world']} GPUs differ by "
-            f"{result['difference']:.1e} of their length, more than {most:.0e}")
+    for name, dtype in (("difference_fp32", "float32"), ("difference", result["dtype"])):
+        most = MOST_DIFFERENCE[dtype]
+        if not result[name] <= most:  # as NaN is not
+            return (f"{name}: hidden states on 1 and on {result['world']} GPUs differ by "
+                    f"{result[name]:.1e} of their length, more than {most:.0e}")
+    return None
 
 
 if __name__ == "__main__":

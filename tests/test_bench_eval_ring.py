@@ -26,6 +26,7 @@ def test_one_gpu_and_all_of_them_are_timed_and_agree(found):
     for kind in ("one", "ring"):
         assert all(entry[kind]["seconds"] > 0 for entry in result["rounds"])
     assert 0 <= result["difference"] <= 1e-4
+    assert 0 <= result["difference_fp32"] <= 1e-4
     assert list(result["floor"]["seconds_a_layer"]) == ["flash_cpu"]
     assert result["floor"]["seconds"] == 2 * result["floor"]["seconds_a_layer"]["flash_cpu"]
 
@@ -51,7 +52,8 @@ def test_rows_that_differ_fail_the_run(found):
     result, _ = found
     assert bench.verdict(result) is None
     for difference in (2e-4, float("nan")):
-        assert "differ by" in bench.verdict({**result, "difference": difference})
+        for name in ("difference", "difference_fp32"):
+            assert f"{name}: hidden" in bench.verdict({**result, name: difference})
 
 
 def test_what_cannot_be_run_is_refused(capsys):
