@@ -51,7 +51,7 @@ class RingReader:
         Args:
             ids: token ids [n].
             starts: where the rows begin that lie side by side in `ids` and do not see each other,
-                from 0; then it is all that is read, in one part. None: `ids` is one row.
+                from 0; then it is all that is read, in one part. Empty: `ids` is one row.
             last: nothing is read after it, so that keys of a row in one part need no keeping.
 
         Yields:
