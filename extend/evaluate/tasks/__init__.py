@@ -1,7 +1,9 @@
 """The evaluation tasks. To add one: a class like those here, a line in TASKS, a test."""
 
 from extend.evaluate.tasks.exact_match import ExactMatch
-from extend.evaluate.tasks.loss import Loss
+from extend.evaluate.tasks.harness import LMEval
+from extend.evaluate.tasks.long_text import KeyTokens, LossByPosition, SlidingPerplexity
+from extend.evaluate.tasks.loss import Divergence, Loss
 from extend.evaluate.tasks.passkey import Passkey, PasskeyText
 from extend.evaluate.tasks.task import Cell, Prompt, Task
 
@@ -11,4 +13,6 @@ __all__ = ["GROUPS", "TASKS", "Cell", "Prompt", "Task"]
 GROUPS: dict[str, tuple[str, ...]] = {}
 
 TASKS: dict[str, type[Task]] = {
-    "passkey": Passkey, "passkey-text": PasskeyText, "exact-match": ExactMatch, "loss": Loss}
+    "passkey": Passkey, "passkey-text": PasskeyText, "exact-match": ExactMatch, "loss": Loss,
+    "divergence": Divergence, "loss-by-position": LossByPosition,
+    "sliding-perplexity": SlidingPerplexity, "key-tokens": KeyTokens, "lm-eval": LMEval}
