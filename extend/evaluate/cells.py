@@ -97,6 +97,6 @@ def describe(row: dict[str, Any]) -> str:
             f"{where}: loss {loss:.4f} over {row['tokens']} tokens"
     place = f" {row['actual_length']}" if row["length"] else ""
     place += f" depth {row['depth']:.2f}" if row["depth"] is not None else ""
-    score = f"{row['correct']}/{row['n']}" if row["score"] * row["n"] == row["correct"] else \
-        f"mean {row['score']:.3f} of {row['n']}"
+    whole = round(row["score"] * row["n"], 3) == row["correct"]
+    score = f"{row['correct']}/{row['n']}" if whole else f"mean {row['score']:.3f} of {row['n']}"
     return f"{where}{place}: {score}"

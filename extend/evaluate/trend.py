@@ -8,6 +8,7 @@ import numpy as np
 from extend.evaluate.score import mean_and_error
 
 BLOCK = 512  # tokens whose losses are taken as one: losses close by depend on each other
+_NOTHING = 1e-6  # a slope below what is left of fp32 losses
 _Z = 1.959963984540054  # the 97.5 % quantile of the normal distribution
 
 
@@ -30,7 +31,7 @@ class Trend:
         """`rises`, `falls` or `flat` at 95 %, or `unknown`."""
         if self.stderr is None:
             return "unknown"
-        if abs(self.slope) <= t_quantile(self.degrees) * self.stderr:
+        if abs(self.slope) <= t_quantile(self.degrees) * self.stderr + _NOTHING:
             return "flat"
         return "rises" if self.slope > 0 else "falls"
 

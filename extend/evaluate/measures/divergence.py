@@ -29,8 +29,8 @@ def divergence(backend: Backend, frame: Frame, task: Divergence, cells: Sequence
     rows = []
     for cell in cells:
         local = require(backend, cell, "row_states", "model", "reference")
-        reference = local.reference(task.reference)
         prompts = task.prompts(frame, cell, seed)
+        reference = local.reference(task.reference)
         width = _width(local, reference, shared_vocabulary(frame.tokenizer, task.reference,
                                                            cell.name))
         means = compare(local, reference, [prompt.ids for prompt in prompts], width)

@@ -182,4 +182,5 @@ def _hash(samples: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return next(iter(text.strip().splitlines()), type(error).__name__)
