@@ -50,8 +50,7 @@ def task_of(text_file, **options):
                                   "short": SHORT, "stride": STRIDE, **options})
 
 
-@pytest.mark.parametrize("chunk", [90, 10_000])
-@pytest.mark.parametrize("evaluator", ["self", "base"])
+@pytest.mark.parametrize(("evaluator", "chunk"), [("self", 10_000), ("base", 90)])
 def test_key_tokens_are_those_of_all_logits(model_dir, base_dir, text_file, evaluator, chunk):
     path, context = (model_dir, 200) if evaluator == "self" else (base_dir, 100)
     task = task_of(text_file, evaluator="self" if evaluator == "self" else str(path))
