@@ -1,3 +1,4 @@
+import json
 import logging
 import math
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from extend.errors import CompatibilityError, RecipeError, ServerError
+from extend.evaluate import evaluate
 from extend.evaluate.backends.local import LocalBackend
 from extend.evaluate.backends.server import ServerBackend, ServerOptions
 from extend.evaluate.cells import Job, score_with
@@ -17,6 +19,7 @@ from extend.evaluate.load import load_model
 from extend.evaluate.measures import MEASURES
 from extend.evaluate.plan import order_units, plan_tasks
 from extend.evaluate.rows import RowStore
+from extend.evaluate.runner import make_runner
 from extend.evaluate.tasks import TASKS, Cell
 from extend.evaluate.tasks.task import Prompt
 from extend.tokenizer import load_tokenizer
@@ -441,3 +444,31 @@ def test_no_torch_is_imported():
             "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_stage_through_a_server_gives_the_rows_of_the_model(real, model_dir, tmp_path):
+    grid = {"tasks": ["passkey"], "lengths": [400], "depths": 2, "trials": 2}
+    here = evaluate(model_dir, tmp_path / "here", **grid)
+    there = evaluate(model_dir, tmp_path / "there", server={"url": real.url, **FAST}, **grid)
+    mine, theirs = (json.loads(path.read_text()) for path in (here, there))
+    for row, other in zip(mine["rows"], theirs["rows"], strict=True):
+        assert (row["correct"], row["n"], row["prompt_sha256"]) == (
+            other["correct"], other["n"], other["prompt_sha256"])
+        assert other["answer_loss"] is None
+    assert theirs["model"]["server"]["url"] == real.url and theirs["model"]["device"] is None
+
+
+@pytest.mark.parametrize(("given", "told"), [
+    ({"adapter": "./x"}, "adapter is ./x and server is given"),
+    ({"nproc": 2}, "nproc is 2 and server"), ({"chunk": 64}, "chunk is 64 and server"),
+    ({"server": {"url": "http://127.0.0.1:9", "modle": "x"}}, "did you mean 'model'"),
+    ({"server": {"model": "x"}}, "has no url")])
+def test_what_a_server_has_no_use_for_is_refused(given, told, tokenizer):
+    options = {"device": "auto", "dtype": "auto", "chunk": None, "nproc": 1,
+               "context_parallel": 1, "server": "http://127.0.0.1:9", **given}
+    others = {"adapter": options.pop("adapter", None)}
+    with pytest.raises(RecipeError, match=told):
+        make_runner(tokenizer, [], **options, others=others)
+    with pytest.raises(RecipeError, match="nproc is 2 and context_parallel 2"):
+        make_runner(tokenizer, [], others={}, **{**options, "server": None, "nproc": 2,
+                                                 "context_parallel": 2})
