@@ -91,10 +91,12 @@ def score_unit(backend: Backend, frame: Frame, unit: Unit, *, seed: int, native_
 def describe(row: dict[str, Any]) -> str:
     """One line for the log."""
     where = row["name"] if row["control"] is None else f"{row['name']} {row['control']}"
-    if "loss" in row:
-        return f"{where}: loss {row['loss']:.4f} over {row['tokens']} tokens"
+    if row["score"] is None:
+        loss = row.get("loss")
+        return f"{where}: no score" if loss is None else \
+            f"{where}: loss {loss:.4f} over {row['tokens']} tokens"
     place = f" {row['actual_length']}" if row["length"] else ""
     place += f" depth {row['depth']:.2f}" if row["depth"] is not None else ""
-    score = f"{row['correct']}/{row['n']}" if row["score"] * row["n"] == row["correct"] else \
-        f"mean {row['score']:.3f} of {row['n']}"
+    whole = round(row["score"] * row["n"], 3) == row["correct"]
+    score = f"{row['correct']}/{row['n']}" if whole else f"mean {row['score']:.3f} of {row['n']}"
     return f"{where}{place}: {score}"

@@ -76,25 +76,46 @@ def score_after(model: PreTrainedModel, cache: DynamicCache, prompts: Sequence[P
 
 
 @torch.inference_mode()
-def token_losses(model: PreTrainedModel, rows: Sequence[Sequence[int]], *,
-                 chunk: int) -> list[np.ndarray]:
-    """The loss of every token but the first of each row: fp32 [len - 1], in nats.
+def token_losses(model: PreTrainedModel, rows: Sequence[Sequence[int]], *, chunk: int,
+                 last: Sequence[int] | None = None) -> list[np.ndarray]:
+    """The losses of each row's tokens but its first: fp32 [len - 1], in nats.
 
     Args:
         rows, chunk: as in `score_answers`.
+        last: of each row, how many of its last tokens are scored instead: fp32 [that many].
+
+    Raises:
+        CompatibilityError: the model changes its logits after the output head.
+    """
+    counts = [len(row) - 1 for row in rows] if last is None else last
+    found = [np.empty(count, dtype=np.float32) for count in counts]
+    for i, begin, hidden in row_states(model, rows, chunk=chunk):
+        before = len(rows[i]) - 1  # states that predict a token of the row
+        first = before - counts[i]
+        low, high = max(first, begin), min(before, begin + len(hidden))
+        if low < high:
+            _, losses = read_head(model, hidden[low - begin:high - begin],
+                                  rows[i][low + 1:high + 1])
+            found[i][low - first:high - first] = losses.cpu().numpy()
+    return found
+
+
+@torch.inference_mode()
+def row_states(model: PreTrainedModel, rows: Sequence[Sequence[int]], *,
+               chunk: int) -> Iterator[tuple[int, int, Tensor]]:
+    """Read rows, short ones together; models with the same chunk yield in the same order.
+
+    Yields:
+        The index of a row, that of a part's first token in it, and the part's last hidden states
+        [n, hidden_size].
 
     Raises:
         CompatibilityError: the model changes its logits after the output head.
     """
     check_head(model)
-    found = [np.empty(len(row) - 1, dtype=np.float32) for row in rows]
     for batch in _batches(rows, chunk):
         for i, begin, hidden in _states(model, [rows[i] for i in batch], chunk):
-            row = rows[batch[i]]
-            wanted = row[begin + 1:begin + 1 + len(hidden)]
-            _, losses = read_head(model, hidden[:len(wanted)], wanted)
-            found[batch[i]][begin:begin + len(wanted)] = losses.cpu().numpy()
-    return found
+            yield batch[i], begin, hidden
 
 
 @torch.inference_mode()

@@ -7,8 +7,8 @@ from typing import Any, get_args, get_type_hints
 
 from extend.errors import RecipeError
 from extend.evaluate.tasks import GROUPS, TASKS, Cell, Task
-from extend.evaluate.tasks.task import BASE
-from extend.option_types import parse_length
+from extend.evaluate.tasks.task import BASE, Count
+from extend.option_types import parse_length, parse_number
 from extend.registry import check_options, lookup, option_names, suggest
 
 _OWN_KEYS = ("task", "name", "lengths", "depths", "trials")
@@ -176,12 +176,22 @@ def _typed(value: Any, wanted: Any, field: str) -> Any:
         return None
     if int in accepted:
         return _length(value, field)
+    if float in accepted or Count in accepted:
+        return _number(value, field, whole=Count in accepted)
     if str in accepted and isinstance(value, str | Path) and str(value).strip():
         return str(value)
     if bool in accepted and isinstance(value, bool):
         return value
     kind = "true or false" if bool in accepted else "text"
     raise RecipeError(f"{field}: {value!r} is not {kind}")
+
+
+def _number(value: Any, field: str, *, whole: bool) -> int | float:
+    number = parse_number(value)
+    usable = isinstance(number, int | float) and not isinstance(number, bool)
+    if not usable or (whole and (number < 0 or number != int(number))):
+        raise RecipeError(f"{field}: {value!r} is not a {'whole ' if whole else ''}number")
+    return int(number) if whole else float(number)
 
 
 def _lengths(lengths: Sequence[int | str], label: str) -> list[int]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from extend.evaluate.loss_summary import summarize_losses
 from extend.evaluate.score import proportion
 
 PASSING = 0.85
@@ -16,15 +17,13 @@ Row = Mapping[str, Any]
 def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     """The `summary` of results.json; trials are pooled over depths."""
     tasks = {name: _summarize_grid(group) for name, group in _by_name(
-        row for row in rows if row["length"] is not None and "loss" not in row)}
+        row for row in rows if row["length"] is not None and row["score"] is not None)}
     skills = {row["name"]: _proportion_of(row) for row in rows
-              if row["length"] is None and "loss" not in row}
-    losses = {row["name"]: {key: row[key] for key in ("loss", "stderr", "n", "tokens", "length")}
-              for row in rows if "loss" in row}
+              if row["length"] is None and row["score"] is not None}
     effective = [task["effective_length"] for task in tasks.values()]
     return {"effective_length": min(effective) if effective else None,
             "effective_length_rule": EFFECTIVE_LENGTH_RULE,
-            "tasks": tasks, "skills": skills, "losses": losses}
+            "tasks": tasks, "skills": skills, **summarize_losses(rows)}
 
 
 def _by_name(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:

@@ -59,10 +59,23 @@ def test_depths():
     ({"task": "loss", "text": "x", "lengths": [1024]}, "loss has no lengths; leave the key out"),
     ({"task": "exact-match", "file": "x", "limit": 0}, "limit: 0 is not a length"),
     ({"task": "passkey", "name": " "}, "name ' ' of passkey is not a text"),
+    ({"task": "key-tokens", "text": "x", "alpha": "high"}, "alpha: 'high' is not a number"),
+    ({"task": "key-tokens", "text": "x", "beta": True}, "beta: True is not a number"),
+    ({"task": "lm-eval", "tasks": "x", "num_fewshot": -1}, "num_fewshot: -1 is not a whole num"),
+    ({"task": "lm-eval", "tasks": "x", "num_fewshot": 0.5}, "num_fewshot: 0.5 is not a whole"),
 ])
 def test_wrong_tasks_are_named(task, message):
     with pytest.raises(RecipeError, match=message):
         check_tasks([task])
+
+
+def test_options_that_are_numbers_but_no_lengths():
+    keys, harness = (entry.task for entry in plan_tasks(
+        [{"task": "key-tokens", "text": "x", "alpha": "1e-1", "beta": 3},
+         {"task": "lm-eval", "tasks": "x", "num_fewshot": 0}],
+        lengths=[8192], depths=1, trials=1))
+    assert (keys.alpha, keys.beta, harness.num_fewshot) == (0.1, 3.0, 0)
+    assert [type(x) for x in (keys.beta, harness.num_fewshot)] == [float, int]
 
 
 @pytest.mark.parametrize(("tasks", "grid", "message"), [

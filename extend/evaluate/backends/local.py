@@ -13,6 +13,7 @@ from extend.evaluate.cache import make_cache
 from extend.evaluate.forward import (
     hidden_parts,
     refuse_growing_rope,
+    row_states,
     score_after,
     score_answers,
     token_losses,
@@ -49,9 +50,14 @@ class LocalBackend:
     def generate(self, prompts: Sequence[Prompt]) -> list[Generation]:
         return generate(self.model, self.tokenizer, prompts, chunk=self.chunk)
 
-    def token_losses(self, rows: Sequence[Sequence[int]]) -> "list[np.ndarray]":
-        """Of each row the loss of every token but the first, fp32 [len - 1], in nats."""
-        return token_losses(self.model, rows, chunk=self.chunk)
+    def token_losses(self, rows: Sequence[Sequence[int]],
+                     last: Sequence[int] | None = None) -> "list[np.ndarray]":
+        """Losses of tokens of each row; see `extend.evaluate.forward.token_losses`."""
+        return token_losses(self.model, rows, chunk=self.chunk, last=last)
+
+    def row_states(self, rows: Sequence[Sequence[int]]) -> Iterator[tuple[int, int, Tensor]]:
+        """Last hidden states of rows; see `extend.evaluate.forward.row_states`."""
+        return row_states(self.model, rows, chunk=self.chunk)
 
     def hidden_parts(self, ids: Sequence[int], cache: DynamicCache | None = None
                      ) -> Iterator[tuple[int, Tensor]]:

@@ -2,8 +2,10 @@
 
 from extend.evaluate.tasks.babi import Babi
 from extend.evaluate.tasks.exact_match import ExactMatch
+from extend.evaluate.tasks.harness import LMEval
 from extend.evaluate.tasks.kv_json import KeyValueJson
-from extend.evaluate.tasks.loss import Loss
+from extend.evaluate.tasks.long_text import KeyTokens, LossByPosition, SlidingPerplexity
+from extend.evaluate.tasks.loss import Divergence, Loss
 from extend.evaluate.tasks.multi_needle import MultiKey, MultiQuery, MultiValue
 from extend.evaluate.tasks.number_needle import NumberNeedle
 from extend.evaluate.tasks.passkey import Passkey, PasskeyHard, PasskeyText
@@ -18,7 +20,8 @@ GROUPS: dict[str, tuple[str, ...]] = {"ruler6": tuple(RULER6), "ruler13": tuple(
 
 TASKS: dict[str, type[Task]] = {
     "passkey": Passkey, "passkey-text": PasskeyText, "passkey-hard": PasskeyHard,
-    "passkey-stream": PasskeyStream,
-    "number-needle": NumberNeedle, "multi-key": MultiKey, "multi-query": MultiQuery,
-    "multi-value": MultiValue, "kv-json": KeyValueJson, "babi": Babi, **RULER13,
-    "exact-match": ExactMatch, "loss": Loss}
+    "passkey-stream": PasskeyStream, "number-needle": NumberNeedle, "multi-key": MultiKey,
+    "multi-query": MultiQuery, "multi-value": MultiValue, "kv-json": KeyValueJson, "babi": Babi,
+    **RULER13, "exact-match": ExactMatch, "loss": Loss, "divergence": Divergence,
+    "loss-by-position": LossByPosition, "sliding-perplexity": SlidingPerplexity,
+    "key-tokens": KeyTokens, "lm-eval": LMEval}

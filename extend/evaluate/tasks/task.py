@@ -3,12 +3,14 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NewType, Protocol
 
 import numpy as np
 
 if TYPE_CHECKING:
     from extend.evaluate.frame import Frame
+
+Count = NewType("Count", int)  # an option that is a number, not a length: 0 is one
 
 NO_NEEDLE = "no-needle"
 NO_CONTEXT = "no-context"
