@@ -8,8 +8,10 @@ from typing import Any
 from extend.errors import CompatibilityError, ExtendError, RecipeError
 from extend.evaluate.frame import Frame, Template
 from extend.evaluate.plan import PlannedTask, order_units, plan_tasks
+from extend.evaluate.provenance import chance_levels, describe_run, describe_tasks
 from extend.evaluate.rows import RowStore
 from extend.evaluate.summary import summarize
+from extend.evaluate.summary_text import summary_text
 from extend.manifest import Manifest
 from extend.model_config import ModelConfig
 from extend.output import atomic_directory, write_json
@@ -62,7 +64,7 @@ def evaluate(model: Path | str, out: Path | str, *,
         settings = {**_resolve(device, dtype, chunk), "template": template}
         _check_prompts(Frame.of(load_tokenizer(model), template), planned, seed)
         manifest = Manifest("eval", paths, {
-            "tasks": [dict(entry.spec, name=entry.name) for entry in planned],
+            "tasks": describe_tasks(planned),
             "cells": [cell.key for entry in planned for cell in entry.cells], **settings}, seed)
         store = RowStore.open(_rows_directory(Path(out)), {
             key: manifest.record[key] for key in ("inputs", "options", "seed", "versions")})
@@ -74,7 +76,10 @@ def evaluate(model: Path | str, out: Path | str, *,
             store.remove_if_empty()
             raise
         results = {"schema": SCHEMA, "model": _describe_model(config, manifest, settings),
-                   "summary": summarize(rows), "rows": rows}
+                   "run": describe_run(manifest.record, planned, model=model, template=template,
+                                       lengths=lengths, depths=depths, trials=trials),
+                   "summary": summarize(rows, chance_levels(planned)), "rows": rows}
+        logger.info("%s", summary_text(results["summary"]))
         write_json(partial / RESULTS_NAME, results)
         manifest.write(partial, rows=len(rows),
                        effective_length=results["summary"]["effective_length"])

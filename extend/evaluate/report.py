@@ -8,8 +8,8 @@ from typing import Any
 
 from extend.evaluate.comparison import TableRow, build_table, grid_tasks, to_markdown
 from extend.evaluate.curve import read_curve
+from extend.evaluate.effective import OWN_RULE
 from extend.evaluate.heatmap import COLORS, Panel, build_panels, draw_heatmap
-from extend.evaluate.summary import EFFECTIVE_LENGTH_RULE
 from extend.manifest import Manifest
 from extend.output import atomic_directory, write_json
 from extend.page import render
@@ -100,7 +100,7 @@ def _render(**values: Any) -> str:
 
     scale = [to_hex(matplotlib.colormaps[COLORS](i / 8)) for i in range(9)]
     return render(
-        Path(__file__).with_name(_TEMPLATE), **values, scale=scale, rule=EFFECTIVE_LENGTH_RULE,
+        Path(__file__).with_name(_TEMPLATE), **values, scale=scale, rule=OWN_RULE,
         format_length=format_length, geometry=_geometry)
 
 
