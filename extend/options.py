@@ -248,6 +248,12 @@ class EvalOptions(Options):
     """Number of equally spaced depths from 0 to 1."""
     trials: Annotated[int, Field(ge=1)] = 5
     adapter: InputPath | None = None
+    base: InputPath | None = None
+    """The model before its context was extended: a control at its native length."""
+    template: Literal["auto", "base", "chat"] = "auto"
+    """chat puts every prompt into the model's chat template."""
+    chunk: Length | None = None
+    """Most tokens in one forward; chosen for the device by default."""
     nproc: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
     seed: int = 0
 

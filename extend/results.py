@@ -29,7 +29,7 @@ class Results:
     def grid(self, name: str) -> list[Mapping[str, Any]]:
         """The rows of a task on a grid, without its controls."""
         return [row for row in self.data["rows"]
-                if row["name"] == name and row["depth"] is not None]
+                if row["name"] == name and row["depth"] is not None and row["control"] is None]
 
 
 def read_results(results: Mapping[str, Path | str]) -> list[Results]:

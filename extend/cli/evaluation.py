@@ -6,27 +6,51 @@ from pathlib import Path
 import click
 
 from extend.cli.group import main, out_option, overwrite_option, reporting
-from extend.cli.types import LENGTH, ListType, parse_labels
+from extend.cli.types import LENGTH, ListType, parse_labels, parse_pairs
+
+
+def _list_tasks(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    """Print every task with its first sentence and its options, and end."""
+    from extend.evaluate.tasks import GROUPS, TASKS
+    from extend.registry import option_names
+
+    if not value or ctx.resilient_parsing:
+        return
+    for name, task in TASKS.items():
+        options = ", ".join(option_names(task))
+        click.echo(f"{name}\n    {(task.__doc__ or '').strip().splitlines()[0]}"
+                   + (f"\n    options: {options}" if options else ""))
+    for name, members in GROUPS.items():
+        click.echo(f"{name}\n    stands for {', '.join(members)}")
+    ctx.exit()
 
 
 @main.command("eval")
 @click.argument("model")
+@click.option("--list", is_flag=True, is_eager=True, expose_value=False, callback=_list_tasks,
+              help="List the tasks and their options.")
 @click.option("--tasks", type=ListType(), default="passkey", show_default=True,
-              help="Names separated by commas: passkey, passkey-text, exact-match, loss.")
+              help="Names separated by commas; `extend eval --list` shows all.")
 @click.option("--lengths", type=ListType(LENGTH), default="", help="Lengths: 4k,8k,128k.")
 @click.option("--depths", type=int, default=10, show_default=True, help="Depths from 0 to 1.")
 @click.option("--trials", type=int, default=5, show_default=True, help="Trials of each cell.")
-@click.option("--haystack", metavar="PATH", help="Text to hide keys in (passkey-text).")
+@click.option("--haystack", metavar="PATH", help="Text to hide facts in, for tasks that take it.")
 @click.option("--file", metavar="PATH", help="Prompts and answers, JSON lines (exact-match).")
-@click.option("--text", metavar="PATH", help="Held-out text (loss).")
+@click.option("--text", metavar="PATH", help="Held-out text, for losses.")
+@click.option("-o", "--option", multiple=True, metavar="KEY=VALUE",
+              help="Option of every task that has it, or TASK.KEY=VALUE of one.")
 @click.option("--adapter", metavar="DIR", default=None, help="Adapter to add to MODEL first.")
+@click.option("--base", metavar="DIR", default=None,
+              help="MODEL before its context was extended: asked too, at its native length.")
+@click.option("--template", type=click.Choice(["auto", "base", "chat"]), default="auto",
+              show_default=True, help="chat puts prompts into MODEL's chat template.")
+@click.option("--chunk", type=LENGTH, default=None, help="Most tokens in one forward.")
 @click.option("--nproc", type=int, default=1, show_default=True, help="Processes, one per GPU.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @out_option
 @overwrite_option
 @reporting
-def evaluate(model, tasks, lengths, depths, trials, haystack, file, text, adapter, nproc, seed, out,
-             overwrite):
+def evaluate(model, tasks, haystack, file, text, option, out, **options):
     """Score MODEL on a grid of lengths and depths; write results.json.
 
     \b
@@ -34,16 +58,12 @@ def evaluate(model, tasks, lengths, depths, trials, haystack, file, text, adapte
     extend eval ./llama-128k --tasks passkey-text --haystack ./books --lengths 32k --out ./real
     """
     from extend.evaluate import evaluate as stage
-    from extend.evaluate.tasks import TASKS
-    from extend.registry import lookup, option_names
+    from extend.evaluate.plan import spread_options
 
     given = {"haystack": haystack, "file": file, "text": text}
-    specs = []
-    for name in tasks:
-        accepted = option_names(lookup(TASKS, name, "--tasks"))
-        specs.append({"task": name, **{k: v for k, v in given.items() if v and k in accepted}})
-    path = stage(model, out, tasks=specs, lengths=lengths, depths=depths, trials=trials, seed=seed,
-                 adapter=adapter, nproc=nproc, overwrite=overwrite)
+    specs = spread_options(tasks, {**{key: value for key, value in given.items() if value},
+                                   **parse_pairs(option)})
+    path = stage(model, out, tasks=specs, **options)
     return {"output": str(path), **json.loads(Path(path).read_text())["summary"]}
 
 

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from extend.evaluate.load import load_model
 from extend.evaluate.measures import MEASURES
 from extend.evaluate.plan import Unit
 from extend.evaluate.rows import RowStore
+from extend.evaluate.tasks.task import BASE
 from extend.loading import choose_device, choose_dtype
 from extend.tokenizer import load_tokenizer
 
@@ -33,6 +34,7 @@ class Job:
     seed: int
     rows: Path
     template: Template = "auto"
+    base: str | None = None
 
     def open_local(self) -> LocalBackend:
         """Load the model onto the job's device.
@@ -60,22 +62,30 @@ def score_with(backend: Backend, job: Job, units: Sequence[Unit], rank: int = 0)
     store = RowStore(job.rows)
     for number, unit in enumerate(units, start=1):
         start = time.monotonic()
-        rows = score_unit(backend, frame, unit, seed=job.seed, native_len=native_len)
+        rows = score_unit(backend, frame, unit, seed=job.seed, native_len=native_len,
+                          base=job.base)
         for cell, row in zip(unit.cells, rows, strict=True):
             store.append(rank, cell.key, row)
             logger.info("%s (%d of %d, %.1f s)", describe(row), number, len(units),
                         time.monotonic() - start)
 
 
-def score_unit(backend: Backend, frame: Frame, unit: Unit, *, seed: int,
-               native_len: int) -> list[dict[str, Any]]:
+def score_unit(backend: Backend, frame: Frame, unit: Unit, *, seed: int, native_len: int,
+               base: str | None = None) -> list[dict[str, Any]]:
     """The rows of a unit, one a cell.
 
     Args:
         native_len: tokens, the model's `max_position_embeddings`.
+        base: the model that cells of the control `base` are put to.
     """
-    rows = MEASURES[unit.task.measure](backend, frame, unit.task, unit.cells, seed)
-    return [{**row, "beyond_native": row["actual_length"] > native_len} for row in rows]
+    cells, of_base = unit.cells, unit.cells[0].control == BASE
+    if of_base:
+        backend = backend.reference(base)
+        cells = [replace(cell, control=None) for cell in cells]
+    rows = MEASURES[unit.task.measure](backend, frame, unit.task, cells, seed)
+    return [{**row, "control": cell.control, "beyond_native": not of_base and
+             row["actual_length"] > native_len}
+            for cell, row in zip(unit.cells, rows, strict=True)]
 
 
 def describe(row: dict[str, Any]) -> str:

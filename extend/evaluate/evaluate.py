@@ -7,13 +7,14 @@ from typing import Any
 
 from extend.errors import CompatibilityError, ExtendError, RecipeError
 from extend.evaluate.frame import Frame, Template
-from extend.evaluate.plan import PlannedTask, order_units, plan_tasks
+from extend.evaluate.plan import PlannedTask, order_units, plan_tasks, with_base
 from extend.evaluate.provenance import chance_levels, describe_run, describe_tasks
 from extend.evaluate.rows import RowStore
 from extend.evaluate.summary import summarize
 from extend.evaluate.summary_text import summary_text
+from extend.evaluate.tasks.task import BASE
 from extend.manifest import Manifest
-from extend.model_config import ModelConfig
+from extend.model_config import ModelConfig, read_config
 from extend.output import atomic_directory, write_json
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ def evaluate(model: Path | str, out: Path | str, *,
              depths: int | Sequence[float] = 10, trials: int = 5, seed: int = 0,
              adapter: Path | str | None = None, device: str = "auto", dtype: str = "auto",
              nproc: int | str = 1, chunk: int | None = None, template: Template = "auto",
-             overwrite: bool = False) -> Path:
+             base: Path | str | None = None, overwrite: bool = False) -> Path:
     """Score a model and write `results.json`; return its path.
 
     Each finished row is kept beside `out`, so that the same call goes on after an interruption.
@@ -46,6 +47,8 @@ def evaluate(model: Path | str, out: Path | str, *,
         chunk: most tokens in one forward; chosen for the device unless given.
         template: `chat` puts every prompt into the model's chat template; `base` and `auto` do
             not.
+        base: the model before its context was extended. Each task on a grid is then put to it
+            too, at its native length, as one more control.
 
     Raises:
         RecipeError: a wrong task or option.
@@ -55,7 +58,9 @@ def evaluate(model: Path | str, out: Path | str, *,
     """
     _check_numbers(seed, chunk, nproc)
     planned = plan_tasks(tasks, lengths=lengths, depths=depths, trials=trials)
-    paths = _input_paths(model, adapter, planned)
+    native_len = None if base is None else read_config(base).max_position_embeddings
+    planned = planned if native_len is None else with_base(planned, native_len)
+    paths = _input_paths(model, adapter, base, planned)
     with atomic_directory(out, overwrite=overwrite, inputs=paths) as partial:
         from extend.evaluate.adapted import adapted_config
         from extend.tokenizer import load_tokenizer
@@ -71,13 +76,15 @@ def evaluate(model: Path | str, out: Path | str, *,
         try:
             rows = _score(store, planned, nproc, device, model=str(model), seed=seed,
                           adapter=None if adapter is None else str(adapter),
+                          base=None if base is None else str(base),
                           dtype=settings["dtype"], chunk=settings["chunk"], template=template)
         except (ExtendError, OSError):
             store.remove_if_empty()
             raise
         results = {"schema": SCHEMA, "model": _describe_model(config, manifest, settings),
                    "run": describe_run(manifest.record, planned, model=model, template=template,
-                                       lengths=lengths, depths=depths, trials=trials),
+                                       lengths=lengths, depths=depths, trials=trials,
+                                       base_len=native_len),
                    "summary": summarize(rows, chance_levels(planned)), "rows": rows}
         logger.info("%s", summary_text(results["summary"]))
         write_json(partial / RESULTS_NAME, results)
@@ -96,11 +103,10 @@ def _check_numbers(seed: int, chunk: int | None, nproc: int | str) -> None:
         raise RecipeError(f"seed: {seed!r} is not an integer")
 
 
-def _input_paths(model: Path | str, adapter: Path | str | None,
+def _input_paths(model: Path | str, adapter: Path | str | None, base: Path | str | None,
                  planned: Sequence[PlannedTask]) -> dict[str, Path]:
-    paths = {"model": Path(model)}
-    if adapter is not None:
-        paths["adapter"] = Path(adapter)
+    paths = {"model": Path(model), **{
+        name: Path(path) for name, path in (("adapter", adapter), ("base", base)) if path}}
     for entry in planned:
         for option, path in entry.task.inputs().items():
             paths[f"{entry.name}.{option}"] = Path(path)
@@ -125,7 +131,8 @@ def _check_prompts(frame: Frame, planned: Sequence[PlannedTask], seed: int) -> N
         first = {(cell.length, cell.control): cell for cell in reversed(entry.cells)}
         for cell in first.values():
             trials = 1 if entry.task.on_grid else cell.trials
-            entry.task.prompts(frame, replace(cell, trials=trials), seed)
+            control = None if cell.control == BASE else cell.control
+            entry.task.prompts(frame, replace(cell, trials=trials, control=control), seed)
 
 
 def _score(store: RowStore, planned: Sequence[PlannedTask], nproc: int | str, device: str,

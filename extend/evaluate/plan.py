@@ -1,12 +1,13 @@
 """From the tasks a user names to the cells of the grid. Imports no torch."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from extend.errors import RecipeError
-from extend.evaluate.tasks import TASKS, Cell, Task
+from extend.evaluate.tasks import GROUPS, TASKS, Cell, Task
+from extend.evaluate.tasks.task import BASE
 from extend.option_types import parse_length
 from extend.registry import check_options, lookup, option_names, suggest
 
@@ -45,6 +46,48 @@ def order_units(planned: Sequence[PlannedTask], done: Collection[str] = ()) -> l
     return sorted(units, key=lambda unit: -max(cell.length or 0 for cell in unit.cells))
 
 
+def with_base(planned: Sequence[PlannedTask], native_len: int) -> list[PlannedTask]:
+    """The plan, and each task on a grid once more at the native length, for the base model.
+
+    Args:
+        native_len: tokens, the base's `max_position_embeddings`.
+    """
+    extended = []
+    for entry in planned:
+        if entry.task.on_grid and not getattr(entry.task, "joined", False):
+            shortest = min(cell.length for cell in entry.cells)
+            extra = [replace(cell, length=native_len, control=BASE) for cell in entry.cells
+                     if cell.control is None and cell.length == shortest]
+            entry = replace(entry, cells=(*entry.cells, *extra))
+        extended.append(entry)
+    return extended
+
+
+def spread_options(names: Sequence[str], options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Tasks as mappings, each with those of the options that it has.
+
+    Args:
+        names: in TASKS or GROUPS.
+        options: `key`, for every task that has it, or `task.key` -> value.
+
+    Raises:
+        RecipeError: an unknown task, or an option that no task has.
+    """
+    specs = [{"task": name} for given in names for name in GROUPS.get(given, (given,))]
+    for key, value in options.items():
+        label, _, option = key.rpartition(".")
+        takers = [spec for spec in specs if label in ("", spec["task"]) and option in
+                  (*option_names(lookup(TASKS, spec["task"], "tasks")), *_GRID_KEYS)]
+        if not takers:
+            known = sorted({name for spec in specs
+                            for name in option_names(lookup(TASKS, spec["task"], "tasks"))})
+            raise RecipeError(f"option {key!r}: none of {', '.join(names)} has it;"
+                              f"{suggest(option, known)} they have {', '.join(known)}")
+        for spec in takers:
+            spec[option] = value
+    return specs
+
+
 def check_tasks(tasks: Sequence[str | Mapping[str, Any]]) -> None:
     """Check names, options and labels of tasks, before any file is looked at.
 
@@ -54,7 +97,7 @@ def check_tasks(tasks: Sequence[str | Mapping[str, Any]]) -> None:
     labels: list[str] = []
     if isinstance(tasks, str) or not tasks:
         raise RecipeError(f"tasks: a list of at least one task is needed, it is {tasks!r}")
-    for entry in tasks:
+    for entry in expand(tasks):
         label, spec = _normalize(entry)
         if label in labels:
             raise RecipeError(f"tasks: two are called {label!r}; give one of them another `name`")
@@ -75,7 +118,7 @@ def plan_tasks(tasks: Sequence[str | Mapping[str, Any]], *, lengths: Sequence[in
     """
     check_tasks(tasks)
     planned = []
-    for entry in tasks:
+    for entry in expand(tasks):
         label, spec = _normalize(entry)
         task = _build(label, spec)
         grid: tuple[Any, Any, int] = ((), (), 0)
@@ -85,6 +128,16 @@ def plan_tasks(tasks: Sequence[str | Mapping[str, Any]], *, lengths: Sequence[in
                     _positive(spec.get("trials", trials), f"{label}: trials"))
         planned.append(PlannedTask(label, spec, task, tuple(task.cells(label, *grid))))
     return planned
+
+
+def expand(tasks: Sequence[str | Mapping[str, Any]]) -> list[str | Mapping[str, Any]]:
+    """The same with groups of tasks spelled out; a group's options go to all its tasks."""
+    found: list[str | Mapping[str, Any]] = []
+    for entry in tasks:
+        spec = entry if isinstance(entry, Mapping) else {"task": entry}
+        members = GROUPS.get(spec.get("task")) if isinstance(spec.get("task"), str) else None
+        found += [entry] if members is None else [{**spec, "task": name} for name in members]
+    return found
 
 
 def _normalize(entry: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

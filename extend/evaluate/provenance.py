@@ -19,7 +19,7 @@ _TOKENIZER_FILES = (
 
 def describe_run(record: Mapping[str, Any], planned: Sequence[PlannedTask], *, model: Path | str,
                  template: str, lengths: Sequence[int | str], depths: int | Sequence[float],
-                 trials: int) -> dict[str, Any]:
+                 trials: int, base_len: int | None = None) -> dict[str, Any]:
     """The `run` of results.json: all that decides its prompts.
 
     Args:
@@ -27,11 +27,13 @@ def describe_run(record: Mapping[str, Any], planned: Sequence[PlannedTask], *, m
         planned: the tasks, whose `spec` is kept as it was given.
         model: directory of the tokenizer.
         lengths, depths, trials: for tasks without their own.
+        base_len: native length of the base model, where it was asked too.
     """
     run = {"tasks": describe_tasks(planned), "lengths": list(lengths),
            "depths": depths if isinstance(depths, int) else list(depths), "trials": trials,
-           "seed": record["seed"], "template": template, "tokenizer": hash_tokenizer(model),
-           "inputs": record["inputs"], "versions": record["versions"]}
+           "base_len": base_len, "seed": record["seed"], "template": template,
+           "tokenizer": hash_tokenizer(model), "inputs": record["inputs"],
+           "versions": record["versions"]}
     return json.loads(json.dumps(run))
 
 

@@ -1,16 +1,16 @@
 """Build a prompt of some results again, and prove by its hash that it is the same."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from extend.errors import CheckpointError, CompatibilityError, ExtendError, RecipeError
 from extend.evaluate.frame import Frame
 from extend.evaluate.measures.row import hash_ids
-from extend.evaluate.plan import plan_tasks
+from extend.evaluate.plan import plan_tasks, with_base
 from extend.evaluate.provenance import hash_tokenizer
-from extend.evaluate.tasks.task import Cell, Prompt, Task
+from extend.evaluate.tasks.task import BASE, Cell, Prompt, Task
 from extend.manifest import hash_content, versions
 from extend.results import read_results
 from extend.tokenizer import load_tokenizer
@@ -156,8 +156,8 @@ def _short(sha256: str | None) -> str:
 def _plan(run: Mapping[str, Any], spec: Mapping[str, Any], rows: list[Mapping[str, Any]],
           row: int) -> tuple[Task, Cell]:
     """The task, and the cell that gave the row: rows are in the order of the plan."""
-    planned, = plan_tasks([spec], lengths=run["lengths"], depths=run["depths"],
-                          trials=run["trials"])
+    alone = plan_tasks([spec], lengths=run["lengths"], depths=run["depths"], trials=run["trials"])
+    planned, = with_base(alone, run["base_len"]) if run["base_len"] else alone
     place = sum(earlier["name"] == spec["name"] for earlier in rows[:row])
     entry = rows[row]
     cell = planned.cells[place] if place < len(planned.cells) else None
@@ -166,7 +166,7 @@ def _plan(run: Mapping[str, Any], spec: Mapping[str, Any], rows: list[Mapping[st
             f"row {row} of {spec['name']} has depth {entry['depth']} and control "
             f"{entry['control']}, but its options now give {cell}; use the version "
             f"{run['versions']['extend']} of extend-context")
-    return planned.task, cell
+    return planned.task, replace(cell, control=None) if cell.control == BASE else cell
 
 
 def _why(run: Mapping[str, Any], changed: list[str]) -> str:

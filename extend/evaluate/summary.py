@@ -11,11 +11,13 @@ from extend.evaluate.effective import (
     smallest,
 )
 from extend.evaluate.score import proportion
+from extend.evaluate.tasks.task import NO_CONTEXT, NO_NEEDLE
 from extend.results import format_length, format_rate
 
 MOST_LOST = 0.05  # share of answers cut off or empty above which the page warns
 _RULER = "ruler"  # how the names of RULER's tasks begin
 _STREAM = "-stream"  # how the names of streaming grids end
+_LEAKS = (NO_NEEDLE, NO_CONTEXT)
 SINGLE_NEEDLE = "single-needle"
 _SHARES = ("truncated", "empty")
 
@@ -130,7 +132,8 @@ def _warnings(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
         found += [f"{name}, {control}: {format_rate(entry)} is above chance, "
                   f"{format_chance(task['chance'])}: answers leak or can be guessed"
                   for control, entry in task["controls"].items()
-                  if task["chance"] is not None and entry["wilson_low"] > task["chance"]]
+                  if control in _LEAKS and task["chance"] is not None
+                  and entry["wilson_low"] > task["chance"]]
         found += _doubts(name, task) if task["own_rule"] else []
     return found
 

@@ -181,3 +181,17 @@ def test_death_of_a_process_is_told(model_dir, tmp_path):
     work = [Unit(task, (cell,)) for cell in task.cells("x", [256], [0.0], 1)]
     with pytest.raises(ExtendError, match=r"process [01] of 2 died \(SIGKILL.*same command"):
         score_in_processes(job, work, 2)
+
+
+def test_the_base_is_one_more_control(model_dir, tmp_path):
+    """The model as its own base: cells at the native length must score as the model's do."""
+    path = evaluate(model_dir, tmp_path / "eval", tasks=["passkey"], lengths=[256, 512], depths=2,
+                    trials=2, base=model_dir)
+    rows = json.loads(path.read_text())["rows"]
+    native = json.loads(path.read_text())["model"]["max_position_embeddings"]
+    base = [row for row in rows if row["control"] == "base"]
+    assert [(row["length"], row["depth"]) for row in base] == [(native, 0.0), (native, 1.0)]
+    same = evaluate(model_dir, tmp_path / "same", tasks=["passkey"], lengths=[native], depths=2,
+                    trials=2)
+    for row, other in zip(base, json.loads(same.read_text())["rows"], strict=False):
+        assert {**row, "control": None} == other

@@ -6,7 +6,14 @@ import pytest
 
 from extend.errors import RecipeError
 from extend.evaluate import check_tasks
-from extend.evaluate.plan import plan_tasks, spread_depths
+from extend.evaluate import plan as plan_module
+from extend.evaluate.plan import (
+    expand,
+    plan_tasks,
+    spread_depths,
+    spread_options,
+    with_base,
+)
 
 
 def plan(tasks, **grid):
@@ -79,3 +86,34 @@ def test_planning_imports_no_torch():
             "print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])")
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_options_go_to_the_tasks_that_have_them():
+    specs = spread_options(["passkey", "passkey-text", "loss"], {
+        "haystack": "books", "controls": False, "loss.window": 256, "passkey.trials": 2})
+    assert specs == [{"task": "passkey", "controls": False, "trials": 2},
+                     {"task": "passkey-text", "haystack": "books", "controls": False},
+                     {"task": "loss", "window": 256}]
+
+
+@pytest.mark.parametrize(("option", "message"), [
+    ("haystak", "did you mean 'haystack'"), ("loss.haystack", "none of passkey-text, loss has it")])
+def test_an_option_that_no_task_has_is_an_error(option, message):
+    with pytest.raises(RecipeError, match=message):
+        spread_options(["passkey-text", "loss"], {option: 1})
+
+
+def test_a_group_stands_for_its_tasks(monkeypatch):
+    monkeypatch.setitem(plan_module.GROUPS, "two", ("passkey", "loss"))
+    assert expand(["two", {"task": "two", "text": "x"}, {"task": "passkey", "name": "a"}]) == [
+        {"task": "passkey"}, {"task": "loss"}, {"task": "passkey", "text": "x"},
+        {"task": "loss", "text": "x"}, {"task": "passkey", "name": "a"}]
+    assert [spec["task"] for spec in spread_options(["two"], {})] == ["passkey", "loss"]
+
+
+def test_the_base_is_asked_at_its_native_length_alone():
+    planned = with_base(plan_tasks(["passkey"], lengths=[2048, 4096], depths=2, trials=3), 1024)
+    added = [cell for cell in planned[0].cells if cell.control == "base"]
+    assert [(c.length, c.depth, c.trials) for c in added] == [(1024, 0.0, 3), (1024, 1.0, 3)]
+    assert len(planned[0].cells) == 2 * 2 + 1 + 2
+    assert len({cell.key for cell in planned[0].cells}) == 7

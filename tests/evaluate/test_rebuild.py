@@ -87,6 +87,13 @@ def test_a_row_of_an_evaluation_is_what_the_model_read(model_dir, text_file, tmp
     assert rebuild_prompt(path, 5).cell["control"] == "no-needle"
 
 
+def test_prompts_put_to_the_base_are_built_again(model_dir, tmp_path):
+    path = evaluate(model_dir, tmp_path / "eval", tasks=["passkey"], base=model_dir, lengths=[300],
+                    depths=1, trials=1)
+    found = rebuild_prompt(path, 2)
+    assert found.cell["control"] == "base" and len(found.ids) == 512
+
+
 @pytest.fixture
 def results(files, tokenizer_dir, tmp_path):
     """Results with copies of what they were made of, which a test may change."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from extend.evaluate.tasks.task import Prompt
@@ -52,4 +53,12 @@ class Backend(Protocol):
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Generation]:
         """Let the model go on from each prompt for at most its `max_new_tokens`."""
+        ...
+
+    def reference(self, path: Path | str) -> "Backend":
+        """Another model, to compare with.
+
+        Raises:
+            CompatibilityError: this backend runs one model alone.
+        """
         ...

@@ -5,7 +5,10 @@ from extend.evaluate.tasks.loss import Loss
 from extend.evaluate.tasks.passkey import Passkey, PasskeyText
 from extend.evaluate.tasks.task import Cell, Prompt, Task
 
-__all__ = ["TASKS", "Cell", "Prompt", "Task"]
+__all__ = ["GROUPS", "TASKS", "Cell", "Prompt", "Task"]
+
+# Names that stand for several tasks.
+GROUPS: dict[str, tuple[str, ...]] = {}
 
 TASKS: dict[str, type[Task]] = {
     "passkey": Passkey, "passkey-text": PasskeyText, "exact-match": ExactMatch, "loss": Loss}

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 NO_NEEDLE = "no-needle"
 NO_CONTEXT = "no-context"
+BASE = "base"  # the prompts of the cell, put to the base model
 
 
 @dataclass(frozen=True, slots=True)
