@@ -75,7 +75,8 @@ def format_rate(entry: Mapping[str, Any] | None) -> str | None:
     if entry is None:
         return None
     points = entry["score"] * entry["n"]
-    whole = abs(points - round(points)) < 1e-3
+    in_parts = "truncated" in entry or "tasks" in entry  # answers with grades, or a mean of tasks
+    whole = not in_parts and abs(points - round(points)) < 1e-3
     count = f"{round(points)}/{entry['n']}" if whole else f"n = {entry['n']}"
     low, high = round(100 * entry["wilson_low"]), round(100 * entry["wilson_high"])
     return f"{100 * entry['score']:.3g} % ({count}; {low}-{high})"

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from extend.evaluate.score import difference, difference_of_means
-from extend.evaluate.summary_text import format_divergence, format_slope, reached
+from extend.evaluate.summary import SINGLE_NEEDLE
+from extend.evaluate.summary_text import reached
 from extend.results import Results, format_length, format_rate
 
 
@@ -26,8 +27,9 @@ def grid_tasks(results: list[Results]) -> list[str]:
 
 def build_table(results: list[Results]) -> list[TableRow]:
     """Every line of the summary table."""
-    return [*_grid_rows(results), *_effective_rows(results), *_control_rows(results),
-            *_skill_rows(results), *_loss_rows(results), *_shape_rows(results)]
+    return [*_effective_rows(results), *_grid_rows(results), *_lost_rows(results),
+            *_control_rows(results), *_skill_rows(results), *_loss_rows(results),
+            *_shape_rows(results)]
 
 
 def _grid_rows(results: list[Results]) -> Iterator[TableRow]:
@@ -50,10 +52,13 @@ def _effective_rows(results: list[Results]) -> Iterator[TableRow]:
     if any(rule["ruler"] for rule in rules.values()):
         yield TableRow(section, "effective length, RULER's rule", {
             label: _ruler(rule["ruler"]) for label, rule in rules.items()})
+
+
+def _lost_rows(results: list[Results]) -> Iterator[TableRow]:
     for name in grid_tasks(results):
         lost = {r.label: _lost(_task(r, name).get("lengths", {})) for r in results}
         if any(lost.values()):
-            yield TableRow("answers that were cut off or empty", name, lost)
+            yield TableRow("lost answers", f"{name}, cut off and empty", lost)
 
 
 def _own(rule: Mapping[str, Any] | None) -> str | None:
@@ -62,7 +67,7 @@ def _own(rule: Mapping[str, Any] | None) -> str | None:
         return None
     text = f"{reached(rule)} (by lower ends {format_length(rule['length_low']) or 'none'}; "
     short = f"{100 * rule['reference_score']:.3g} %"
-    return text + f"own {short} at {format_length(rule['reference_length'])}, n >= {rule['n']})"
+    return text + f"own {short} at {format_length(rule['reference_length'])}, {rule['n']} prompts)"
 
 
 def _reached(rule: Mapping[str, Any] | None) -> str | None:
@@ -85,14 +90,15 @@ def _lost(by_length: Mapping[str, Mapping[str, Any]]) -> str | None:
     if not entries:
         return None
     worst = max(entries, key=lambda e: e["truncated"] + e.get("empty", 0.0))
-    return (f"{100 * worst['truncated']:.3g} % cut off, {100 * worst.get('empty', 0.0):.3g} % empty"
-            f" (of {worst['n']} at the worst length)")
+    return (f"{100 * worst['truncated']:.3g} %, {100 * worst.get('empty', 0.0):.3g} % "
+            f"(of {worst['n']} at the worst length)")
 
 
 def _control_rows(results: list[Results]) -> Iterator[TableRow]:
     for name in grid_tasks(results):
         controls = {r.label: _task(r, name).get("controls", {}) for r in results}
-        for control in dict.fromkeys(key for entry in controls.values() for key in entry):
+        for control in dict.fromkeys(key for entry in controls.values() for key in entry
+                                     if key != SINGLE_NEEDLE):
             yield TableRow("controls", f"{name}, {control}", {
                 label: format_rate(entry.get(control)) for label, entry in controls.items()})
         yield from _short_rows(results, name)
@@ -133,11 +139,30 @@ def _loss_rows(results: list[Results]) -> Iterator[TableRow]:
 
 def _shape_rows(results: list[Results]) -> Iterator[TableRow]:
     """Losses by position, and divergences from a reference."""
-    for key, form in (("curves", format_slope), ("divergences", format_divergence)):
+    for key, form, unit in (("curves", _slope, "nats each time the position doubles"),
+                            ("divergences", _divergence, "KL in nats a token")):
         for name in _names(results, key):
             entries = {r.label: r.data["summary"][key].get(name) for r in results}
-            yield TableRow("loss", name, {
+            yield TableRow("loss", f"{name}, {unit}", {
                 label: entry and form(entry) for label, entry in entries.items()})
+
+
+def _slope(entry: Mapping[str, Any]) -> str:
+    if entry.get("slope_per_doubling") is None:
+        return f"no slope (mean loss {entry['loss']:.3f})"
+    return (_with_error(entry["slope_per_doubling"], entry.get("slope_stderr"), "+")
+            + f" (mean loss {entry['loss']:.3f})")
+
+
+def _divergence(entry: Mapping[str, Any]) -> str:
+    text = _with_error(entry["kl"], entry.get("kl_stderr"))
+    agreed = entry.get("agreement")
+    return text if agreed is None else (
+        f"{text} (same first choice at {100 * agreed:.2f} % of {entry['tokens']:,} tokens)")
+
+
+def _with_error(value: float, error: float | None, sign: str = "") -> str:
+    return f"{value:{sign}.4f}" + ("" if error is None else f" +/- {error:.4f}")
 
 
 def build_differences(results: list[Results]) -> list[TableRow]:

@@ -130,6 +130,7 @@ def save_figure(figure: Any, path: Path) -> None:
 
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=160, metadata={"Software": None})
+    figure.set_layout_engine("none")  # it is laid out
     with matplotlib.rc_context({"svg.hashsalt": "extend"}):
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
 

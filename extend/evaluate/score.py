@@ -57,7 +57,7 @@ def mean_of_tasks(entries: Sequence[Mapping[str, Any]]) -> dict[str, float | int
     mean = math.fsum(e["score"] for e in entries) * share
     below = share * math.hypot(*(e["score"] - e["wilson_low"] for e in entries))
     above = share * math.hypot(*(e["wilson_high"] - e["score"] for e in entries))
-    return {"score": round(mean, 6), "n": sum(e["n"] for e in entries),
+    return {"score": round(mean, 6), "n": sum(e["n"] for e in entries), "tasks": len(entries),
             "wilson_low": round(max(0.0, mean - below), 6),
             "wilson_high": round(min(1.0, mean + above), 6)}
 

@@ -127,8 +127,7 @@ def _warnings(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What a reader must know before believing a score, in sentences."""
     found = []
     for name, task in tasks.items():
-        found += [f"{name} at {format_length(int(length))}: {said}"
-                  for length, entry in task["lengths"].items() for said in _lost(entry)]
+        found += _lost(name, task["lengths"])
         found += [f"{name}, {control}: {format_rate(entry)} is above chance, "
                   f"{format_chance(task['chance'])}: answers leak or can be guessed"
                   for control, entry in task["controls"].items()
@@ -153,11 +152,16 @@ def _doubts(name: str, task: Mapping[str, Any]) -> Iterator[str]:
                "not known")
 
 
-def _lost(entry: Row) -> list[str]:
-    texts = {"truncated": "cut off before they ended: more room for the answer may raise the score",
+def _lost(name: str, by_length: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    texts = {"truncated": "cut off before they ended: more room for them may raise the score",
              "empty": "empty"}
-    return [f"{100 * entry[key]:.3g} % of {entry['n']} answers are {texts[key]}"
-            for key in _SHARES if entry.get(key, 0.0) > MOST_LOST]
+    for key in _SHARES:
+        bad = {length: e for length, e in by_length.items() if e.get(key, 0.0) > MOST_LOST}
+        if bad:
+            worst = max(bad.values(), key=lambda entry: entry[key])
+            places = ", ".join(format_length(int(length)) for length in bad)
+            yield (f"{name} at {places}: {100 * worst[key]:.3g} % of {worst['n']} answers"
+                   f"{' at the worst' if len(bad) > 1 else ''} are {texts[key]}")
 
 
 def format_chance(chance: float | None) -> str:

@@ -70,7 +70,7 @@ def test_lengths_that_a_task_was_not_asked_at_have_no_mean():
 
 def test_interval_of_a_mean():
     one = proportion(37, 50)
-    assert mean_of_tasks([one]) == one
+    assert mean_of_tasks([one]) == {**one, "tasks": 1}
     # Equal tasks: the half-widths of Wilson's interval shrink by the root of their number.
     four = mean_of_tasks([one] * 4)
     assert four["score"] - four["wilson_low"] == pytest.approx(

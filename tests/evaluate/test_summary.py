@@ -83,9 +83,10 @@ def test_lost_answers_are_pooled_and_warned_of():
     found = summary["tasks"]["bAbI"]["lengths"]
     assert (found["512"]["truncated"], found["512"]["empty"]) == (0.025, 0.15)
     assert summary["warnings"] == [
-        "bAbI at 512: 15 % of 40 answers are empty",
-        "bAbI at 1K: 10 % of 10 answers are cut off before they ended: more room for the answer "
-        "may raise the score"]
+        "bAbI at 1K: 10 % of 10 answers are cut off before they ended: more room for them may "
+        "raise the score", "bAbI at 512: 15 % of 40 answers are empty"]
+    worse = summarize([*rows, graded("bAbI", 2048, [1.0] * 10, truncated=0.3)])["warnings"][0]
+    assert worse.startswith("bAbI at 1K, 2K: 30 % of 10 answers at the worst are cut off")
 
 
 def test_what_the_rules_rest_on_is_doubted():
