@@ -9,6 +9,7 @@
       DataError           training or evaluation text is missing, too short or malformed
       TrainingError       training cannot go on (loss not finite, ranks disagree, resume mismatch)
       RankError           another rank does not answer: it died, hangs, or is too slow
+      ServerError         a server that is evaluated does not answer, or not what it was asked
 
 Each message says what is wrong, both values, where, and what to do. The command line prints it
 alone and exits with 1; `--debug` adds the traceback.
@@ -49,3 +50,7 @@ class TrainingError(ExtendError):
 
 class RankError(ExtendError):
     """Another rank of a group that did not answer in time, or is gone."""
+
+
+class ServerError(ExtendError):
+    """A server that does not answer, or that answers something else than it was asked."""

@@ -255,6 +255,10 @@ class EvalOptions(Options):
     chunk: Length | None = None
     """Most tokens in one forward; chosen for the device by default."""
     nproc: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    context_parallel: Annotated[int, Field(ge=1)] = 1
+    """Processes, one a GPU, that share every row by ring attention."""
+    server: str | dict[str, Any] | None = None
+    """Address of an OpenAI-compatible server that runs the model, or `url` and how to ask it."""
     seed: int = 0
 
 

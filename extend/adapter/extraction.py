@@ -147,14 +147,17 @@ class Extraction:
         factors = self.rule.factorize(matrix.key, found.delta, found.noise,
                                       self.pair.tuned.infos[matrix.name].dtype, matrix.at_rank)
         lora_a, lora_b = factors.lora_a.to(self.store), factors.lora_b.to(self.store)
-        report = self._report(matrix.key, found, lora_a, lora_b, factors.energy)
+        # Unrounded factors are a projection of the delta, onto as much as their values say.
+        cross = None if self.store.itemsize < 4 else float(factors.values.double().square().sum())
+        report = self._report(matrix.key, found, lora_a, lora_b, factors.energy, cross)
         self.parts.write(matrix.key, report,
                          {"lora_A": lora_a, "lora_B": lora_b, "values": factors.values})
         return report
 
     def _report(self, key: str, found: Difference, lora_a: torch.Tensor, lora_b: torch.Tensor,
-                energy: float) -> dict[str, Any]:
-        residual = residual_norm(found.delta, lora_a, lora_b) / found.delta_norm
+                energy: float, cross: float | None = None) -> dict[str, Any]:
+        residual = residual_norm(found.delta, lora_a, lora_b, total=found.delta_norm ** 2,
+                                 cross=cross) / found.delta_norm
         if not math.isfinite(residual):
             raise CheckpointError(
                 f"the factors of {key} overflow {self.store} (||delta||_F is "

@@ -46,24 +46,38 @@ def _list_tasks(ctx: click.Context, param: click.Parameter, value: bool) -> None
               show_default=True, help="chat puts prompts into MODEL's chat template.")
 @click.option("--chunk", type=LENGTH, default=None, help="Most tokens in one forward.")
 @click.option("--nproc", type=int, default=1, show_default=True, help="Processes, one per GPU.")
+@click.option("--context-parallel", type=int, default=1, show_default=True,
+              help="Processes, one per GPU, that share every row.")
+@click.option("--server", metavar="URL", default=None,
+              help="Ask an OpenAI-compatible server; MODEL gives tokenizer and config.")
+@click.option("--server-option", multiple=True, metavar="KEY=VALUE",
+              help="How to ask it: model, prompt (ids or text), scoring (generate or echo), "
+                   "concurrency, slack, key_variable, timeout_seconds, retries.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @out_option
 @overwrite_option
 @reporting
-def evaluate(model, tasks, haystack, file, text, option, out, **options):
+def evaluate(model, tasks, haystack, file, text, option, server, server_option, out, **options):
     """Score MODEL on a grid of lengths and depths; write results.json.
 
     \b
     extend eval ./llama-128k --tasks passkey --lengths 8k,32k,128k --out ./results
     extend eval ./llama-128k --tasks passkey-text --haystack ./books --lengths 32k --out ./real
+    extend eval ./llama-1m --tasks passkey-stream --lengths 128k,512k,1m --context-parallel 8 \\
+        --out ./grid
+    extend eval ./llama-128k --server http://localhost:8000 --lengths 128k --out ./served
     """
+    from extend.errors import RecipeError
     from extend.evaluate import evaluate as stage
     from extend.evaluate.plan import spread_options
 
     given = {"haystack": haystack, "file": file, "text": text}
     specs = spread_options(tasks, {**{key: value for key, value in given.items() if value},
                                    **parse_pairs(option)})
-    path = stage(model, out, tasks=specs, **options)
+    if server_option and server is None:
+        raise RecipeError("--server-option is given without --server; give the server's address")
+    asked = None if server is None else {"url": server, **parse_pairs(server_option)}
+    path = stage(model, out, tasks=specs, server=asked, **options)
     return {"output": str(path), **json.loads(Path(path).read_text())["summary"]}
 
 

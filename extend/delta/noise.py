@@ -61,9 +61,41 @@ def rounding_noise(base: torch.Tensor, tuned: torch.Tensor, dtype: str) -> Noise
         dtype: safetensors name of the dtype that `tuned` is stored in. Differences are taken in
             fp32, so F64 counts as F32.
     """
-    rows, columns = (x.cpu() for x in _square_ulps(base, tuned, dtype))
-    energy = float(rows.sum())
-    return Noise((energy / base.numel()) ** 0.5, noise_edge(rows, columns), energy)
+    step = max(1, _BLOCK[base.device.type] // base.shape[1])
+    sums = UlpSums(base.shape[1], dtype, base.device)
+    for old, new in zip(base.split(step), tuned.split(step), strict=True):
+        sums.add(old, new)
+    return sums.noise()
+
+
+class UlpSums:
+    """Gathers `rounding_noise` block of rows by block of rows.
+
+    Args:
+        columns: of the matrix.
+        dtype: as there.
+        device: of the blocks.
+    """
+
+    def __init__(self, columns: int, dtype: str, device: torch.device | str):
+        self._stored = torch.finfo(torch.float32 if dtype == "F64" else torch_dtype(dtype))
+        self._rows: list[torch.Tensor] = []
+        self._columns = torch.zeros(columns, dtype=torch.float64, device=device)
+
+    def add(self, base: torch.Tensor, tuned: torch.Tensor) -> None:
+        """The next rows of both models, fp32."""
+        squares = _square_power(base, self._stored.tiny).add_(
+            _square_power(tuned, self._stored.tiny))
+        self._rows.append(squares.sum(1).double())
+        self._columns += squares.sum(0).double()
+
+    def noise(self) -> Noise:
+        """Of all rows; ulp^2 / 12, the mean of both models."""
+        scale = self._stored.eps ** 2 / 24
+        rows, columns = torch.cat(self._rows).cpu() * scale, self._columns.cpu() * scale
+        energy = float(rows.sum())
+        return Noise((energy / (len(rows) * len(columns))) ** 0.5, noise_edge(rows, columns),
+                     energy)
 
 
 def noise_edge(rows: torch.Tensor, columns: torch.Tensor) -> float:
@@ -113,24 +145,7 @@ def _solve(sizes: np.ndarray, counts: np.ndarray, t: np.ndarray) -> np.ndarray:
     return y
 
 
-def _square_ulps(base: torch.Tensor, tuned: torch.Tensor,
-                 dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums over each row and over each column of ulp^2 / 12, the mean of both models, in fp64.
-
-    The ulp is 2^exponent times the dtype's eps, no smaller than that of subnormals.
-    """
-    stored = torch.finfo(torch.float32 if dtype == "F64" else torch_dtype(dtype))
-    columns = torch.zeros(base.shape[1], dtype=torch.float64, device=base.device)
-    rows = []
-    step = max(1, _BLOCK[base.device.type] // base.shape[1])
-    for old, new in zip(base.split(step), tuned.split(step), strict=True):
-        squares = _square_power(old, stored.tiny).add_(_square_power(new, stored.tiny))
-        rows.append(squares.sum(1).double())
-        columns += squares.sum(0).double()
-    scale = stored.eps ** 2 / 24
-    return torch.cat(rows) * scale, columns * scale
-
-
 def _square_power(x: torch.Tensor, tiny: float) -> torch.Tensor:
+    """The square of the largest power of two in |x|, and of `tiny` at the least."""
     bits = x.float().view(torch.int32) & _FP32_EXPONENT
     return bits.view(torch.float32).clamp_(min=tiny).square_()

@@ -10,6 +10,7 @@ from extend.evaluate.frame import Frame, Template
 from extend.evaluate.plan import PlannedTask, order_units, plan_tasks, with_base
 from extend.evaluate.provenance import chance_levels, describe_run, describe_tasks
 from extend.evaluate.rows import RowStore
+from extend.evaluate.runner import Runner, Server, make_runner
 from extend.evaluate.summary import summarize
 from extend.evaluate.summary_text import summary_text
 from extend.evaluate.tasks.task import BASE
@@ -27,7 +28,8 @@ def evaluate(model: Path | str, out: Path | str, *,
              depths: int | Sequence[float] = 10, trials: int = 5, seed: int = 0,
              adapter: Path | str | None = None, device: str = "auto", dtype: str = "auto",
              nproc: int | str = 1, chunk: int | None = None, template: Template = "auto",
-             base: Path | str | None = None, overwrite: bool = False) -> Path:
+             base: Path | str | None = None, context_parallel: int = 1,
+             server: Server | None = None, overwrite: bool = False) -> Path:
     """Score a model and write `results.json`; return its path.
 
     Each finished row is kept beside `out`, so that the same call goes on after an interruption.
@@ -49,9 +51,14 @@ def evaluate(model: Path | str, out: Path | str, *,
             not.
         base: the model before its context was extended. Each task on a grid is then put to it
             too, at its native length, as one more control.
+        context_parallel: processes, one a GPU, that share every row by ring attention.
+        server: address of an OpenAI-compatible server that runs the model, or a mapping with
+            `url` and the options of `extend.evaluate.backends.served.ServerOptions`; `model` then
+            only gives tokenizer and config.
 
     Raises:
-        RecipeError: a wrong task or option.
+        RecipeError: a wrong task or option, or options that exclude one another.
+        ServerError: a server that does not answer.
         DataError: text that is missing or too short for a length.
         CheckpointError: a checkpoint that cannot be read, or `out` exists.
         CompatibilityError: a model, adapter or device that does not fit.
@@ -66,15 +73,19 @@ def evaluate(model: Path | str, out: Path | str, *,
         from extend.tokenizer import load_tokenizer
 
         config = adapted_config(model, adapter)
-        settings = {**_resolve(device, dtype, chunk), "template": template}
-        _check_prompts(Frame.of(load_tokenizer(model), template), planned, seed)
+        tokenizer = load_tokenizer(model)
+        runner = make_runner(tokenizer, planned, device=device, dtype=dtype, chunk=chunk,
+                             nproc=nproc, context_parallel=context_parallel, server=server,
+                             others={"adapter": adapter, "base": base})
+        settings = {**runner.settings, "template": template}
+        _check_prompts(Frame.of(tokenizer, template), planned, seed)
         manifest = Manifest("eval", paths, {
             "tasks": describe_tasks(planned),
             "cells": [cell.key for entry in planned for cell in entry.cells], **settings}, seed)
         store = RowStore.open(_rows_directory(Path(out)), {
             key: manifest.record[key] for key in ("inputs", "options", "seed", "versions")})
         try:
-            rows = _score(store, planned, nproc, device, model=str(model), seed=seed,
+            rows = _score(store, planned, runner, model=str(model), seed=seed, device=device,
                           adapter=None if adapter is None else str(adapter),
                           base=None if base is None else str(base),
                           dtype=settings["dtype"], chunk=settings["chunk"], template=template)
@@ -113,16 +124,6 @@ def _input_paths(model: Path | str, adapter: Path | str | None, base: Path | str
     return paths
 
 
-def _resolve(device: str, dtype: str, chunk: int | None) -> dict[str, Any]:
-    """What `auto` means here: part of what the rows depend on."""
-    from extend.evaluate.load import choose_chunk
-    from extend.loading import choose_device, choose_dtype
-
-    chosen = choose_device(device)
-    return {"device": chosen.type, "chunk": choose_chunk(chunk, chosen),
-            "dtype": str(choose_dtype(dtype, chosen)).removeprefix("torch.")}
-
-
 def _check_prompts(frame: Frame, planned: Sequence[PlannedTask], seed: int) -> None:
     """Build one prompt of each length: what cannot work is said before hours of work."""
     from dataclasses import replace
@@ -135,23 +136,16 @@ def _check_prompts(frame: Frame, planned: Sequence[PlannedTask], seed: int) -> N
             entry.task.prompts(frame, replace(cell, trials=trials, control=control), seed)
 
 
-def _score(store: RowStore, planned: Sequence[PlannedTask], nproc: int | str, device: str,
-           **settings: Any) -> list[dict[str, Any]]:
+def _score(store: RowStore, planned: Sequence[PlannedTask], runner: Runner,
+           **job: Any) -> list[dict[str, Any]]:
     """Rows of all cells in the order of the plan; those already in the store are not redone."""
-    from extend.evaluate.cells import Job, score_units
-    from extend.evaluate.workers import count_processes, score_in_processes
+    from extend.evaluate.cells import Job
 
     done = store.read()
-    todo = order_units(planned, done.keys())
     if done:
         logger.info("%d of %d rows are there already", len(done),
                     sum(len(entry.cells) for entry in planned))
-    job = Job(rows=store.directory, device=device, **settings)
-    processes = min(count_processes(nproc, device), max(1, len(todo)))
-    if processes == 1:
-        score_units(job, todo)
-    else:
-        score_in_processes(job, todo, processes)
+    runner.run(Job(rows=store.directory, **job), order_units(planned, done.keys()))
     done = store.read()
     missing = [cell.key for entry in planned for cell in entry.cells if cell.key not in done]
     if missing:
@@ -167,7 +161,7 @@ def _describe_model(config: ModelConfig, manifest: Manifest,
             "architecture": config.architecture,
             "max_position_embeddings": config.max_position_embeddings,
             "rope": config.rope.to_json(),
-            **{key: settings[key] for key in ("dtype", "device", "template")}}
+            **{key: value for key, value in settings.items() if key != "chunk"}}
 
 
 def _rows_directory(out: Path) -> Path:

@@ -250,7 +250,7 @@ def test_what_is_unchanged_must_be_finite(copies, value):
         is_unchanged(open_pair(copies.base, copies.tuned), name)
 
 
-@pytest.mark.parametrize("left", [1.0, 0.3, 0.11, 0.09, 1e-3, 1e-5])
+@pytest.mark.parametrize("left", [1.0, 0.3, 0.19, 0.16, 1e-3, 1e-5])
 def test_residual_norm_is_that_of_the_difference(left):
     """Both ways of taking it: from products, and directly where little is left."""
     generator = torch.Generator().manual_seed(0)
@@ -261,3 +261,14 @@ def test_residual_norm_is_that_of_the_difference(left):
     # fp32 elements of size 2, of which the difference may be far smaller.
     assert residual_norm(delta, lora_a, lora_b) == pytest.approx(
         float(expected), rel=2e-6, abs=2e-7 * float(torch.linalg.norm(delta)))
+
+
+def test_residual_norm_of_a_projection_needs_no_product_with_the_delta():
+    generator = torch.Generator().manual_seed(0)
+    delta = torch.randn(60, 90, generator=generator)
+    left = torch.linalg.qr(torch.randn(60, 7, generator=generator)).Q
+    rows = left.T @ delta
+    total, held = (float(x.double().square().sum()) for x in (delta, rows))
+    unread = torch.full_like(delta, float("nan"))
+    assert residual_norm(unread, rows, left, total=total, cross=held) == pytest.approx(
+        residual_norm(delta, rows, left), rel=1e-6)

@@ -1,9 +1,9 @@
 """What a measure may ask of whatever runs the model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from extend.evaluate.tasks.task import Prompt
 
@@ -15,12 +15,15 @@ class AnswerScore:
     Attributes:
         predicted: its first choice at each answer position, given the right tokens before it.
         correct: whether all of them are right.
-        nll: sum over the answer of the negative log-likelihoods, in nats.
+        nll: sum over the answer of the negative log-likelihoods, in nats; None where whatever runs
+            the model does not tell.
+        details: what else its entry in the results should say; JSON values.
     """
 
     predicted: list[int]
     correct: bool
-    nll: float
+    nll: float | None
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +34,13 @@ class Generation:
         ids: without the token that ended it.
         text: of `ids`, without special tokens.
         finished: whether it ended by itself, within its budget.
+        details: what else its entry in the results should say; JSON values.
     """
 
     ids: list[int]
     text: str
     finished: bool
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 class Backend(Protocol):

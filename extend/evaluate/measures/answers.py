@@ -26,7 +26,7 @@ def _exact(frame: Frame, prompts: Sequence[Prompt],
     correct = sum(score.correct for score in scores)
     tokens = sum(prompt.answer_len for prompt in prompts)
     trials = [{"correct": score.correct, **prompt.details,
-               "predicted": frame.tokenizer.decode(score.predicted)}
+               "predicted": frame.tokenizer.decode(score.predicted), **score.details}
               for prompt, score in zip(prompts, scores, strict=True)]
     return {**proportion(correct, len(prompts)), "correct": correct,
             "answer_loss": _answer_loss(scores, tokens), "trials": trials}

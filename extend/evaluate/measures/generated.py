@@ -30,7 +30,8 @@ def _graded(prompts: Sequence[Prompt], written: Sequence[Generation],
             grades: Sequence[float]) -> dict[str, Any]:
     n = len(prompts)
     trials = [{"grade": round(grade, 6), **prompt.details, "predicted": generation.text,
-               "finished": generation.finished, "tokens": len(generation.ids)}
+               "finished": generation.finished, "tokens": len(generation.ids),
+               **generation.details}
               for prompt, generation, grade in zip(prompts, written, grades, strict=True)]
     return {**proportion(sum(grades), n), "correct": sum(grade == 1 for grade in grades),
             "truncated": round(sum(not g.finished for g in written) / n, 6),
