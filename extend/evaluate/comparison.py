@@ -190,7 +190,7 @@ def _points(entry: Mapping[str, Any] | None, other: Mapping[str, Any]) -> str | 
 
 
 def _nats(entry: Mapping[str, Any] | None, other: Mapping[str, Any]) -> str | None:
-    if entry is None:
+    if entry is None or None in (entry["loss"], other["loss"]):
         return None
     gap, half = difference_of_means(entry["loss"], entry["stderr"], other["loss"], other["stderr"])
     spread = "" if half is None else f" ({gap - half:+.3f} to {gap + half:+.3f})"
@@ -207,12 +207,12 @@ def _task(result: Results, name: str) -> Mapping[str, Any]:
 
 def format_loss(entry: Mapping[str, Any] | None, reference: Mapping[str, Any] | None) -> str | None:
     """A loss with its standard error and its change against the first model."""
-    if entry is None:
+    if entry is None or entry["loss"] is None:
         return None
     text = f"{entry['loss']:.3f}"
     if entry["stderr"] is not None:
         text += f" +/- {entry['stderr']:.3f}"
-    if reference is not None:
+    if reference is not None and reference["loss"]:
         text += f" ({100 * (entry['loss'] / reference['loss'] - 1):+.2f} %)"
     return text
 

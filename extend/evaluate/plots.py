@@ -138,8 +138,8 @@ def loss_plots(results: Sequence[Results]) -> list[Plot]:
 def _loss_plot(name: str, results: Sequence[Results]) -> Plot:
     series = []
     for number, result in enumerate(results):
-        row = next((row for row in result.data["rows"]
-                    if row["name"] == name and "curve" in row), None)
+        row = max((row for row in result.data["rows"] if row["name"] == name and "curve" in row),
+                  key=lambda row: row["length"], default=None)
         if row is not None:
             series.append(Series(result.label, PALETTE[number % len(PALETTE)], result.native_len,
                                  [_loss_point(part) for part in row["curve"]]))

@@ -113,7 +113,10 @@ def _summarize_losses(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
         if row["score"] is not None:
             continue
         kind = "curves" if "curve" in row else "divergences" if "kl" in row else "losses"
-        found[kind][row["name"]] = {key: row[key] for key in _LOSS_KEYS[kind] if key in row}
+        lengths = {r["length"] for r in rows if r["name"] == row["name"] and r["score"] is None}
+        name = row["name"] if len(lengths) == 1 else (
+            f"{row['name']} at {format_length(row['length'])}")
+        found[kind][name] = {key: row[key] for key in _LOSS_KEYS[kind] if key in row}
     return found
 
 

@@ -31,7 +31,8 @@ def _skills_and_losses(summary: Summary) -> Iterator[str]:
     for name, entry in summary["skills"].items():
         yield f"{name}: {format_rate(entry)}"
     for name, entry in summary["losses"].items():
-        yield f"{name}: {entry['loss']:.4f} nats a token over {entry['tokens']} tokens"
+        loss = "no loss" if entry["loss"] is None else f"{entry['loss']:.4f} nats a token"
+        yield f"{name}: {loss} over {entry['tokens']} tokens"
     for name, entry in summary["curves"].items():
         yield f"{name}: {format_slope(entry)}"
     for name, entry in summary["divergences"].items():

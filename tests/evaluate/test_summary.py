@@ -48,6 +48,14 @@ def test_trials_are_pooled_over_depths():
         "40-89), and the effective length says no more than up to where it holds"]
 
 
+def test_losses_at_several_lengths_stand_beside_one_another():
+    nothing = loss_row("keys", loss=None, stderr=None, tokens=0)
+    summary = summarize([loss_row("slide"), loss_row("slide", length=4096, loss=2.0), nothing])
+    assert {name: entry["loss"] for name, entry in summary["losses"].items()} == {
+        "slide at 2K": 2.5, "slide at 4K": 2.0, "keys": None}
+    assert "keys: no loss over 0 tokens" in summary_text(summary)
+
+
 def test_effective_length_is_the_weakest_tasks():
     rows = [row("a", 512), row("a", 1024), row("b", 512), row("b", 1024, correct=2)]
     summary = summarize(rows)
