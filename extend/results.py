@@ -29,7 +29,7 @@ class Results:
     def grid(self, name: str) -> list[Mapping[str, Any]]:
         """The rows of a task on a grid, without its controls."""
         return [row for row in self.data["rows"]
-                if row["name"] == name and row["depth"] is not None]
+                if row["name"] == name and row["depth"] is not None and row["control"] is None]
 
 
 def read_results(results: Mapping[str, Path | str]) -> list[Results]:
@@ -68,9 +68,15 @@ def format_length(tokens: int) -> str:
 
 
 def format_rate(entry: Mapping[str, Any] | None) -> str | None:
-    """A share with its n and its Wilson interval, never without: `98 % (49/50; 90-100)`."""
+    """A share with its n and its Wilson interval, never without: `98 % (49/50; 90-100)`.
+
+    A mean of grades says `83.2 % (n = 50; 71-91)` instead: no whole number of answers was right.
+    """
     if entry is None:
         return None
-    correct = round(entry["score"] * entry["n"])
+    points = entry["score"] * entry["n"]
+    in_parts = "truncated" in entry or "tasks" in entry  # answers with grades, or a mean of tasks
+    whole = not in_parts and abs(points - round(points)) < 1e-3
+    count = f"{round(points)}/{entry['n']}" if whole else f"n = {entry['n']}"
     low, high = round(100 * entry["wilson_low"]), round(100 * entry["wilson_high"])
-    return f"{100 * entry['score']:.3g} % ({correct}/{entry['n']}; {low}-{high})"
+    return f"{100 * entry['score']:.3g} % ({count}; {low}-{high})"

@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 a mistake of the user's (one message), 2 wrong usage.
 from extend.cli import (  # noqa: F401  (each registers its subcommands with `main`)
     adapters,
     doctor,
+    eval_prompt,
     evaluation,
     lineage,
     plan,

@@ -8,9 +8,11 @@ from typing import Any
 from extend.errors import CompatibilityError, ExtendError, RecipeError
 from extend.evaluate.frame import Frame, Template
 from extend.evaluate.plan import PlannedTask, order_units, plan_tasks, with_base
+from extend.evaluate.provenance import chance_levels, describe_run, describe_tasks
 from extend.evaluate.rows import RowStore
 from extend.evaluate.runner import Runner, Server, make_runner
 from extend.evaluate.summary import summarize
+from extend.evaluate.summary_text import summary_text
 from extend.evaluate.tasks.task import BASE
 from extend.manifest import Manifest
 from extend.model_config import ModelConfig, read_config
@@ -63,8 +65,8 @@ def evaluate(model: Path | str, out: Path | str, *,
     """
     _check_numbers(seed, chunk, nproc)
     planned = plan_tasks(tasks, lengths=lengths, depths=depths, trials=trials)
-    if base is not None:
-        planned = with_base(planned, read_config(base).max_position_embeddings)
+    native_len = None if base is None else read_config(base).max_position_embeddings
+    planned = planned if native_len is None else with_base(planned, native_len)
     paths = _input_paths(model, adapter, base, planned)
     with atomic_directory(out, overwrite=overwrite, inputs=paths) as partial:
         from extend.evaluate.adapted import adapted_config
@@ -78,7 +80,7 @@ def evaluate(model: Path | str, out: Path | str, *,
         settings = {**runner.settings, "template": template}
         _check_prompts(Frame.of(tokenizer, template), planned, seed)
         manifest = Manifest("eval", paths, {
-            "tasks": [dict(entry.spec, name=entry.name) for entry in planned],
+            "tasks": describe_tasks(planned),
             "cells": [cell.key for entry in planned for cell in entry.cells], **settings}, seed)
         store = RowStore.open(_rows_directory(Path(out)), {
             key: manifest.record[key] for key in ("inputs", "options", "seed", "versions")})
@@ -91,7 +93,11 @@ def evaluate(model: Path | str, out: Path | str, *,
             store.remove_if_empty()
             raise
         results = {"schema": SCHEMA, "model": _describe_model(config, manifest, settings),
-                   "summary": summarize(rows), "rows": rows}
+                   "run": describe_run(manifest.record, planned, model=model, template=template,
+                                       lengths=lengths, depths=depths, trials=trials,
+                                       base_len=native_len),
+                   "summary": summarize(rows, chance_levels(planned)), "rows": rows}
+        logger.info("%s", summary_text(results["summary"]))
         write_json(partial / RESULTS_NAME, results)
         manifest.write(partial, rows=len(rows),
                        effective_length=results["summary"]["effective_length"])

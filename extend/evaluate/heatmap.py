@@ -15,13 +15,19 @@ _PANELS_A_ROW = 4
 
 @dataclass(frozen=True, slots=True)
 class HeatCell:
-    """One cell; `score` is None where the model was not asked."""
+    """One cell; `score` is None where the model was not asked; `n` prompts."""
 
     length: int
     depth: float
     score: float | None
-    correct: int
     n: int
+
+    @property
+    def text(self) -> str:
+        """Right answers of prompts, or the mean grade where answers are right in part."""
+        points = (self.score or 0.0) * self.n
+        whole = abs(points - round(points)) < 1e-3
+        return f"{round(points)}/{self.n}" if whole else f"{self.score:.2f}"
 
     @property
     def color(self) -> str:
@@ -39,7 +45,8 @@ class HeatCell:
     def tip(self) -> str:
         where = f"{self.length:,} tokens, depth {self.depth:.2f}"
         return f"{where}: not measured" if self.score is None else \
-            f"{where}: {self.correct} of {self.n}"
+            f"{where}: {self.text.replace('/', ' of ')}" + (
+                "" if "/" in self.text else f", mean of {self.n}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +88,8 @@ def _panel(result: Results, rows: Sequence[Mapping[str, Any]], lengths: Sequence
     def cell(length: int, depth: float) -> HeatCell:
         row = known.get((length, depth))
         if row is None:
-            return HeatCell(length, depth, None, 0, 0)
-        return HeatCell(length, depth, row["score"], row["correct"], row["n"])
+            return HeatCell(length, depth, None, 0)
+        return HeatCell(length, depth, row["score"], row["n"])
 
     counts = sorted({row["n"] for row in rows})
     n_text = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
@@ -91,8 +98,7 @@ def _panel(result: Results, rows: Sequence[Mapping[str, Any]], lengths: Sequence
 
 
 def draw_heatmap(panels: Sequence[Panel], path: Path, title: str) -> None:
-    """Write a PNG with the panels side by side."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """Write a PNG with the panels side by side, and an SVG beside it."""
     from matplotlib.figure import Figure
 
     columns = min(len(panels), _PANELS_A_ROW)
@@ -100,22 +106,33 @@ def draw_heatmap(panels: Sequence[Panel], path: Path, title: str) -> None:
     wide = max(2.3, 0.5 * len(panels[0].lengths) + 0.3)
     high = max(2.2, 0.28 * len(panels[0].depths) + 0.7)
     figure = Figure(figsize=(wide * columns + 1.5, high * lines + 0.7), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(lines, columns, squeeze=False, sharey=True)
     for ax, panel in zip(axes.flat, panels):
         image = _draw_panel(ax, panel)
     for ax in list(axes.flat)[len(panels):]:
         ax.set_axis_off()
     bar = figure.colorbar(image, ax=axes, aspect=30, pad=0.02)
-    bar.set_label("share of exact answers", fontsize=9)
+    bar.set_label("mean score", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)
-    figure.suptitle(_plain(title), fontsize=12)
+    figure.suptitle(plain(title), fontsize=12)
     dashed = any(0 < panel.native_columns < len(panel.lengths) for panel in panels)
     figure.supxlabel("prompt length, tokens" + (
         " (dashed line: the model's own context ends)" if dashed else ""), fontsize=9)
     figure.supylabel("depth of the fact (0 = start)", fontsize=9)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as `path`, a PNG, and as SVG; the same figure gives the same bytes."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)
     figure.savefig(path, dpi=160, metadata={"Software": None})
+    figure.set_layout_engine("none")  # it is laid out
+    with matplotlib.rc_context({"svg.hashsalt": "extend"}):
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
 
 
 def _draw_panel(ax: Any, panel: Panel) -> Any:
@@ -128,17 +145,17 @@ def _draw_panel(ax: Any, panel: Panel) -> Any:
     ax.set_yticks([i + 0.5 for i in range(len(panel.depths))], [f"{d:.2f}" for d in panel.depths])
     ax.tick_params(labelsize=8, length=0)
     ax.spines[:].set_visible(False)
-    ax.set_title(_plain(f"{panel.label}\n{panel.n_text}"), fontsize=9)
+    ax.set_title(plain(f"{panel.label}\n{panel.n_text}"), fontsize=9)
     for y, line in enumerate(panel.cells):
         for x, cell in enumerate(line):
             if cell.score is not None and panel.show_counts:
-                ax.text(x + 0.5, y + 0.5, f"{cell.correct}/{cell.n}", ha="center", va="center",
+                ax.text(x + 0.5, y + 0.5, cell.text, ha="center", va="center",
                         fontsize=7, color=cell.text_color)
     if 0 < panel.native_columns < len(panel.lengths):
         ax.axvline(panel.native_columns, color="#d55e00", linewidth=2, linestyle="--")
     return image
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Labels are the user's: `$` must not start a formula."""
     return text.replace("$", r"\$")

@@ -2,14 +2,22 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from extend.evaluate.comparison import TableRow, build_table, grid_tasks, to_markdown
+from extend.evaluate.comparison import (
+    TableRow,
+    build_differences,
+    build_table,
+    grid_tasks,
+    to_markdown,
+)
 from extend.evaluate.curve import read_curve
+from extend.evaluate.effective import OWN_RULE, RULER_RULE
 from extend.evaluate.heatmap import COLORS, Panel, build_panels, draw_heatmap
-from extend.evaluate.summary import EFFECTIVE_LENGTH_RULE
+from extend.evaluate.plots import Plot, draw_plot, loss_plots, score_plots
+from extend.evaluate.summary import format_chance, summarize
 from extend.manifest import Manifest
 from extend.output import atomic_directory, write_json
 from extend.page import render
@@ -23,8 +31,8 @@ def report(results: Mapping[str, Path | str], out: Path | str, *, title: str = "
            training: Path | str | None = None, overwrite: bool = False) -> Path:
     """Compare the results of several models and return the directory `out`.
 
-    It holds index.html (one file, nothing loaded from elsewhere), heatmap-<task>.png, table.md
-    and report.json.
+    It holds index.html (one file, nothing loaded from elsewhere), each of its plots as PNG and SVG
+    (heatmap-<task>, scores-<task>, loss-<task>), table.md and report.json.
 
     Args:
         results: label -> results.json or its directory; losses are compared with the first.
@@ -35,42 +43,65 @@ def report(results: Mapping[str, Path | str], out: Path | str, *, title: str = "
         CheckpointError: results or metrics that cannot be read, or `out` exists.
         RecipeError: no results.
     """
-    read = read_results(results)
+    read = [_refresh(result) for result in read_results(results)]
     curve = None if training is None else read_curve(training)
     paths = {f"results.{r.label}": r.path for r in read}
     if training is not None:
         paths["training"] = Path(training)
     title = title or f"Context length of {', '.join(r.label for r in read)}"
     manifest = Manifest("report", paths, {"title": title})
-    table = build_table(read)
     labels = [r.label for r in read]
+    table, differences = build_table(read), build_differences(read)
     with atomic_directory(out, overwrite=overwrite, inputs=paths) as partial:
-        maps = _write_heatmaps(read, partial)
-        (partial / "table.md").write_text(to_markdown(labels, table), encoding="utf-8")
-        write_json(partial / "report.json", _to_json(read, table, maps, title))
+        maps, plots = _write_heatmaps(read, partial), _write_plots(read, partial)
+        markdown = to_markdown(labels, table) + (
+            "\n" + to_markdown(labels[1:], differences, f"less {labels[0]}") if differences else "")
+        (partial / "table.md").write_text(markdown, encoding="utf-8")
+        write_json(partial / "report.json", _to_json(read, table, maps, plots, title))
         page = _render(title=title, results=read, labels=labels, table=_by_section(table),
-                       maps=maps, curve=curve)
+                       differences=differences, maps=maps, plots=[plot for plot, _ in plots],
+                       curve=curve)
         (partial / "index.html").write_text(page, encoding="utf-8")
         manifest.write(partial)
     return Path(out)
 
 
+def _refresh(result: Results) -> Results:
+    """Results with the summary that this version makes of their rows."""
+    tasks = result.data["summary"].get("tasks", {})
+    chances = {name: task["chance"] for name, task in tasks.items()
+               if task.get("chance") is not None}
+    return replace(result, data={**result.data,
+                                 "summary": summarize(result.data["rows"], chances)})
+
+
 def _write_heatmaps(results: list[Results], directory: Path) -> list[dict[str, Any]]:
-    """One PNG a task; returns its name, file and panels."""
+    """A PNG and an SVG a task; returns its name, file and panels."""
     maps: list[dict[str, Any]] = []
     for name in grid_tasks(results):
         panels = build_panels(results, name)
         if not panels:
             continue
-        file = _file_name(name, [entry["file"] for entry in maps])
+        file = _file_name("heatmap", name, [entry["file"] for entry in maps])
         draw_heatmap(panels, directory / file, name)
-        maps.append({"name": name, "file": file, "panels": panels})
+        stream = any(r.data["summary"]["tasks"].get(name, {}).get("stream") for r in results)
+        maps.append({"name": name, "file": file, "panels": panels, "stream": stream})
     return maps
 
 
-def _file_name(name: str, taken: Sequence[str]) -> str:
+def _write_plots(results: list[Results], directory: Path) -> list[tuple[Plot, str]]:
+    """A PNG and an SVG of each curve; returns it with its file."""
+    drawn: list[tuple[Plot, str]] = []
+    for plot in [*score_plots(results, grid_tasks(results)), *loss_plots(results)]:
+        file = _file_name(plot.kind, plot.title, [file for _, file in drawn])
+        draw_plot(plot, directory / file)
+        drawn.append((plot, file))
+    return drawn
+
+
+def _file_name(kind: str, name: str, taken: Sequence[str]) -> str:
     """A file name from a label that may hold anything."""
-    stem = "heatmap-" + (re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "task")
+    stem = f"{kind}-" + (re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "task")
     file, number = f"{stem}.png", 2
     while file in taken:
         file, number = f"{stem}-{number}.png", number + 1
@@ -85,13 +116,14 @@ def _by_section(table: list[TableRow]) -> list[tuple[str, list[TableRow]]]:
 
 
 def _to_json(results: list[Results], table: list[TableRow], maps: list[dict[str, Any]],
-             title: str) -> dict[str, Any]:
+             plots: list[tuple[Plot, str]], title: str) -> dict[str, Any]:
     return {
         "schema": SCHEMA, "title": title,
         "results": {r.label: {"path": str(r.path), "sha256": r.sha256, "model": r.data["model"],
                               "summary": r.data["summary"]} for r in results},
         "table": [asdict(row) for row in table],
-        "heatmaps": {entry["name"]: entry["file"] for entry in maps}}
+        "heatmaps": {entry["name"]: entry["file"] for entry in maps},
+        "plots": [{"kind": plot.kind, "name": plot.title, "file": file} for plot, file in plots]}
 
 
 def _render(**values: Any) -> str:
@@ -100,8 +132,9 @@ def _render(**values: Any) -> str:
 
     scale = [to_hex(matplotlib.colormaps[COLORS](i / 8)) for i in range(9)]
     return render(
-        Path(__file__).with_name(_TEMPLATE), **values, scale=scale, rule=EFFECTIVE_LENGTH_RULE,
-        format_length=format_length, geometry=_geometry)
+        Path(__file__).with_name(_TEMPLATE), **values, scale=scale, rules=(OWN_RULE, RULER_RULE),
+        format_length=format_length, format_chance=format_chance,
+        geometry=_geometry)
 
 
 def _geometry(panel: Panel) -> dict[str, float]:

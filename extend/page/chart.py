@@ -34,7 +34,9 @@ class Chart:
     Attributes:
         title: shown above.
         x_range, y_range: of the data; a logarithmic axis needs both above 0.
+        fixed_x: (value, text) of the ticks, in place of round numbers.
         bars: (x, low, high, colour), such as intervals.
+        bands: (points, colour) of areas, such as intervals along a curve.
         marks_x, marks_y: (position, text, colour) of dashed lines across.
     """
 
@@ -45,8 +47,10 @@ class Chart:
     log_x: bool = False
     log_y: bool = False
     bytes_x: bool = False
+    fixed_x: Sequence[tuple[float, str]] = ()
     lines: list[Line] = field(default_factory=list)
     bars: list[tuple[float, float, float, str]] = field(default_factory=list)
+    bands: list[tuple[str, str]] = field(default_factory=list)
     marks_x: list[tuple[float, str, str]] = field(default_factory=list)
     marks_y: list[tuple[float, str, str]] = field(default_factory=list)
     legend: bool = True
@@ -70,6 +74,11 @@ class Chart:
     def add_bar(self, x: float, low: float, high: float, color: str) -> None:
         self.bars.append((self.x(x), self.y(low), self.y(high), color))
 
+    def add_band(self, ends: Sequence[tuple[float, float, float]], color: str) -> None:
+        """Add an area between (x, low, high), in the units of the data."""
+        around = [(x, low) for x, low, _ in ends] + [(x, high) for x, _, high in reversed(ends)]
+        self.bands.append((" ".join(f"{self.x(x)},{self.y(y)}" for x, y in around), color))
+
     def mark_x(self, value: float, text: str, color: str = "var(--mark)") -> None:
         self.marks_x.append((self.x(value), text, color))
 
@@ -78,6 +87,8 @@ class Chart:
 
     @property
     def ticks_x(self) -> list[tuple[float, str]]:
+        if self.fixed_x:
+            return [(self.x(value), text) for value, text in self.fixed_x]
         text = format_bytes if self.bytes_x else _number
         return [(self.x(v), text(v)) for v in _ticks(self.x_range, self.log_x, 6)]
 

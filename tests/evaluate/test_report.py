@@ -44,23 +44,38 @@ def test_page_maps_and_table(tmp_path):
     out = report({"base": base, "long": tmp_path / "long"}, tmp_path / "report", title="A title")
     assert out == tmp_path / "report"
     assert sorted(p.name for p in out.iterdir()) == [
-        "heatmap-passkey.png", "index.html", "manifest.json", "report.json", "table.md"]
-    assert (out / "heatmap-passkey.png").read_bytes().startswith(b"\x89PNG")
+        "heatmap-passkey.png", "heatmap-passkey.svg", "index.html", "manifest.json", "report.json",
+        "scores-passkey.png", "scores-passkey.svg", "table.md"]
+    for plot in ("heatmap-passkey", "scores-passkey"):
+        assert (out / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (out / f"{plot}.svg").read_text()
+    short = "own 100 % at 512, 15 prompts"
     assert (out / "table.md").read_text().splitlines() == [
         "| measure | base | long |", "| --- | --- | --- |",
+        f"| effective length, passkey | 512 (by lower ends none; {short}) | 1K or more (by lower "
+        f"ends none; {short}) |",
         "| passkey at 512 | 100 % (15/15; 80-100) | 100 % (15/15; 80-100) |",
         "| passkey at 1K | 20 % (3/15; 7-45) | 100 % (15/15; 80-100) |",
-        "| effective length, passkey | 512 | 1K |",
         "| passkey, no-needle | 0 % (0/5; 0-43) | 0 % (0/5; 0-43) |",
+        "| passkey, 512 is within base's own context | 100 % (15/15; 80-100) | 100 % (15/15; "
+        "80-100) |",
         "| skill | 90 % (9/10; 60-98) | 90 % (9/10; 60-98) |",
-        "| prose, nats a token at 2K | 2.000 +/- 0.010 | 2.020 +/- 0.010 (+1.00 %) |"]
+        "| prose, nats a token at 2K | 2.000 +/- 0.010 | 2.020 +/- 0.010 (+1.00 %) |", "",
+        "| less base | long |", "| --- | --- |",
+        "| passkey at 512 | +0 points (-20 to +20; n = 15 and 15) |",
+        "| passkey at 1K | +80 points (+48 to +93; n = 15 and 15) |",
+        "| skill | +0 points (-32 to +32; n = 10 and 10) |",
+        "| prose | +0.020 nats (-0.008 to +0.048) |"]
     page = Page((out / "index.html").read_text())
-    assert page.tags.count("svg") == 2 and page.tags.count("rect") == 12
+    assert page.tags.count("svg") == 3 and page.tags.count("rect") == 12
+    assert page.tags.count("polygon") == page.tags.count("polyline") == 2
     text = " ".join("".join(page.text).split())
     assert "A title" in text and "n = 5 a cell" in text and "+1.00 %" in text
     assert "1,024 tokens, depth 0.50: 1 of 5" in text
+    assert "base, 1,024 tokens: 20 % (3/15; 7-45)" in text
     data = json.loads((out / "report.json").read_text())
     assert data["heatmaps"] == {"passkey": "heatmap-passkey.png"}
+    assert data["plots"] == [{"kind": "scores", "name": "passkey", "file": "scores-passkey.png"}]
     assert data["results"]["long"]["summary"]["effective_length"] == 1024
     manifest = json.loads((out / "manifest.json").read_text())
     assert set(manifest["inputs"]) == {"results.base", "results.long"}
@@ -77,8 +92,8 @@ def test_page_loads_nothing_and_hostile_labels_are_text(tmp_path):
     assert {line.replace("\\|", "").count("|") for line in table} == {3}
     assert "<script>" not in "".join(table)
     assert json.loads((out / "report.json").read_text())["title"] == HOSTILE
-    assert [p.name for p in out.glob("*.png")] == [
-        "heatmap-script-alert-x-script-x_1-a.png"]
+    assert sorted(p.name for p in out.glob("*.png")) == [
+        "heatmap-script-alert-x-script-x_1-a.png", "scores-script-alert-x-script-x_1-a.png"]
 
 
 def test_models_may_have_been_asked_different_things(tmp_path):
@@ -88,13 +103,72 @@ def test_models_may_have_been_asked_different_things(tmp_path):
     out = report({"one": one, "two": two, "three": three}, tmp_path / "report")
     lines = (out / "table.md").read_text().splitlines()
     assert "| passkey at 300 |  | 100 % (15/15; 80-100) |  |" in lines
-    assert "| effective length, other |  |  | none |" in lines
+    other = next(line for line in lines if line.startswith("| effective length, other |"))
+    assert other.endswith("|  |  | 1K or more (by lower ends none; own 20 % at 512, 15 prompts) |")
     page = Page((out / "index.html").read_text())
-    assert page.tags.count("svg") == 3  # two panels of passkey, one of other
+    assert page.tags.count("svg") == 5  # two panels of passkey, one of other, a curve of each
+    assert "other: the score at 512, the shortest length asked, is only 20 %" in "".join(page.text)
     assert "300 tokens, depth 0.50: not measured" in "".join(page.text)
 
 
-@pytest.mark.parametrize("count", [1, 2, 5])
+def write_rows(path, rows, native=1024, **changes):
+    """Results with any rows, of a run with settings."""
+    make_results(path, native, native)
+    run = {"tasks": [{"task": "x", "name": HOSTILE}], "lengths": [512], "depths": 2, "trials": 5,
+           "seed": 0, "template": "auto", "tokenizer": {"sha256": "cd" * 32}, "versions": {},
+           "inputs": {"x.text": {"path": HOSTILE, "sha256": "ef" * 32}}}
+    data = {**json.loads(path.read_text()), "run": run, "rows": rows,
+            "summary": summarize(rows, changes.get("chances"))}
+    path.write_text(json.dumps(data))
+    return path
+
+
+def graded(task, length, grades, **other):
+    return {"task": task, "name": task, "length": length, "depth": None, "control": None,
+            "beyond_native": False, "correct": sum(g == 1 for g in grades), "truncated": 0.0,
+            "empty": 0.0, **proportion(sum(grades), len(grades)), **other}
+
+
+def test_grades_streams_and_losses_by_position(tmp_path):
+    curve = [{"begin": 1, "end": 512, "loss": 3.0, "stderr": 0.1, "tokens": 511},
+             {"begin": 512, "end": 2048, "loss": 2.5, "stderr": None, "tokens": 1536}]
+    loss = {"task": "l", "name": HOSTILE, "length": 2048, "depth": None, "control": None,
+            "loss": 2.6, "stderr": 0.1, "n": 1, "tokens": 2047, "score": None}
+    rows = [graded("ruler-vt", 512, [1.0, 0.5], truncated=0.5),
+            graded("ruler-vt", 1024, [0.5, 0]),
+            graded("ruler-cwe", 512, [1.0, 1.0]),
+            graded("keys-stream", 512, [0.5, 1.0], depth=0.0, stream=True),
+            graded("keys-stream", 512, [1.0] * 2, depth=0.0, control="single-needle"),
+            graded("keys-stream", 512, [0.0] * 2, control="base"),
+            {**loss, "curve": curve, "slope_per_doubling": -0.25, "slope_stderr": 0.05},
+            {**loss, "name": "far", "kl": 0.03, "kl_stderr": 0.001, "agreement": 0.925}]
+    results = write_rows(tmp_path / "r.json", rows, chances={"ruler-vt": 0.125})
+    out = report({"long": results}, tmp_path / "report")
+    lines = (out / "table.md").read_text().splitlines()
+    for line in ("| ruler-vt at 512 | 75 % (n = 2; 20-97) |",
+                 "| keys-stream, base | 0 % (n = 2; 0-66) |",
+                 "| ruler-vt, cut off and empty | 50 %, 0 % (of 2 at the worst length) |",
+                 "| keys-stream, spot check with one fact a prompt | 100 % (n = 2; 34-100) |",
+                 "| keys-stream, the stream at the same cells | 75 % (n = 2; 20-97) |",
+                 "| effective length, RULER's rule | 512 or more (by lower ends none; 2 of 13 "
+                 "tasks) |",
+                 "| far, KL in nats a token | 0.0300 +/- 0.0010 (same first choice at 92.50 % of "
+                 "2,047 tokens) |"):
+        assert line in lines
+    assert any(line.endswith("| -0.2500 +/- 0.0500 (mean loss 2.600) |") for line in lines)
+    page = Page((out / "index.html").read_text())
+    text = " ".join("".join(page.text).split())
+    for said in ("512 tokens, depth 0.00: 0.75, mean of 2", "A streaming grid",
+                 "long, tokens 1 to 512: 3.0000 +/- 0.1000 nats over 511 tokens",
+                 "ruler-vt at 512: 50 % of 2 answers are cut off", "cd" * 32, HOSTILE,
+                 "ruler-vt (long) 12 %"):
+        assert said in text
+    assert page.loads == [] and "script" not in page.tags
+    kinds = [plot["kind"] for plot in json.loads((out / "report.json").read_text())["plots"]]
+    assert kinds == ["scores"] * 4 + ["loss"]  # three tasks and RULER's mean
+
+
+@pytest.mark.parametrize("count", [1, 5])
 def test_depth_0_is_on_top_whatever_the_number_of_models(tmp_path, count, monkeypatch):
     from extend.evaluate import heatmap
 
@@ -119,7 +193,7 @@ def test_training_curve(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     out = report({"long": results}, tmp_path / "report", training=tmp_path)
     page = Page((out / "index.html").read_text())
-    assert page.tags.count("polyline") == 2 and "phase 2" in page.text
+    assert page.tags.count("polyline") == 3 and "phase 2" in page.text
     curve = read_curve(tmp_path)
     points = [tuple(map(float, p.split(","))) for p in curve.lines[0][2].split()]
     assert len(points) == 10 and points[0] == (curve.left, curve.top)  # 4.0 is the axis's top

@@ -31,6 +31,24 @@ def test_torn_last_line_is_dropped(tmp_path):
     assert again.read() == {"a": {"n": 1}, "b": {"n": 2}}
 
 
+@pytest.mark.parametrize("torn", [
+    b"", b"\n", b'{"cell": "x", "row": {"name": "\xe2\x80', b'{"cell": "x"}', b'["x"]', b'{"cell"',
+    b"\x00\x00"], ids=["empty", "blank", "half a letter", "no row", "list", "half", "zeros"])
+def test_torn_last_lines_of_several_files_cost_their_rows_alone(tmp_path, torn):
+    store = RowStore.open(tmp_path / "rows", IDENTITY)
+    for rank in range(3):
+        store.append(rank, f"cell {rank}", {"name": "\u00e9", "rank": rank})
+    expected = {f"cell {rank}": {"name": "\u00e9", "rank": rank} for rank in range(3)}
+    for name in ("rows-0", "rows-1", "rows-9"):  # a process that had written nothing yet, too
+        with (tmp_path / "rows" / f"{name}.jsonl").open("ab") as file:
+            file.write(torn)
+    assert store.read() == expected
+    again = RowStore.open(tmp_path / "rows", IDENTITY)
+    assert again.read() == expected
+    again.append(1, "x", {"done": True})
+    assert RowStore.open(tmp_path / "rows", IDENTITY).read() == {**expected, "x": {"done": True}}
+
+
 def test_damage_in_the_middle_is_an_error(tmp_path):
     store = RowStore.open(tmp_path / "rows", IDENTITY)
     (tmp_path / "rows" / "rows-0.jsonl").write_text('{"cell"\n{"cell": "b", "row": {}}\n')

@@ -2,7 +2,7 @@
 
 from html.parser import HTMLParser
 
-VOID = {"meta", "br", "img", "link", "rect", "line", "polyline"}
+VOID = {"meta", "br", "img", "link", "rect", "line", "polyline", "polygon"}
 
 
 class Page(HTMLParser):

@@ -39,3 +39,11 @@ def test_sizes():
 def test_shades_run_from_dark_to_light():
     assert (shade(0), shade(1), shade(0.5), shade(-3)) == ("#00204c", "#ffea46", "#7d7c78",
                                                            "#00204c")
+
+
+def test_a_band_goes_along_its_lower_ends_and_back_along_its_upper():
+    chart = Chart("t", "x", (0.0, 2.0), (0.0, 1.0), fixed_x=[(0.0, "none"), (2.0, "two")])
+    chart.add_band([(0.0, 0.0, 0.5), (2.0, 0.25, 1.0)], "#000000")
+    corners = [(0.0, 0.0), (2.0, 0.25), (2.0, 1.0), (0.0, 0.5)]
+    assert chart.bands == [(" ".join(f"{chart.x(x)},{chart.y(y)}" for x, y in corners), "#000000")]
+    assert chart.ticks_x == [(LEFT, "none"), (WIDTH - RIGHT, "two")]

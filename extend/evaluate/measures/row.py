@@ -12,11 +12,12 @@ DIGITS = 6  # of stored losses: more would differ from one number of threads to 
 
 
 def describe_prompts(cell: Cell, prompts: Sequence[Prompt], seed: int) -> dict[str, Any]:
-    """The cell, and length, depth and hash of its prompts."""
+    """The cell, and length, depth and hashes of its prompts."""
     return {"task": cell.task, "name": cell.name, "length": cell.length,
             "actual_length": max(prompt.length for prompt in prompts), "depth": cell.depth,
             "actual_depth": _mean_depth(prompts), "control": cell.control, "seed": seed,
-            "prompt_sha256": hash_prompts(prompts)}
+            "prompt_sha256": hash_prompts(prompts),
+            "trial_sha256": [hash_ids(prompt.ids) for prompt in prompts]}
 
 
 def _mean_depth(prompts: Sequence[Prompt]) -> float | None:
@@ -32,6 +33,14 @@ def hash_prompts(prompts: Sequence[Prompt]) -> str:
     """
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(len(prompt.ids).to_bytes(8, "little"))
-        digest.update(np.asarray(prompt.ids, dtype="<i4").tobytes())
+        digest.update(_written(prompt.ids))
     return digest.hexdigest()
+
+
+def hash_ids(ids: Sequence[int]) -> str:
+    """The sha256 of one prompt's ids."""
+    return hashlib.sha256(_written(ids)).hexdigest()
+
+
+def _written(ids: Sequence[int]) -> bytes:
+    return len(ids).to_bytes(8, "little") + np.asarray(ids, dtype="<i4").tobytes()

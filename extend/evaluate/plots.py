@@ -1,0 +1,198 @@
+"""Curves with their intervals: data once, drawn on the page and as PNG and SVG files."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from extend.evaluate.effective import OWN_SHARE, RULER_THRESHOLD
+from extend.evaluate.heatmap import plain, save_figure
+from extend.page.chart import PALETTE, Chart
+from extend.results import Results, format_length, format_rate
+
+_Z95 = 1.959963984540054
+_MOST_TICKS = 6
+_MARKERS = "osD^vPX*"
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A place of a curve, its 95 % interval (both ends None without), and what it says."""
+
+    x: float
+    y: float
+    low: float | None
+    high: float | None
+    tip: str
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """The curve of one model; `native_len` is where its own context ends."""
+
+    name: str
+    color: str
+    native_len: int
+    points: Sequence[Point]
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """Curves of several models over a logarithmic axis of tokens.
+
+    Attributes:
+        kind: `scores` or `loss`.
+        levels: (value, text) of lines across.
+        ticks: tokens.
+    """
+
+    kind: str
+    title: str
+    x_label: str
+    y_label: str
+    series: Sequence[Series]
+    ticks: Sequence[int]
+    levels: Sequence[tuple[float, str]] = ()
+
+    @property
+    def x_range(self) -> tuple[float, float]:
+        found = [point.x for line in self.series for point in line.points]
+        low, high = min(found), max(found)
+        return (low, high) if low < high else (low / 2, high * 2)
+
+    @property
+    def y_range(self) -> tuple[float, float]:
+        if self.kind == "scores":
+            return 0.0, 1.0
+        values = [v for line in self.series for p in line.points for v in (p.low, p.y, p.high)
+                  if v is not None]
+        room = 0.06 * (max(values) - min(values)) or 0.1
+        return min(values) - room, max(values) + room
+
+    @property
+    def natives(self) -> list[tuple[int, str, str]]:
+        """(tokens, label, colour) where a model's own context ends inside the plot."""
+        low, high = self.x_range
+        return [(s.native_len, s.name, s.color) for s in self.series if low <= s.native_len < high]
+
+    def chart(self) -> Chart:
+        """The same for the page."""
+        step = -(-len(self.ticks) // _MOST_TICKS)
+        chart = Chart(self.title, self.x_label, self.x_range, self.y_range, log_x=True,
+                      fixed_x=[(n, format_length(n)) for n in self.ticks[::-1][::step][::-1]])
+        for value, text in self.levels:
+            chart.mark_y(value, text, "var(--soft)")
+        for tokens, _, color in self.natives:
+            chart.mark_x(tokens, "", color)
+        for line in self.series:
+            ends = [(p.x, p.low, p.high) for p in line.points if p.low is not None]
+            chart.add_band(ends, line.color)
+            chart.add(line.name, line.color, [(p.x, p.y) for p in line.points],
+                      dots=[(p.x, p.y, f"{line.name}, {p.tip}") for p in line.points])
+        return chart
+
+
+def score_plots(results: Sequence[Results], names: Sequence[str]) -> list[Plot]:
+    """Score by length of each task, and of the mean over RULER's where there are several."""
+    plots = [_score_plot(name, [(r, _lengths(r, name)) for r in results], _levels(results, name))
+             for name in names]
+    rulers = [(r, r.data["summary"]["effective_lengths"]["ruler"]) for r in results]
+    if any(rule and len(rule["tasks"]) > 1 for _, rule in rulers):
+        means = [(r, rule["lengths"] if rule else {}) for r, rule in rulers]
+        plots.append(_score_plot("RULER, mean over its tasks", means,
+                                 [(RULER_THRESHOLD, f"{100 * RULER_THRESHOLD:g} %")]))
+    return [plot for plot in plots if plot.series]
+
+
+def _lengths(result: Results, name: str) -> Mapping[str, Any]:
+    return result.data["summary"]["tasks"].get(name, {}).get("lengths", {})
+
+
+def _levels(results: Sequence[Results], name: str) -> list[tuple[float, str]]:
+    """Where guessing is, and where the first model's own rule draws its line."""
+    tasks = [t for r in results if (t := r.data["summary"]["tasks"].get(name))]
+    chances = {t["chance"] for t in tasks if t["chance"] is not None and t["chance"] >= 0.005}
+    levels = [(chance, "chance") for chance in sorted(chances)]
+    rules = [t["own_rule"]["threshold"] for t in tasks if t["own_rule"]]
+    if len(results) == 1 and rules:
+        levels.append((rules[0], f"{100 * OWN_SHARE:g} % of its own short score"))
+    return levels
+
+
+def _score_plot(name: str, entries: Sequence[tuple[Results, Mapping[str, Any]]],
+                levels: Sequence[tuple[float, str]]) -> Plot:
+    series = [Series(result.label, PALETTE[number % len(PALETTE)], result.native_len, [
+        Point(int(length), e["score"], e["wilson_low"], e["wilson_high"],
+              f"{int(length):,} tokens: {format_rate(e)}") for length, e in by_length.items()])
+        for number, (result, by_length) in enumerate(entries) if by_length]
+    ticks = sorted({int(length) for _, by_length in entries for length in by_length})
+    return Plot("scores", name, "length, tokens", "mean score", series, ticks, levels)
+
+
+def loss_plots(results: Sequence[Results]) -> list[Plot]:
+    """Loss by position of each task that measured it."""
+    names = dict.fromkeys(row["name"] for r in results for row in r.data["rows"] if "curve" in row)
+    return [_loss_plot(name, results) for name in names]
+
+
+def _loss_plot(name: str, results: Sequence[Results]) -> Plot:
+    series = []
+    for number, result in enumerate(results):
+        row = max((row for row in result.data["rows"] if row["name"] == name and "curve" in row),
+                  key=lambda row: row["length"], default=None)
+        if row is not None:
+            series.append(Series(result.label, PALETTE[number % len(PALETTE)], result.native_len,
+                                 [_loss_point(part) for part in row["curve"]]))
+    last = max(point.x for line in series for point in line.points)
+    first = min(point.x for line in series for point in line.points)
+    ticks = [2 ** k for k in range(40) if first <= 2 ** k <= last]
+    return Plot("loss", name, "position, tokens", "loss, nats a token", series, ticks)
+
+
+def _loss_point(part: Mapping[str, Any]) -> Point:
+    """A stretch of positions stands at its geometric middle."""
+    middle = (max(1, part["begin"]) * max(1, part["end"])) ** 0.5
+    error = part.get("stderr")
+    low, high = (None, None) if error is None else (
+        part["loss"] - _Z95 * error, part["loss"] + _Z95 * error)
+    spread = "" if error is None else f" +/- {error:.4f}"
+    return Point(middle, part["loss"], low, high,
+                 f"tokens {part['begin']:,} to {part['end']:,}: {part['loss']:.4f}{spread} nats "
+                 f"over {part['tokens']:,} tokens")
+
+
+def draw_plot(plot: Plot, path: Path) -> None:
+    """Write a PNG, and an SVG beside it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    ax = figure.subplots()
+    for number, line in enumerate(plot.series):
+        ax.plot([p.x for p in line.points], [p.y for p in line.points], color=line.color,
+                marker=_MARKERS[number % len(_MARKERS)], markersize=5, label=plain(line.name))
+        known = [p for p in line.points if p.low is not None]
+        ax.fill_between([p.x for p in known], [p.low for p in known], [p.high for p in known],
+                        color=line.color, alpha=0.16, linewidth=0)
+    for tokens, _, color in plot.natives:
+        ax.axvline(tokens, color=color, linestyle="--", linewidth=1.5)
+    for value, text in plot.levels:
+        ax.axhline(value, color="#666666", linestyle=":", linewidth=1)
+        ax.annotate(text, (0.01, value), xycoords=("axes fraction", "data"), fontsize=8,
+                    color="#555555", va="bottom")
+    _dress(ax, plot)
+    save_figure(figure, path)
+
+
+def _dress(ax: Any, plot: Plot) -> None:
+    low, high = plot.y_range
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(list(plot.ticks), [format_length(n) for n in plot.ticks], fontsize=8)
+    ax.minorticks_off()
+    ax.set_ylim((low - 0.03, high + 0.03) if plot.kind == "scores" else (low, high))
+    ax.set_xlabel(plot.x_label + (" (dashed: the model's own context ends)" if plot.natives
+                                  else ""), fontsize=9)
+    ax.set_ylabel(plot.y_label, fontsize=9)
+    ax.set_title(plain(plot.title), fontsize=11)
+    ax.grid(color="#dddddd", linewidth=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(fontsize=8, frameon=False)
