@@ -252,6 +252,8 @@ class EvalOptions(Options):
     """The model before its context was extended: a control at its native length."""
     template: Literal["auto", "base", "chat"] = "auto"
     """chat puts every prompt into the model's chat template."""
+    thinking: Annotated[int, Field(ge=0)] = 0
+    """Tokens that a thinking model may think before it answers; needs template chat."""
     chunk: Length | None = None
     """Most tokens in one forward; chosen for the device by default."""
     nproc: Annotated[int, Field(ge=1)] | Literal["auto"] = 1

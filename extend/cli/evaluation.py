@@ -44,6 +44,8 @@ def _list_tasks(ctx: click.Context, param: click.Parameter, value: bool) -> None
               help="MODEL before its context was extended: asked too, at its native length.")
 @click.option("--template", type=click.Choice(["auto", "base", "chat"]), default="auto",
               show_default=True, help="chat puts prompts into MODEL's chat template.")
+@click.option("--thinking", type=int, default=0, show_default=True, metavar="N",
+              help="Tokens that a thinking model may think before it answers (template chat).")
 @click.option("--chunk", type=LENGTH, default=None, help="Most tokens in one forward.")
 @click.option("--nproc", type=int, default=1, show_default=True, help="Processes, one per GPU.")
 @click.option("--context-parallel", type=int, default=1, show_default=True,

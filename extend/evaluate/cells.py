@@ -34,6 +34,7 @@ class Job:
     seed: int
     rows: Path
     template: Template = "auto"
+    thinking: int = 0
     base: str | None = None
 
     def open_local(self) -> LocalBackend:
@@ -57,7 +58,7 @@ def score_units(job: Job, units: Sequence[Unit], rank: int = 0) -> None:
 
 def score_with(backend: Backend, job: Job, units: Sequence[Unit], rank: int = 0) -> None:
     """Append a row to the store for each cell of the units, a unit at a time."""
-    frame = Frame.of(load_tokenizer(job.model), job.template)
+    frame = Frame.of(load_tokenizer(job.model), job.template, thinking=job.thinking)
     native_len = adapted_config(job.model, job.adapter).max_position_embeddings
     store = RowStore(job.rows)
     for number, unit in enumerate(units, start=1):

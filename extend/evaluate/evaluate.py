@@ -1,6 +1,7 @@
 """The eval stage: a grid of tasks, lengths and depths, scored exactly and resumable."""
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def evaluate(model: Path | str, out: Path | str, *,
              depths: int | Sequence[float] = 10, trials: int = 5, seed: int = 0,
              adapter: Path | str | None = None, device: str = "auto", dtype: str = "auto",
              nproc: int | str = 1, chunk: int | None = None, template: Template = "auto",
-             base: Path | str | None = None, context_parallel: int = 1,
+             thinking: int = 0, base: Path | str | None = None, context_parallel: int = 1,
              server: Server | None = None, overwrite: bool = False) -> Path:
     """Score a model and write `results.json`; return its path.
 
@@ -49,9 +50,12 @@ def evaluate(model: Path | str, out: Path | str, *,
         chunk: most tokens in one forward; chosen for the device unless given.
         template: `chat` puts every prompt into the model's chat template; `base` and `auto` do
             not.
+        thinking: tokens that a thinking model may think before it writes an answer, within the
+            length; 0 tells it not to think.
         base: the model before its context was extended. Each task on a grid is then put to it
             too, at its native length, as one more control.
-        context_parallel: processes, one a GPU, that share every row by ring attention.
+        context_parallel: processes, one a GPU, that share every row by ring attention. Under
+            torchrun it is those that torchrun started; all but the first return when it does.
         server: address of an OpenAI-compatible server that runs the model, or a mapping with
             `url` and the options of `extend.evaluate.backends.served.ServerOptions`; `model` then
             only gives tokenizer and config.
@@ -63,6 +67,8 @@ def evaluate(model: Path | str, out: Path | str, *,
         CheckpointError: a checkpoint that cannot be read, or `out` exists.
         CompatibilityError: a model, adapter or device that does not fit.
     """
+    if int(os.environ.get("RANK", 0)) > 0:
+        return _follow(out)
     _check_numbers(seed, chunk, nproc)
     planned = plan_tasks(tasks, lengths=lengths, depths=depths, trials=trials)
     native_len = None if base is None else read_config(base).max_position_embeddings
@@ -77,8 +83,8 @@ def evaluate(model: Path | str, out: Path | str, *,
         runner = make_runner(tokenizer, planned, device=device, dtype=dtype, chunk=chunk,
                              nproc=nproc, context_parallel=context_parallel, server=server,
                              others={"adapter": adapter, "base": base})
-        settings = {**runner.settings, "template": template}
-        _check_prompts(Frame.of(tokenizer, template), planned, seed)
+        settings = {**runner.settings, "template": template, "thinking": thinking}
+        _check_prompts(Frame.of(tokenizer, template, thinking=thinking), planned, seed)
         manifest = Manifest("eval", paths, {
             "tasks": describe_tasks(planned),
             "cells": [cell.key for entry in planned for cell in entry.cells], **settings}, seed)
@@ -88,20 +94,29 @@ def evaluate(model: Path | str, out: Path | str, *,
             rows = _score(store, planned, runner, model=str(model), seed=seed, device=device,
                           adapter=None if adapter is None else str(adapter),
                           base=None if base is None else str(base),
-                          dtype=settings["dtype"], chunk=settings["chunk"], template=template)
+                          dtype=settings["dtype"], chunk=settings["chunk"], template=template,
+                          thinking=thinking)
         except (ExtendError, OSError):
             store.remove_if_empty()
             raise
         results = {"schema": SCHEMA, "model": _describe_model(config, manifest, settings),
                    "run": describe_run(manifest.record, planned, model=model, template=template,
-                                       lengths=lengths, depths=depths, trials=trials,
-                                       base_len=native_len),
+                                       thinking=thinking, lengths=lengths, depths=depths,
+                                       trials=trials, base_len=native_len),
                    "summary": summarize(rows, chance_levels(planned)), "rows": rows}
         logger.info("%s", summary_text(results["summary"]))
         write_json(partial / RESULTS_NAME, results)
         manifest.write(partial, rows=len(rows),
                        effective_length=results["summary"]["effective_length"])
     store.remove()
+    return Path(out) / RESULTS_NAME
+
+
+def _follow(out: Path | str) -> Path:
+    """What a process that torchrun started beside the first one does."""
+    from extend.evaluate.ring_workers import follow
+
+    follow()
     return Path(out) / RESULTS_NAME
 
 

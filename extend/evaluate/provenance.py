@@ -19,7 +19,8 @@ _TOKENIZER_FILES = (
 
 def describe_run(record: Mapping[str, Any], planned: Sequence[PlannedTask], *, model: Path | str,
                  template: str, lengths: Sequence[int | str], depths: int | Sequence[float],
-                 trials: int, base_len: int | None = None) -> dict[str, Any]:
+                 trials: int, base_len: int | None = None,
+                 thinking: int = 0) -> dict[str, Any]:
     """The `run` of results.json: all that decides its prompts.
 
     Args:
@@ -32,8 +33,8 @@ def describe_run(record: Mapping[str, Any], planned: Sequence[PlannedTask], *, m
     run = {"tasks": describe_tasks(planned), "lengths": list(lengths),
            "depths": depths if isinstance(depths, int) else list(depths), "trials": trials,
            "base_len": base_len, "seed": record["seed"], "template": template,
-           "tokenizer": hash_tokenizer(model), "inputs": record["inputs"],
-           "versions": record["versions"]}
+           "thinking": thinking, "tokenizer": hash_tokenizer(model),
+           "inputs": record["inputs"], "versions": record["versions"]}
     return json.loads(json.dumps(run))
 
 

@@ -72,7 +72,8 @@ def rebuild_prompt(results: Path | str, row: int, trial: int = 0, *,
     changed = [*_changed_tokenizer(run, model), *_changed_inputs(run, spec)]
     try:
         task, cell = _plan(run, spec, found.data["rows"], row)
-        frame = Frame.of(load_tokenizer(model), run["template"])
+        frame = Frame.of(load_tokenizer(model), run["template"],
+                         thinking=run["thinking"])
         prompt = task.prompts(frame, cell, run["seed"])[trial]
     except (ExtendError, IndexError) as error:
         if not changed:

@@ -134,7 +134,7 @@ def _measure(job: Job, units: Sequence[Unit], rank: int, local_rank: int) -> Non
     if rank == 0:
         score_with(backend, job, units)
         return
-    frame = Frame.of(load_tokenizer(job.model), job.template)
+    frame = Frame.of(load_tokenizer(job.model), job.template, thinking=job.thinking)
     for unit in units:
         score_unit(backend, frame, unit, seed=job.seed, native_len=0, base=job.base)
 
