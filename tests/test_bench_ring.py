@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,7 +18,16 @@ from ring_bench.peers import Peer
 from ring_bench.problems import Problem, cut_documents
 from ring_bench.timing import Entry, efficiencies, repeats, single_scale
 
+from tests.forked import run_python
+
 ROOT = Path(__file__).parents[1]
+TORCHRUN = """\
+from torch.distributed.run import main
+from tests.forked import forked_workers
+
+with forked_workers():
+    main()
+"""
 SMALL = [
     "--device", "cpu", "--heads", 4, "--kv-heads", 2, "--head-dim", 16, "--accuracy-head-dims", 16,
     "--accuracy-rows", 32, "--accuracy-heads", "4:2", "--documents", 4, "--window", 24,
@@ -28,15 +36,18 @@ SMALL = [
 
 
 def run(*arguments, processes=1):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-    command = [sys.executable, *(launcher if processes > 1 else [])]
-    command += [ROOT / "scripts" / "bench_ring.py", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(variable, None)
-    return subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, env=environment, timeout=120
-    )
+    """The script alone, or as torchrun starts it."""
+    script = ROOT / "scripts" / "bench_ring.py"
+    if processes == 1:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            environment.pop(variable, None)
+        return run_python([script, *arguments], env=environment, timeout=120)
+    launcher = ["-c", TORCHRUN, "--standalone", "--nproc_per_node", processes]
+    return run_python(
+        [*launcher, script, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT,
+        timeout=120,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

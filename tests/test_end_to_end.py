@@ -22,6 +22,7 @@ from torch import multiprocessing as mp
 
 import extend.cli
 from extend.manifest import MANIFEST_NAME, METRICS_NAME, hash_files
+from tests.forked import forked_workers, run_python
 from tests.pipeline import STAGES, write_inputs
 from tests.spawn import PRELOAD
 
@@ -32,7 +33,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 MAX_TRIES = 4
 
 
-def run_in_session(recipe: Path, out: Path, log: Path) -> None:
+def run_in_session(recipe: Path, out: Path, log: Path, forked: bool) -> None:
     """`extend run` in a session of its own, all that it says in a file."""
     os.setsid()
     os.environ |= ENVIRONMENT
@@ -40,19 +41,23 @@ def run_in_session(recipe: Path, out: Path, log: Path) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(file, stream)
-    extend.cli.main(["run", str(recipe), "--out", str(out)])
+    with forked_workers() if forked else contextlib.nullcontext():
+        extend.cli.main(["run", str(recipe), "--out", str(out)])
 
 
 class Running:
-    """A run to be killed; it is forked from a server that has loaded torch, which saves seconds."""
+    """A run to be killed; it is forked from a server that has loaded torch, which saves seconds.
 
-    def __init__(self, recipe: Path, out: Path):
+    With `forked`, its training processes are forked from it in turn.
+    """
+
+    def __init__(self, recipe: Path, out: Path, *, forked: bool):
         self.out, self._log = out, out.parent / "log.txt"
         self._log.write_bytes(b"")
         self.start = self._log.stat().st_mtime_ns
         mp.set_forkserver_preload(PRELOAD)
         self._process = mp.get_context("forkserver").Process(
-            target=run_in_session, args=(recipe, out, self._log))
+            target=run_in_session, args=(recipe, out, self._log, forked))
         self._process.start()
 
     @property
@@ -90,12 +95,11 @@ class Running:
             time.sleep(0.01)
 
 
-def run_to_the_end(recipe: Path, out: Path) -> str:
-    """The command as a user gives it; returns what it says."""
+def run_to_the_end(recipe: Path, out: Path) -> None:
+    """The command as a user gives it."""
     done = subprocess.run([sys.executable, "-m", "extend", "run", str(recipe), "--out", str(out)],
                           capture_output=True, text=True, cwd=ROOT, env=os.environ | ENVIRONMENT)
     assert done.returncode == 0, done.stderr
-    return done.stderr
 
 
 def process_table() -> dict[int, tuple[int, str]]:
@@ -168,17 +172,21 @@ def writes(stage: str) -> Callable[[Running], bool]:
 
 @dataclass(frozen=True)
 class Strike:
-    """Kill the run in `stage`, at most `delay` seconds after `reached`."""
+    """Kill the run in `stage`, at most `delay` seconds after `reached`.
+
+    Training processes are interpreters of their own where it matters: while they start.
+    """
 
     stage: str
     reached: Callable[[Running], bool]
     delay: float
     workers: bool = True
+    forked: bool = True
 
 
 STRIKES = [
     Strike("rescaled", writes("rescaled"), 0.002),
-    Strike("long", said("[2/8] long"), 3.0, workers=False),  # while processes start
+    Strike("long", said("[2/8] long"), 3.0, workers=False, forked=False),  # while they start
     Strike("long", said("saved step 2"), 0.1, workers=False),
     Strike("long", writes("long"), 0.002),  # when all steps are done
     Strike("sibling", said("saved step 4"), 0.1),  # a run of one process
@@ -193,7 +201,7 @@ STRIKES = [
 def hit(strike: Strike, recipe: Path, out: Path, rng: random.Random) -> None:
     """Kill a run; one that was faster is put back to before the stage, and killed sooner."""
     for attempt in range(MAX_TRIES):
-        running, family = Running(recipe, out), []
+        running, family = Running(recipe, out, forked=strike.forked), []
         if strike.stage == "long":  # the others are one process
             running.wait_until(said("[2/8] long"))
             running.wait_until(lambda r: strike.reached(r) or len(r.descendants()) == 2)
@@ -213,8 +221,10 @@ def test_killed_at_every_stage_it_ends_the_same(recipe, undisturbed):
     rng, out = random.Random(0), recipe.parent / "out"
     for strike in STRIKES:
         hit(strike, recipe, out, rng)
-    said_last = run_to_the_end(recipe, out)
-    assert [line.split(" ", 1)[1] for line in said_last.splitlines() if line.startswith("[")] == [
+    last = run_python(["-m", "extend", "run", recipe, "--out", out], cwd=ROOT,
+                      env=os.environ | ENVIRONMENT)
+    assert last.returncode == 0, last.stderr
+    assert [line.split(" ", 1)[1] for line in last.stderr.splitlines() if line.startswith("[")] == [
         "rescaled (rescale): done already, skipped", "long (train): done already, skipped",
         "sibling (train): done already, skipped", "adapter (extract): done already, skipped",
         "merged (merge): done already, skipped", "eval-base (eval): done already, skipped",

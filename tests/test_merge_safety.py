@@ -6,6 +6,7 @@ import math
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import extend
 from extend.model_config import RopeSpec, read_config
 from extend.rope.frequencies import inv_freq, turns
 from extend.tokenizer import load_tokenizer
+from tests.forked import ForkedPython
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))  # as when the script itself is run
 
@@ -287,6 +289,7 @@ def results(tmp_path_factory):
              str(root / "skills/tiny/text.txt")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "device_count", lambda: 2)  # one process each, on the CPU
+        patch.setattr(merge_safety, "subprocess", SimpleNamespace(Popen=ForkedPython))
         assert merge_safety.main(small) == 0
     assert {path.name for path in out.glob("shard-*")} == {"shard-0-of-2.json",
                                                            "shard-1-of-2.json"}

@@ -87,13 +87,19 @@ def _first_error(error: ChildFailedError) -> ExtendError:
     """The error of the process that failed first; those after it failed for want of the first."""
     failures = sorted(error.failures.items(), key=lambda item: item[1].timestamp)
     for _, failure in failures:
-        known = _parse_error(failure.message)
+        known = _parse_error(_message(failure))
         if known is not None:
             return known
     rank, failure = failures[0]
     logger.error("%s", _traceback(failure))
     return TrainingError(f"process {rank} ended with exit code {failure.exitcode}: "
-                         f"{failure.message}")
+                         f"{_message(failure)}")
+
+
+def _message(failure: ProcessFailure) -> str:
+    """What the process wrote down, beside its traceback; or what torch says of its end."""
+    message: Any = failure.message
+    return str(message["message"] if isinstance(message, dict) else message)
 
 
 def _traceback(failure: ProcessFailure) -> str:
@@ -103,8 +109,8 @@ def _traceback(failure: ProcessFailure) -> str:
     return str(extra.get("py_callstack", ""))
 
 
-def _parse_error(message: Any) -> ExtendError | None:
+def _parse_error(message: str) -> ExtendError | None:
     """Rebuild an ExtendError from the `Class: text` that the worker left."""
-    name, _, text = str(message).partition(": ")
+    name, _, text = message.partition(": ")
     kind = getattr(errors, name, None)
     return kind(text) if isinstance(kind, type) and issubclass(kind, ExtendError) else None

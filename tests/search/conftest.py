@@ -13,7 +13,7 @@ NATIVE_LEN, TARGET_LEN = 512, 1024
 
 @pytest.fixture(scope="session")
 def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("search") / "base")
+    return save_model(tmp_path_factory.mktemp("search") / "my base")  # a space, to be quoted
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """The search on a function whose best is known: budget, order, repeatability, what it finds."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +35,14 @@ def run(lab: Lab, *, merge_safe: bool = False, seed: int = 0) -> dict[str, Resul
                     merge_safe=merge_safe, seed=seed).run()
 
 
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[FakeMeter, Lab, dict[str, Result]]:
+    """A finished search of 60 evaluations; never changed."""
+    meter = FakeMeter()
+    lab = make_lab(tmp_path_factory.mktemp("done") / "e.jsonl", meter)
+    return meter, lab, run(lab)
+
+
 @pytest.mark.parametrize(("native", "target", "expected"), [
     (8192, 131072, (16384, 32768)), (8192, 1048576, (131072, 262144)), (8192, 65536, (16384,)),
     (8192, 32768, (16384,)), (8192, 16384, ()), (256, 2048, (512,))])
@@ -62,22 +71,19 @@ def test_the_budget_is_never_exceeded(tmp_path: Path, budget: int):
     assert len(lab.results(TARGET_LEN, SEARCH)) >= NUM_ANALYTIC + 1
 
 
-def test_short_text_is_measured_once_for_a_candidate_and_half(tmp_path: Path):
-    meter = FakeMeter()
-    lab = make_lab(tmp_path / "e.jsonl", meter)
-    run(lab)
+def test_short_text_is_measured_once_for_a_candidate_and_half(done):
+    meter, lab, _ = done
     pairs = {(e.candidate["key"], e.split) for e in lab.evaluations()}
     assert sum(call[0] == "short" for call in meter.calls) == len(pairs) < lab.used
 
 
-def test_a_search_that_was_killed_ends_like_one_that_was_not(tmp_path: Path):
-    whole = make_lab(tmp_path / "whole.jsonl", FakeMeter())
-    expected = run(whole)
+def test_a_search_that_was_killed_ends_like_one_that_was_not(done, tmp_path: Path):
+    _, whole, expected = done
     for stop in (7, 20, 23, 45):
         path = tmp_path / f"{stop}.jsonl"
         with pytest.raises(KeyboardInterrupt):
             run(make_lab(path, FakeMeter(fail_after=stop)))
-        done = len(EvaluationStore(path, {"fake": 1}))
+        before = len(EvaluationStore(path, {"fake": 1}))
         meter = FakeMeter()
         lab = make_lab(path, meter)
         found = run(lab)
@@ -85,20 +91,18 @@ def test_a_search_that_was_killed_ends_like_one_that_was_not(tmp_path: Path):
             n: r.candidate.key for n, r in expected.items()}
         again = [(e.candidate["key"], e.length, e.split) for e in lab.evaluations()]
         assert again == [(e.candidate["key"], e.length, e.split) for e in whole.evaluations()]
-        assert sum(call[0] == "needle" for call in meter.calls) == len(again) - done
+        assert sum(call[0] == "needle" for call in meter.calls) == len(again) - before
 
 
-def test_a_finished_search_measures_nothing_again(tmp_path: Path):
-    run(make_lab(tmp_path / "e.jsonl", FakeMeter()))
+def test_a_finished_search_measures_nothing_again(done, tmp_path: Path):
     meter = FakeMeter()
-    run(make_lab(tmp_path / "e.jsonl", meter))
+    run(make_lab(shutil.copy(done[1].store.path, tmp_path / "e.jsonl"), meter))
     assert meter.calls == []
 
 
-def test_it_finds_a_setting_no_worse_than_every_analytic_method(tmp_path: Path):
+def test_it_finds_a_setting_no_worse_than_every_analytic_method(done):
     """The stand-in has one; 60 evaluations in all must do."""
-    lab = make_lab(tmp_path / "e.jsonl", FakeMeter())
-    chosen = run(lab)
+    _, lab, chosen = done
     for split in (SEARCH, HELD_OUT):
         own = lab.result(chosen["compromise"].candidate, split).point(TARGET_LEN)[:2]
         methods = [r.point(TARGET_LEN)[:2] for r in lab.results(TARGET_LEN, split)
@@ -124,9 +128,8 @@ def test_the_merge_safe_setting_reaches_the_target_and_disturbs_least(tmp_path: 
     assert chosen["merge-safe"].disturbance <= chosen["needle"].disturbance
 
 
-def test_a_threshold_widens_what_reaches_the_target(tmp_path: Path):
-    lab = make_lab(tmp_path / "e.jsonl", FakeMeter())
-    run(lab)
+def test_a_threshold_widens_what_reaches_the_target(done):
+    _, lab, _ = done
     offered = lab.results(TARGET_LEN)
     boot = Bootstrap.of_items(ITEMS, draws=300)
     strict = Judge(TARGET_LEN, None, boot, boot).reaching(offered)

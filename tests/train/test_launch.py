@@ -1,13 +1,16 @@
 """Starting processes, and telling what went wrong in one of them."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from extend.errors import LayoutError, TrainingError
 from extend.train.launch import _parse_error, count_processes
-from extend.train.loop import train
+from tests.forked import run_python
 from tests.train.tiny import options, save_model
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_count_processes(monkeypatch: pytest.MonkeyPatch):
@@ -41,13 +44,30 @@ def test_errors_survive_the_way_from_a_worker():
     assert _parse_error("Path: boom") is None
 
 
-def test_the_error_of_a_started_process_is_told_once(tmp_path: Path,
-                                                     capfd: pytest.CaptureFixture):
-    """Two real processes; a learning rate that makes the second step overflow."""
+LAUNCH = """\
+import sys
+from pathlib import Path
+from extend.errors import TrainingError
+from extend.options import TrainOptions
+from extend.train.loop import train
+from tests.forked import forked_workers
+
+try:
+    with forked_workers():
+        train(TrainOptions.model_validate_json(sys.argv[1]), Path(sys.argv[2]))
+except TrainingError as error:
+    print(error)
+"""
+
+
+def test_the_error_of_a_started_process_is_told_once(tmp_path: Path):
+    """Two processes; a learning rate that makes the second step overflow."""
     run = options(save_model(tmp_path / "model"), [{"kind": "retrieval"}], nproc=2, schedule=[
         {"length": 128, "steps": 3, "lr": 1e30, "rope": {"method": "ntk"}}])
-    with pytest.raises(TrainingError, match=r"step 2 of phase 1: loss .* from rows 1 to 1 of "
-                                            "retrieval in repeated filler"):
-        train(run, tmp_path / "out")
+    done = run_python(["-c", LAUNCH, run.model_dump_json(), tmp_path / "out"], cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"step 2 of phase 1: loss .* from rows 1 to 1 of retrieval in repeated filler",
+                    done.stdout)
+    assert "exit code" not in done.stdout and "{" not in done.stdout
     assert not (tmp_path / "out").exists()
-    assert "Traceback" not in capfd.readouterr().err
+    assert "Traceback" not in done.stderr

@@ -4,8 +4,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from extend.options import TrainOptions
 from extend.train import train
 from extend.train.mesh import Processes
 from extend.train.state import RunState
+from tests.forked import run_python
 from tests.train.tiny import options, save_model, save_text
 
 SCHEDULE = [{"length": 64, "steps": 4, "lr": 3e-3},
@@ -76,9 +75,8 @@ def test_killed_and_started_again(run: TrainOptions, undisturbed: Path, tmp_path
               "torch.set_num_threads(1)\n"
               "run = TrainOptions.model_validate_json(sys.argv[1])\n"
               "train_until(run, Path(sys.argv[2]), 5, signal.SIGKILL)\n")
-    killed = subprocess.run([sys.executable, "-c", script, run.model_dump_json(), str(out)],
-                            cwd=Path(__file__).parents[2], capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    killed = run_python(["-c", script, run.model_dump_json(), out], cwd=Path(__file__).parents[2])
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not out.exists() and (state / "step-3").is_dir()
     assert len((state / "metrics.jsonl").read_text().splitlines()) == 5
     # What a kill in the middle of a save and of a line would leave.
