@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "extend"
 LAYERS = [
     {"errors"},
-    {"registry", "model_config", "documents", "option_types", "output", "page"},
+    {"registry", "model_config", "documents", "encoding", "option_types", "output", "page"},
     {"checkpoint", "haystack", "tokenizer", "transfer_options", "adapter_options"},
     {"manifest", "retrieval", "loading", "options"},
     {"results"},

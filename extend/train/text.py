@@ -13,14 +13,9 @@ from typing import Any
 import numpy as np
 
 from extend.documents import list_files, read_documents, read_json_lines
+from extend.encoding import encode_documents, find_lines
 from extend.errors import DataError
-from extend.haystack import (
-    Haystack,
-    encode,
-    encode_documents,
-    find_lines,
-    split_answer,
-)
+from extend.haystack import Haystack, encode, split_answer
 
 
 @dataclass(frozen=True)

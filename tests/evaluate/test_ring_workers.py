@@ -74,7 +74,7 @@ def test_rows_are_those_of_one_process(model_dir, text_file, tmp_path, expected)
     score_on_ring(job, units_of([256, 301], text_file), 2)
     assert_same_rows(RowStore(job.rows).read(), expected)
     assert [path.name for path in job.rows.glob("rows-*")] == ["rows-0.jsonl"]  # rank 0 writes
-    assert len(expected) == 6
+    assert len(expected) == 7
 
 
 def run_as_launched(rank, world, model_dir, directory, text_file):
@@ -109,7 +109,7 @@ def test_one_rank_that_fails_ends_all_with_its_cause(model_dir, tmp_path, task, 
     with pytest.raises(kind, match=message) as error:
         score_on_ring(job, units, 2)
     assert type(error.value) is kind
-    assert not list(job.rows.glob("ring-error-*")) and len(cells) == 2
+    assert not list(job.rows.glob("ring-error-*")) and len(cells) == 3
     assert RowStore(job.rows).read() == {}
 
 

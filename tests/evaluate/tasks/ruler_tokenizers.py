@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from extend.evaluate.tasks.ruler.words import read_words
 
 DATA = Path(__file__).parents[2] / "data"
+_TOKENIZERS = DATA.with_name("tokenizers")
 
 # How the tokenizers of Llama 3 and GPT-4 cut: a sign goes with the word after it, line breaks with
 # the signs before them, digits in threes.
@@ -21,7 +22,7 @@ _THREES = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
 @cache
 def smollm2() -> PreTrainedTokenizerFast:
     """The tokenizer that the golden samples were made with."""
-    raw = lzma.decompress((DATA / "smollm2_tokenizer.json.xz").read_bytes())
+    raw = lzma.decompress((_TOKENIZERS / "smollm2.json.xz").read_bytes())
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(raw.decode()),
                                    bos_token="<|im_start|>", eos_token="<|im_end|>")
 
