@@ -63,18 +63,7 @@ def load_model(options: TrainOptions, config: ModelConfig) -> PreTrainedModel:
         _add_adapters(model, options)
     else:
         _freeze_unmatched(model, options.trainable)
-    if options.activation_checkpointing:
-        _checkpoint_activations(model)
     return model.train()
-
-
-def _checkpoint_activations(model: PreTrainedModel) -> None:
-    # There is no dropout, so recomputing needs no random state.
-    how = {"use_reentrant": False, "preserve_rng_state": False}
-    if hasattr(model, "activation_checkpointing_enable"):  # the old name is deprecated there
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
 
 
 def _matching(names: list[str], expressions: list[str]) -> list[str]:
