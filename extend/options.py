@@ -190,8 +190,8 @@ class TrainOptions(Options):
     activation_checkpointing: bool = True
     """Layers keep their input only and are computed again for their backward."""
     kept_attention: Literal["all"] | Annotated[int, Field(ge=0)] = "all"
-    """In so many layers, from the first on, attention is not computed again: its output is kept too,
-    which is as large as the layer's input."""
+    """In so many layers, from the first on, attention is not computed again: its output, as large
+    as the layer's input, is kept too."""
     host_memory: Bytes = 0
     """Of all processes of a host together: what layers keep goes there, as far as it fits, while
     others compute; the rest stays on the device. A number of bytes, or text such as 180GiB."""

@@ -116,7 +116,7 @@ def shard_model(module: CausalLoss, processes: Processes) -> CausalLoss:
     Gradients are summed, not averaged: each token's weight already counts it in the whole step.
     """
     if processes.mesh is None:
-        return module.to(processes.device)
+        return _place(module, processes.device)
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     sharded = [*module.model.get_decoder().layers, module]
     for part in sharded:
@@ -124,7 +124,14 @@ def shard_model(module: CausalLoss, processes: Processes) -> CausalLoss:
     for part in sharded:
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
-    return module.to(processes.device)
+    return _place(module, processes.device)
+
+
+def _place(module: CausalLoss, device: torch.device) -> CausalLoss:
+    """On the device; a module without values yet gets memory for them there."""
+    if any(p.is_meta for p in module.parameters()):
+        return module.to_empty(device=device)
+    return module.to(device)
 
 
 def check_rope(rope: RopeSpec, cp: int) -> None:

@@ -89,5 +89,4 @@ def is_tokenwise(module: nn.Module) -> bool:
     """Whether a module treats every token alone and takes nothing else: an MLP, or a norm of the
     model's width. Norms of heads take [b, h, n, d] or [b, n, h, d] and are left whole.
     """
-    name = type(module).__name__
-    return name.endswith("MLP") or (name.endswith(("RMSNorm", "LayerNorm")))
+    return type(module).__name__.endswith(("MLP", "RMSNorm", "LayerNorm"))

@@ -8,8 +8,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from extend.train.memory.tiles import tile_module
 
-MAKE = {"mlp": lambda: LlamaMLP(LlamaConfig(hidden_size=16, intermediate_size=40, num_attention_heads=2)),
-        "norm": lambda: LlamaRMSNorm(16)}
+CONFIG = LlamaConfig(hidden_size=16, intermediate_size=40, num_attention_heads=2)
+MAKE = {"mlp": lambda: LlamaMLP(CONFIG), "norm": lambda: LlamaRMSNorm(16)}
 
 
 def gradients(module, x, dout):
