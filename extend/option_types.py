@@ -21,6 +21,20 @@ def parse_length(value: Any) -> int:
     return int(length)
 
 
+def parse_bytes(value: Any) -> int:
+    """Read a size: an integer of bytes, or text such as `512MiB`, `180GiB`, `200GB`.
+
+    Raises:
+        ValueError: anything else.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(|[KMGT]i?B)", str(value).strip(), re.IGNORECASE)
+    if isinstance(value, bool) or not match:
+        raise ValueError(f"{value!r} is not a size; write bytes, or text such as 180GiB")
+    unit = match[2].lower()
+    power = " kmgt".index(unit[0]) if unit else 0
+    return int(float(match[1]) * (1024 if "i" in unit else 1000) ** power)
+
+
 def parse_number(value: Any) -> Any:
     """Read `2.8e9` and `1e-5`, which YAML 1.1 takes for text, as numbers."""
     if isinstance(value, str):
@@ -32,6 +46,7 @@ def parse_number(value: Any) -> Any:
 
 
 Length = Annotated[int, BeforeValidator(parse_length)]
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 Number = Annotated[float, BeforeValidator(parse_number)]
 FloatDtype = Literal["float32", "bfloat16", "float16"]
 InputPath = Annotated[str, "input path"]

@@ -12,7 +12,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from extend.adapter_options import AdapterReportOptions, CutOptions, ExtractOptions
-from extend.option_types import FloatDtype, InputPath, Length, Number, Options, parse_number
+from extend.option_types import (
+    Bytes,
+    FloatDtype,
+    InputPath,
+    Length,
+    Number,
+    Options,
+    parse_number,
+)
 from extend.transfer_options import FitOptions, RepairOptions
 
 TASK_PATHS = ("haystack", "file", "text")  # options of evaluation tasks that name files
@@ -180,6 +188,18 @@ class TrainOptions(Options):
     export_dtype: FloatDtype | None = None
     """Dtype of the written checkpoint; that of the input unless given."""
     activation_checkpointing: bool = True
+    """Layers keep their input only and are computed again for their backward."""
+    kept_attention: Literal["all"] | Annotated[int, Field(ge=0)] = "all"
+    """In so many layers, from the first on, attention is not computed again: its output, as large
+    as the layer's input, is kept too."""
+    host_memory: Bytes = 0
+    """Of all processes of a host together: what layers keep goes there, as far as it fits, while
+    others compute; the rest stays on the device. A number of bytes, or text such as 180GiB."""
+    kept_form: Literal["exact", "fp8"] = "exact"
+    """fp8: layers keep their inputs in 8 bits, with a relative error of 2.6 %."""
+    tile_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] | None = "auto"
+    """MLPs and norms work on so many tokens at a time; auto: 16384, where a process has more than
+    65536 tokens of a row; none: on all."""
     betas: tuple[Number, Number] = (0.9, 0.95)
     weight_decay: Annotated[Number, Field(ge=0)] = 0.0
     clip_norm: Annotated[Number, Field(gt=0)] = 1.0

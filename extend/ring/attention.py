@@ -25,6 +25,7 @@ from extend.ring.agreement import agree_on_call, agree_on_kernel, sum_over
 from extend.ring.call import Call
 from extend.ring.choose import choose_strategy, gpu_kind
 from extend.ring.comm import RingComm
+from extend.ring.keep import Kept
 from extend.ring.kernels import choose_kernel
 from extend.ring.layouts import LAYOUTS, check_length
 from extend.ring.mask import Mask, make_mask
@@ -97,8 +98,13 @@ def attend(
     softmax_scale: float | None = None,
     kernel: str = "auto",
     strategy: str = "auto",
+    kept: Kept | None = None,
 ) -> Tensor:
-    """`ring_attention` for callers that hold a RingComm and a Mask, such as a ring of one."""
+    """`ring_attention` for callers that hold a RingComm and a Mask, such as a ring of one.
+
+    Args:
+        kept: takes what attention gives on its first run, and spares the second one its attention.
+    """
     q, k, v = _autocast(q, k, v)
     _check_shapes(q, k, v)
     _check_kind(q, k, v)
@@ -123,25 +129,38 @@ def attend(
     )
     if strategy == "auto":
         strategy = choose_strategy(call, q, k).name
-    return _Attention.apply(q, k, v, build_strategy(strategy, call, q, k))
+    return _Attention.apply(q, k, v, build_strategy(strategy, call, q, k), kept)
 
 
 class _Attention(torch.autograd.Function):
     """Any strategy as one differentiable function."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, strategy: Strategy) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, strategy: Strategy, kept: Kept | None
+    ) -> Tensor:
         with torch.autocast(q.device.type, enabled=False):  # for `reference`: products in fp32
-            out, saved = strategy.forward(q, k, v)
+            out, saved = _run(strategy, q, k, v, kept)
         ctx.save_for_backward(*saved)
         ctx.strategy = strategy
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         with torch.autocast(dout.device.type, enabled=False):
-            return *ctx.strategy.backward(_last_dim_dense(dout), ctx.saved_tensors), None
+            return *ctx.strategy.backward(_last_dim_dense(dout), ctx.saved_tensors), None, None
+
+
+def _run(
+    strategy: Strategy, q: Tensor, k: Tensor, v: Tensor, kept: Kept | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    if kept is not None and kept.is_full:
+        return strategy.resume(q, k, v, kept.take())
+    out, saved = strategy.forward(q, k, v)
+    if kept is not None:
+        kept.put(strategy.kept(saved))
+    return out, saved
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -25,6 +25,7 @@ from torch.distributed import ProcessGroup
 from extend.errors import CompatibilityError
 from extend.ring.attention import attend
 from extend.ring.comm import RingComm
+from extend.ring.keep import Keeper, Kept
 from extend.ring.layouts import LAYOUTS
 from extend.ring.mask import Mask, make_mask
 
@@ -52,6 +53,8 @@ class RingSettings:
     only one of the call: tokens see their own document only. Positions may restart with each
     document or run on over all of them, which to rotary embeddings is the same. None: one document
     a row.
+
+    `keeper` holds the attention of layers that run twice, see `extend.ring.keep`.
     """
 
     group: ProcessGroup | None = None
@@ -59,6 +62,7 @@ class RingSettings:
     kernel: str = "auto"
     strategy: str = "auto"
     cu_seqlens: tuple[int, ...] | None = None
+    keeper: Keeper | None = None
 
 
 def register_ring_attention() -> str:
@@ -104,8 +108,16 @@ def ring_attention_forward(
     out = attend(
         query, key, value, comm=comm, layout=settings.layout, mask=mask,
         softmax_scale=scaling, kernel=settings.kernel, strategy=settings.strategy,
+        kept=_room(settings, module),
     )  # fmt: skip
     return out.transpose(1, 2).contiguous(), None
+
+
+def _room(settings: RingSettings, module: nn.Module) -> Kept | None:
+    """Where the layer's attention is kept for its second run; without gradients there is none."""
+    if settings.keeper is None or not torch.is_grad_enabled():
+        return None
+    return settings.keeper.of(getattr(module, "layer_idx", None))
 
 
 def refuse_padding(

@@ -63,18 +63,7 @@ def load_model(options: TrainOptions, config: ModelConfig) -> PreTrainedModel:
         _add_adapters(model, options)
     else:
         _freeze_unmatched(model, options.trainable)
-    if options.activation_checkpointing:
-        _checkpoint_activations(model)
     return model.train()
-
-
-def _checkpoint_activations(model: PreTrainedModel) -> None:
-    # There is no dropout, so recomputing needs no random state.
-    how = {"use_reentrant": False, "preserve_rng_state": False}
-    if hasattr(model, "activation_checkpointing_enable"):  # the old name is deprecated there
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
 
 
 def _matching(names: list[str], expressions: list[str]) -> list[str]:
@@ -127,7 +116,7 @@ def shard_model(module: CausalLoss, processes: Processes) -> CausalLoss:
     Gradients are summed, not averaged: each token's weight already counts it in the whole step.
     """
     if processes.mesh is None:
-        return module.to(processes.device)
+        return _place(module, processes.device)
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     sharded = [*module.model.get_decoder().layers, module]
     for part in sharded:
@@ -135,7 +124,14 @@ def shard_model(module: CausalLoss, processes: Processes) -> CausalLoss:
     for part in sharded:
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
-    return module.to(processes.device)
+    return _place(module, processes.device)
+
+
+def _place(module: CausalLoss, device: torch.device) -> CausalLoss:
+    """On the device; a module without values yet gets memory for them there."""
+    if any(p.is_meta for p in module.parameters()):
+        return module.to_empty(device=device)
+    return module.to(device)
 
 
 def check_rope(rope: RopeSpec, cp: int) -> None:

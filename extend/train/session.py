@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from extend.checkpoint import Checkpoint
 from extend.documents import list_files
@@ -15,6 +15,7 @@ from extend.options import TrainOptions
 from extend.rope.schedule import Stage, composition_warnings, schedule_ropes
 from extend.train.data import Rows, load_rows
 from extend.train.export import Exporter
+from extend.train.memory import LayerMemory, checkpoint_layers, make_memory, tile_layers
 from extend.train.mesh import Processes, check_attention, check_schedule, split_world
 from extend.train.model import (
     CausalLoss,
@@ -31,7 +32,7 @@ from extend.train.state import RunState
 logger = logging.getLogger(__name__)
 
 # They decide where and when the work is done, not what comes out of it.
-_NOT_RECORDED = {"nproc", "save_every", "model"}
+_NOT_RECORDED = {"nproc", "save_every", "model", "host_memory", "kept_attention"}
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Run:
 
     Attributes:
         ropes: of every phase.
+        memory: what layers keep until their backward; None: all that autograd saves.
         manifest: in the main process only.
         first_step: steps that a checkpoint holds already.
     """
@@ -50,6 +52,7 @@ class Run:
     ropes: list[RopeSpec]
     rows: Rows
     module: CausalLoss
+    memory: LayerMemory | None
     optimizer: torch.optim.Optimizer
     size: ModelSize
     exporter: Exporter
@@ -105,6 +108,7 @@ def prepare(options: TrainOptions, state: RunState) -> Run:
     if processes.is_main:
         _tell_windows(options, size)
         _tell_ropes(options, config)
+    memory = save_memory(model, options, processes)
     exporter = Exporter(Checkpoint(options.model), model, options.export_dtype)
     module = shard_model(CausalLoss(model, options.loss_chunk), processes)
     optimizer = build_optimizer(trained_parameters(module).values(), options)
@@ -116,8 +120,22 @@ def prepare(options: TrainOptions, state: RunState) -> Run:
         state.load(step, module, optimizer)
         if processes.is_main:
             logger.info("going on after step %d of %s", step, state.directory)
-    return Run(options, processes, config, ropes, rows, module, optimizer, size, exporter, state,
-               manifest, step)
+    return Run(options, processes, config, ropes, rows, module, memory, optimizer, size, exporter,
+               state, manifest, step)
+
+
+def save_memory(model: PreTrainedModel, options: TrainOptions,
+                processes: Processes) -> LayerMemory | None:
+    """Let the layers keep what the options say; None where they keep everything as usual."""
+    longest = max(phase.length // split_world(phase.batch_rows, processes.world)[1]
+                  for phase in options.schedule)
+    tile_layers(model, options, longest)
+    if not options.activation_checkpointing:
+        return None
+    memory = make_memory(options, len(model.get_decoder().layers), processes.device,
+                         processes.world)
+    checkpoint_layers(model, memory)
+    return memory
 
 
 def _tell_ropes(options: TrainOptions, config: ModelConfig) -> None:

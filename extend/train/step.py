@@ -110,7 +110,7 @@ def forward_backward(run: Run, mesh: PhaseMesh, batch: Batch, totals: Tensor) ->
         and of answer tokens.
     """
     ring = RingSettings(mesh.ring, run.options.layout, run.options.kernel, run.options.strategy,
-                        batch.cu_seqlens)
+                        batch.cu_seqlens, run.memory)
     weights = token_weights(batch, totals, run.options.answer_weight)
     with torch.autocast(run.processes.device.type, torch.bfloat16, enabled=_mixed_precision(run)):
         loss, nll = run.module(batch.input_ids, batch.position_ids, batch.labels, weights, ring)

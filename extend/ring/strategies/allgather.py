@@ -81,6 +81,14 @@ class AllGather:
         out, lse = total.result()
         return out, (q, k, v, out, lse)
 
+    def kept(self, saved: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return saved[3:]
+
+    def resume(
+        self, q: Tensor, k: Tensor, v: Tensor, kept: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return kept[0], (q, k, v, *kept)
+
     def backward(self, dout: Tensor, saved: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv of the local q, k, v."""
         q, k, v, out, lse = saved

@@ -37,6 +37,16 @@ class Strategy(Protocol):
         """dq, dk, dv of the local q, k, v."""
         ...
 
+    def kept(self, saved: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Those of the saved tensors that attention alone gives: out and lse."""
+        ...
+
+    def resume(
+        self, q: Tensor, k: Tensor, v: Tensor, kept: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """What `forward` returns, from what was kept: no attention is computed again."""
+        ...
+
 
 class Ulysses:
     """Heads split over the ranks of `comm`, which hold `members` of the layout's `world` parts.
@@ -61,21 +71,42 @@ class Ulysses:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """out [b, h, s, d] of the local queries, and what `backward` needs."""
+        return self._exchange(q, k, v, lambda group, tensors: self.inner.forward(*tensors))
+
+    def kept(self, saved: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(t for part in self._split(saved) for t in self.inner.kept(part))
+
+    def resume(
+        self, q: Tensor, k: Tensor, v: Tensor, kept: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        parts = self._split(kept)
+        return self._exchange(
+            q, k, v, lambda group, tensors: self.inner.resume(*tensors, parts[group])
+        )
+
+    def _split(self, saved: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+        """The tensors of each group of heads."""
+        count = len(saved) // self._groups
+        return [saved[i : i + count] for i in range(0, len(saved), count)]
+
+    def _exchange(
+        self, q: Tensor, k: Tensor, v: Tensor, compute: Callable
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Heads out and rows back; `compute(group, [q, k, v])` returns out and what to save."""
         saved, leaving = [], []
         for group, arrive in enumerate(self._all_to_heads("q, k, v", q, self._repeat(k),
                                                           self._repeat(v))):  # fmt: skip
-            out, kept = self.inner.forward(*arrive())
+            out, some = compute(group, arrive())
             leaving.append(self._to_rows(f"out {group}", (out,)))
-            saved += kept
+            saved += some
         (out,) = self._join([arrive() for arrive in leaving])
         return out, tuple(saved)
 
     def backward(self, dout: Tensor, saved: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv of the local q, k, v."""
-        leaving, count = [], len(saved) // self._groups
+        leaving, parts = [], self._split(saved)
         for group, arrive in enumerate(self._all_to_heads("dout", dout)):
-            kept = saved[group * count : (group + 1) * count]
-            gradients = self.inner.backward(*arrive(), kept)
+            gradients = self.inner.backward(*arrive(), parts[group])
             leaving.append(self._to_rows(f"gradients {group}", gradients))
         dq, dk, dv = self._join([arrive() for arrive in leaving])
         return dq, _sum_repeated(dk, self._num_kv_heads), _sum_repeated(dv, self._num_kv_heads)

@@ -1,0 +1,92 @@
+"""Layers that keep little and compute the rest again, each with its own choice of what it keeps."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from extend.errors import CompatibilityError
+from extend.options import TrainOptions
+from extend.ring.keep import Kept
+from extend.train.memory.store import Store
+from extend.train.memory.tiles import tile_module
+
+_AUTO_TILE, _AUTO_FROM = 16384, 65536  # tokens
+
+
+class LayerMemory:
+    """What the layers of a model keep from their forward to their backward: a Keeper of the ring.
+
+    Every layer keeps its input, in `inputs`; the first `kept_attention` layers also what their
+    attention gave, in `attention`, so that it is not computed again.
+    """
+
+    def __init__(self, inputs: Store, attention: Store, num_layers: int, kept_attention: int):
+        self.inputs, self._rooms = inputs, [
+            Kept(attention.put, attention.take) if layer < kept_attention else None
+            for layer in range(num_layers)]
+
+    def of(self, layer: int | None) -> Kept | None:
+        return None if layer is None else self._rooms[layer]
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a layer so that it keeps its tensors in `inputs` and runs again when it is due."""
+        # Only what the checkpoint itself saves, its inputs, is seen by hooks from outside.
+        with saved_tensors_hooks(self.inputs.put, self.inputs.take):
+            return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False,
+                              **kwargs)
+
+
+def checkpoint_layers(model: PreTrainedModel, memory: LayerMemory) -> None:
+    """Let every decoder layer run through `memory`.
+
+    Raises:
+        CompatibilityError: layers that transformers cannot checkpoint.
+    """
+    layers = [layer for layer in model.get_decoder().layers
+              if hasattr(layer, "gradient_checkpointing")]
+    if len(layers) != len(model.get_decoder().layers):
+        raise CompatibilityError(f"{type(model).__name__}: its layers cannot be checkpointed; "
+                                 "train with activation_checkpointing false")
+    for layer in layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = memory.run
+
+
+def make_memory(options: TrainOptions, num_layers: int, device: torch.device,
+                world: int) -> LayerMemory:
+    """What the options ask for; the host's memory is shared evenly by its processes."""
+    share = options.host_memory // int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    count = num_layers if options.kept_attention == "all" else options.kept_attention
+    # One budget: inputs, which all layers keep, and attention outputs take turns in it.
+    store = Store(device, share, options.kept_form)
+    attention = Store(device) if options.kept_form == "fp8" else store
+    return LayerMemory(store, attention, num_layers, count)
+
+
+def tile_layers(model: PreTrainedModel, options: TrainOptions, local_len: int) -> None:
+    """Let MLPs and norms work on few tokens at a time, if the options or the rows ask for it.
+
+    Args:
+        local_len: most tokens of a row that a process holds.
+    """
+    tile = options.tile_tokens
+    if tile == "auto":
+        tile = _AUTO_TILE if local_len > _AUTO_FROM else None
+    if tile is None:
+        return
+    for module in model.get_decoder().modules():
+        if is_tokenwise(module):
+            tile_module(module, tile)
+
+
+def is_tokenwise(module: nn.Module) -> bool:
+    """Whether a module treats every token alone and takes nothing else: an MLP, or a norm of the
+    model's width. Norms of heads take [b, h, n, d] or [b, n, h, d] and are left whole.
+    """
+    return type(module).__name__.endswith(("MLP", "RMSNorm", "LayerNorm"))

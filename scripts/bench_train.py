@@ -1,0 +1,228 @@
+#!/usr/bin/env python3
+"""Time training steps of a Llama-3.1-8B shape on all GPUs, with what layers keep and where.
+
+    torchrun --nproc_per_node 2 scripts/bench_train.py --lengths 64k,128k,256k --out runs/train
+    torchrun --nproc_per_node 2 scripts/bench_train.py --lengths 1m --trained norms \\
+        --host-memory 200GiB --kept 0 --out runs/train
+
+Random weights in bf16, one row over all GPUs, AdamW (moments in bf16, as of its parameters), no
+data loading: the step of `extend train` as it is, with model, ring, memory and loss of its own.
+MFU counts 6 FLOPs for each parameter of a matrix (the embedding left out) and token, 12 for each
+pair of query and key and channel, halved for the causal mask; recompute is not counted; 989 TFLOP/s
+of bf16 a GPU. Writes JSON and a table.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # run from a checkout, not installed
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+from extend.option_types import parse_bytes, parse_length  # noqa: E402
+from extend.options import Phase, TrainOptions  # noqa: E402
+from extend.ring import LAYOUTS  # noqa: E402
+from extend.ring.hf_attention import RingSettings, register_ring_attention  # noqa: E402
+from extend.train.memory import checkpoint_layers, make_memory, tile_layers  # noqa: E402
+from extend.train.mesh import Processes, join_processes, phase_mesh  # noqa: E402
+from extend.train.model import CausalLoss, shard_model  # noqa: E402
+from extend.train.optim import clip_gradients  # noqa: E402
+
+PEAK_FLOPS = 989e12
+THETA = 3580165449.0
+SHAPES = {
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+           "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
+    "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512}}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--shape", choices=SHAPES, default="8b")
+    add("--layers", type=int, help="only so many layers of the shape")
+    add("--lengths", default="64k,128k,256k")
+    add("--steps", type=int, default=2, help="timed at each length, after one to warm up")
+    add("--kept", default="all", help="layers that keep their attention: all or a number")
+    add("--host-memory", type=parse_bytes, default=0)
+    add("--form", choices=("exact", "fp8"), default="exact")
+    add("--tile", default="auto", help="tokens, auto or none")
+    add("--trained", choices=("all", "norms"), default="all",
+        help="norms: of norms and embeddings alone, as with LongLoRA+ without its adapters")
+    add("--strategy", default="auto")
+    add("--kernel", default="auto")
+    add("--label", default="")
+    add("--commit", default="")
+    add("--out", type=Path, required=True)
+    return parser.parse_args()
+
+
+def make_options(args: argparse.Namespace, longest: int) -> TrainOptions:
+    return TrainOptions(
+        model=".", data=[{"kind": "retrieval"}],
+        schedule=[Phase(length=longest, steps=1, lr=1e-6)],
+        kept_attention=args.kept if args.kept == "all" else int(args.kept),
+        host_memory=args.host_memory, kept_form=args.form, weight_dtype="bfloat16",
+        tile_tokens={"auto": "auto", "none": None}.get(args.tile) if not args.tile.isdigit()
+        else int(args.tile), strategy=args.strategy, kernel=args.kernel)
+
+
+def build(args: argparse.Namespace, options: TrainOptions,
+          processes: Processes) -> tuple[CausalLoss, Any, LlamaConfig]:
+    shape = dict(SHAPES[args.shape])
+    shape["num_hidden_layers"] = args.layers or shape["num_hidden_layers"]
+    config = LlamaConfig(**shape, max_position_embeddings=1 << 20, tie_word_embeddings=False,
+                         rope_parameters={"rope_type": "default", "rope_theta": THETA},
+                         attn_implementation=register_ring_attention())
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.config.use_cache = False
+    model.train()
+    if args.trained == "norms":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("norm" in name or "embed" in name)
+    tile_layers(model, options, options.schedule[-1].length // processes.world)
+    memory = make_memory(options, config.num_hidden_layers, processes.device, processes.world)
+    checkpoint_layers(model, memory)
+    module = shard_model(CausalLoss(model, 4096), processes)
+    fill(model, config, processes.device)
+    return module, memory, config
+
+
+@torch.no_grad()
+def fill(model: LlamaForCausalLM, config: LlamaConfig, device: torch.device) -> None:
+    """Random weights; and the frequencies, which were made without values."""
+    dim = config.hidden_size // config.num_attention_heads
+    frequencies = THETA ** (-torch.arange(0, dim, 2, device=device).float() / dim)
+    rotary = model.model.rotary_emb
+    rotary.inv_freq = rotary.original_inv_freq = frequencies
+    for parameter in model.parameters():
+        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        if parameter.ndim == 1:
+            local.fill_(1.0)
+        else:
+            local.normal_(0, 0.02)
+
+
+def local_batch(length: int, vocabulary: int, rank: int, world: int,
+                device: torch.device) -> tuple[torch.Tensor, ...]:
+    """ids, positions, labels and weights [1, s] of this rank's part of one random row."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (length,), generator=generator)
+    held = LAYOUTS["zigzag"].positions(length, rank, world)
+    labels = torch.roll(ids, -1)
+    weights = torch.full((len(held),), 1.0 / length)
+    return tuple(t[None].to(device) for t in (ids[held], held, labels[held], weights))
+
+
+def flops(config: LlamaConfig, length: int, trained: str) -> float:
+    """Of one step; where only norms are trained, matrices need no weight gradient."""
+    inner, heads = config.intermediate_size, config.num_attention_heads
+    kv = config.hidden_size // heads * config.num_key_value_heads
+    layer = config.hidden_size * (2 * config.hidden_size + 2 * kv + 3 * inner)
+    matrix = config.num_hidden_layers * layer + config.vocab_size * config.hidden_size
+    linear = (6 if trained == "all" else 4) * matrix * length
+    return linear + 6 * config.num_hidden_layers * config.hidden_size * length**2
+
+
+def step(module: CausalLoss, memory: Any, args: argparse.Namespace, mesh: Any,
+         batch: tuple[torch.Tensor, ...], optimizer: torch.optim.Optimizer) -> float:
+    ring = RingSettings(mesh.ring, "zigzag", args.kernel, args.strategy, None, memory)
+    loss, _ = module(*batch, ring)
+    loss.backward()
+    clip_gradients(module.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(loss.detach())
+
+
+def measure(length: int, module: CausalLoss, memory: Any, config: LlamaConfig,
+            args: argparse.Namespace, processes: Processes,
+            optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    on_gpu = processes.device.type == "cuda"
+    mesh = phase_mesh(Phase(length=length, steps=1, lr=1e-6), processes)
+    batch = local_batch(length, config.vocab_size, processes.rank, processes.world,
+                        processes.device)
+    seconds = []
+    for number in range(args.steps + 1):
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
+        processes.barrier()
+        begin = time.monotonic()
+        loss = step(module, memory, args, mesh, batch, optimizer)
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds.append(time.monotonic() - begin)
+        if number == 0 and processes.is_main:
+            print(f"{length}: first step {seconds[0]:.1f} s, loss {loss:.3f}", flush=True)
+    best = sum(seconds[1:]) / max(1, args.steps) if args.steps else seconds[0]
+    work = flops(config, length, args.trained) / processes.world
+    return {"length": length, "seconds": best, "first_seconds": seconds[0],
+            "tokens_per_second_gpu": length / best / processes.world,
+            "mfu": work / best / PEAK_FLOPS,
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
+            "host_gib": memory.inputs._pinned_bytes / 2**30, "loss_share": loss}
+
+
+def main() -> int:
+    args = parse()
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    lengths = [parse_length(text) for text in args.lengths.split(",")]
+    with join_processes() as processes:
+        options = make_options(args, max(lengths))
+        module, memory, config = build(args, options, processes)
+        trained = [p for p in module.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=processes.device.type == "cuda")
+        rows = []
+        for length in lengths:
+            try:
+                row = measure(length, module, memory, config, args, processes, optimizer)
+            except torch.OutOfMemoryError as error:
+                row = {"length": length, "error": str(error)[:200]}
+            rows.append(row)
+            if processes.is_main:
+                print(json.dumps(row), flush=True)
+            if "error" in row:
+                break
+        if processes.is_main:
+            write(args, config, rows, processes)
+    return 0
+
+
+def write(args: argparse.Namespace, config: LlamaConfig, rows: list[dict[str, Any]],
+          processes: Processes) -> None:
+    args.out.mkdir(parents=True, exist_ok=True)
+    gpu = torch.cuda.get_device_name() if processes.device.type == "cuda" else "CPU"
+    commit = args.commit or subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT,
+                                           capture_output=True, text=True).stdout.strip()
+    name = f"{args.shape}-{args.label or 'steps'}"
+    (args.out / f"{name}.json").write_text(json.dumps({
+        "schema": 1, "command": " ".join(["bench_train.py", *sys.argv[1:]]), "commit": commit,
+        "gpu": f"{processes.world} x {gpu}", "torch": torch.__version__,
+        "layers": config.num_hidden_layers, "rows": rows}, indent=1))
+    print("| tokens | s a step | tokens/s/GPU | MFU | GiB a GPU | host GiB |")
+    for row in rows:
+        if "error" not in row:
+            print(f"| {row['length']:,} | {row['seconds']:.2f} | "
+                  f"{row['tokens_per_second_gpu']:.0f} | {row['mfu']:.1%} | "
+                  f"{row['peak_gib'] or 0:.1f} | {row['host_gib']:.1f} |")
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
