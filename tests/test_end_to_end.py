@@ -192,7 +192,7 @@ STRIKES = [
     Strike("sibling", said("saved step 4"), 0.1),  # a run of one process
     Strike("adapter", writes("adapter"), 0.02),
     Strike("merged", writes("merged"), 0.005),
-    Strike("eval-base", said("(2 of 5"), 0.05),
+    Strike("eval-base", said("(2 of 6"), 0.05),
     Strike("eval-merged", writes("eval-merged"), 0.1),
     Strike("report", writes("report"), 0.1),
 ]

@@ -39,7 +39,7 @@ def test_trials_are_pooled_over_depths():
     mean = {"loss": 2.5, "stderr": 0.1, "n": 4, "tokens": 8188, "length": 2048}
     assert summary["losses"] == {"prose": mean}
     assert summary["curves"] == {"positions": {
-        **mean, "slope_per_doubling": -0.01, "slope_stderr": 0.002}}
+        **mean, "slope_per_doubling": -0.01, "slope_stderr": 0.002, "curve": CURVE["curve"]}}
     assert summary["divergences"] == {"from-base": {
         **mean, "reference_loss": 2.4, "kl": 0.03, "kl_stderr": 0.001, "agreement": 0.9}}
     assert summary["warnings"] == [
@@ -52,8 +52,8 @@ def test_losses_at_several_lengths_stand_beside_one_another():
     nothing = loss_row("keys", loss=None, stderr=None, tokens=0)
     summary = summarize([loss_row("slide"), loss_row("slide", length=4096, loss=2.0), nothing])
     assert {name: entry["loss"] for name, entry in summary["losses"].items()} == {
-        "slide at 2K": 2.5, "slide at 4K": 2.0, "keys": None}
-    assert "keys: no loss over 0 tokens" in summary_text(summary)
+        "slide 2K": 2.5, "slide 4K": 2.0}  # nothing is said of a text without key tokens
+    assert "slide 4K: 2.0000 nats a token over 8188 tokens" in summary_text(summary)
 
 
 def test_effective_length_is_the_weakest_tasks():
