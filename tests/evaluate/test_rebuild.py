@@ -69,6 +69,8 @@ def write_results(out: Path, specs, tokenizer_dir: Path) -> Path:
 def spec_of(name, files):
     options = {key: str(files.get(name, files[key]) if key == "file" else files[key])
                for key in option_names(TASKS[name]) if key in files}
+    if name == "divergence":
+        options["window"] = 256  # the reference's context is short
     return {"task": name, "name": f"my {name}", **options}
 
 
