@@ -23,7 +23,9 @@ from extend.option_types import (
 )
 from extend.transfer_options import FitOptions, RepairOptions
 
-TASK_PATHS = ("haystack", "file", "text")  # options of evaluation tasks that name files
+# Options of evaluation tasks that name files, or models.
+TASK_PATHS = ("haystack", "file", "text", "essays", "words", "reference", "evaluator",
+              "include_path")
 STRATEGIES = {"auto": False, "ring": False, "all-gather": False, "ulysses": False, "usp": True,
               "double-ring": True}
 """How a ring computes attention: name -> whether a number may follow it, as in `usp:4`."""
@@ -320,7 +322,8 @@ def input_paths(options: BaseModel) -> Iterator[tuple[tuple[str | int, ...], str
                 elif isinstance(item, BaseModel):
                     yield from (((name, i, *loc), v) for loc, v in input_paths(item))
                 elif isinstance(item, dict):
-                    yield from (((name, i, key), item[key]) for key in TASK_PATHS if key in item)
+                    yield from (((name, i, key), item[key]) for key in TASK_PATHS
+                                if item.get(key) not in (None, "self"))
 
 
 def resolve_inputs(options: Options, resolve: Callable[[str], str]) -> Options:

@@ -18,8 +18,8 @@ def _list_tasks(ctx: click.Context, param: click.Parameter, value: bool) -> None
         return
     for name, task in TASKS.items():
         options = ", ".join(option_names(task))
-        click.echo(f"{name}\n    {(task.__doc__ or '').strip().splitlines()[0]}"
-                   + (f"\n    options: {options}" if options else ""))
+        said = " ".join((task.__doc__ or "").split("\n\n")[0].split())
+        click.echo(f"{name}\n    {said}" + (f"\n    options: {options}" if options else ""))
     for name, members in GROUPS.items():
         click.echo(f"{name}\n    stands for {', '.join(members)}")
     ctx.exit()
