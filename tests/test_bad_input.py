@@ -400,5 +400,7 @@ def test_a_disk_that_is_full(inputs, tmp_path):
     # Space is asked for before the weights; a small file written earlier may find the disk full.
     for text in told[1:]:
         assert (" are free; free space or choose another --out\n" in text or text == told[0]), text
-    assert [(code, left) for code, _, left in results] == [
-        (1, []), (1, []), (1, ["out.state"]), (1, [])]
+    # The parts of an extraction stay for the next try, if there was room to begin with them.
+    assert [(code, left) for code, _, left in results[:3]] == [
+        (1, []), (1, []), (1, ["out.state"])]
+    assert results[3][0] == 1 and results[3][2] in ([], [".out.parts"])

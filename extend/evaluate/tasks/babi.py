@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from extend.documents import read_documents
 from extend.errors import DataError, RecipeError
 from extend.evaluate.frame import Frame
+from extend.evaluate.tasks.needle import Text
 from extend.evaluate.tasks.task import Cell, Prompt, derive
 from extend.haystack import Haystack, hide
 from extend.registry import suggest
@@ -174,13 +174,14 @@ class Babi:
     question: str = "two-facts"
     haystack: str | None = None
     column: str = "text"
-    _tokens: Haystack | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.question not in QUESTIONS:
             raise RecipeError(f"babi: unknown question {self.question!r};"
                               f"{suggest(self.question, QUESTIONS)} choose one of "
                               f"{', '.join(QUESTIONS)}")
+        self._held = None if self.haystack is None else Text(path=self.haystack,
+                                                             column=self.column)
 
     @property
     def chance(self) -> float:
@@ -224,12 +225,9 @@ class Babi:
         return rng.sample(answers, len(answers))[number]
 
     def _text(self, tokenizer: Any, length: int) -> Haystack:
-        if not self.haystack:
+        if self._held is None:
             return Haystack.filler(tokenizer, length)
-        if self._tokens is None:
-            texts = read_documents(self.haystack, column=self.column)
-            self._tokens = Haystack.from_texts(tokenizer, texts, self.haystack)
-        return self._tokens
+        return self._held.haystack(tokenizer, length)
 
 
 def draw_story(kind: str, answer: str, rng: random.Random) -> tuple[World, Asked]:

@@ -84,7 +84,7 @@ class Numbers:
 class Text:
     """Text of the user that facts are hidden in; read and tokenised once.
 
-    Of more text than is needed, what comes first is used: a quarter more than the row, or than 1M
+    Of more text than is needed, what comes first is used: an eighth more than the row, or than 1M
     tokens for a shorter row.
 
     Args:
@@ -104,7 +104,7 @@ class Text:
         Raises:
             DataError: no text, or a tokenizer without a tokenizer.json.
         """
-        key = (id(tokenizer), max(length, _LEAST_TOKENS) * 5 // 4)
+        key = (id(tokenizer), max(length, _LEAST_TOKENS) * 9 // 8)
         if key not in self._tokens:
             self._tokens[key] = Haystack.from_texts(tokenizer, self._read(), self.path, key[1])
         return self._tokens[key]
