@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 import re
+import uuid
 
 import pytest
 
@@ -12,7 +13,14 @@ from extend.evaluate.frame import Frame
 from extend.evaluate.plan import check_tasks, plan_tasks
 from extend.evaluate.tasks import TASKS, Cell
 from extend.evaluate.tasks.ruler import RULER6, RULER13
-from extend.evaluate.tasks.ruler.words import HyphenatedWords, hyphenated_words, read_words
+from extend.evaluate.tasks.ruler.words import (
+    HyphenatedWords,
+    draw_number,
+    draw_uuid,
+    draw_word,
+    hyphenated_words,
+    read_words,
+)
 from tests.evaluate.tasks.ruler_tokenizers import smollm2
 
 IN_ESSAYS = {"ruler-niah_single_2": (1, 1), "ruler-niah_single_3": (1, 1),
@@ -165,3 +173,14 @@ def test_all_needle_names_are_sorted():
     rng = random.Random(0)
     for index in (0, len(words) - 2, *(rng.randrange(len(words) - 1) for _ in range(5000))):
         assert words[index] < words[index + 1]
+
+
+def test_draws_are_those_of_the_standard_library():
+    words = hyphenated_words()
+    for seed in range(3):
+        ours, theirs = random.Random(seed), random.Random(seed)
+        for _ in range(2000):
+            assert draw_number(ours) == str(theirs.randint(10**6, 10**7 - 1))
+            assert draw_word(ours) == theirs.choice(words)
+            assert draw_uuid(ours) == str(uuid.UUID(int=theirs.getrandbits(128), version=4))
+        assert ours.getstate() == theirs.getstate()

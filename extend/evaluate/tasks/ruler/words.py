@@ -1,7 +1,6 @@
 """The words that RULER draws from."""
 
 import json
-import uuid
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cache
@@ -46,12 +45,13 @@ class HyphenatedWords(Sequence[str]):
                 {first + second for first in family for second in self._seconds}))
         sizes = (len(self._seconds if isinstance(block, str) else block) for block in self._blocks)
         self._starts = [0, *accumulate(sizes)]
+        self.size = self._starts[-1]
 
     def __len__(self) -> int:
-        return self._starts[-1]
+        return self.size
 
     def __getitem__(self, index: int) -> str:
-        if not 0 <= index < len(self):
+        if not 0 <= index < self.size:
             raise IndexError(index)
         number = bisect_right(self._starts, index) - 1
         block, inner = self._blocks[number], index - self._starts[number]
@@ -89,19 +89,36 @@ def more_words(file: str) -> list[str]:
     return words
 
 
+# A long prompt takes a million draws: these give what Random and uuid give, in less time.
+
+def draw_below(rng: Random, count: int) -> int:
+    """As `rng.randrange(count)`.
+
+    Source: CPython, Lib/random.py, Random._randbelow_with_getrandbits.
+    """
+    bits = count.bit_length()
+    drawn = rng.getrandbits(bits)
+    while drawn >= count:
+        drawn = rng.getrandbits(bits)
+    return drawn
+
+
 def draw_number(rng: Random) -> str:
-    """Seven digits, the first not 0."""
-    return str(rng.randint(10**6, 10**7 - 1))
+    """Seven digits, the first not 0; as `rng.randint(10**6, 10**7 - 1)`."""
+    return str(1_000_000 + draw_below(rng, 9_000_000))
 
 
 def draw_word(rng: Random) -> str:
-    """An adjective and a noun with a hyphen."""
-    return rng.choice(hyphenated_words())
+    """An adjective and a noun with a hyphen; as `rng.choice(hyphenated_words())`."""
+    words = hyphenated_words()
+    return words[draw_below(rng, words.size)]
 
 
 def draw_uuid(rng: Random) -> str:
-    """A random UUID."""
-    return str(uuid.UUID(int=rng.getrandbits(128), version=4))
+    """A random UUID; as `uuid.UUID(int=rng.getrandbits(128), version=4)`."""
+    text = f"{rng.getrandbits(128):032x}"
+    variant = "89ab"[int(text[16], 16) & 3]
+    return f"{text[:8]}-{text[8:12]}-4{text[13:16]}-{variant}{text[17:20]}-{text[20:]}"
 
 
 DRAWS = {"numbers": draw_number, "words": draw_word, "uuids": draw_uuid}
