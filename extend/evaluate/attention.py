@@ -95,17 +95,17 @@ def prefill_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tens
     Raises:
         CompatibilityError: the model asks for a mask or for what these kernels do not compute.
     """
-    _refuse_arguments(module, attention_mask, kwargs)
+    refuse_arguments(module, attention_mask, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     before = shared_keys(getattr(module, "layer_idx", None))
     if before is not None:
         reach = before[0].shape[2] + key.shape[2]
-        _refuse_layer(module, sliding_window, reach)
+        refuse_layer(module, sliding_window, reach)
         if sliding_window is None or sliding_window >= reach:
             out = attend_after(query, key, value, before, scale)
             return out.transpose(1, 2).contiguous(), None
         key, value = put_before(before, key, value, sliding_window)
-    _refuse_layer(module, sliding_window, key.shape[2])
+    refuse_layer(module, sliding_window, key.shape[2])
     if (rows := _DECODING.get()) is not None and query.shape[2] == 1:
         visible = rows.visible(key.shape[2], sliding_window)
         return _decode(query, key, value, visible, scale), None
@@ -139,7 +139,7 @@ def _decode(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: f
     return out.reshape(query.shape).transpose(1, 2)
 
 
-def _refuse_arguments(module: nn.Module, attention_mask: Tensor | None,
+def refuse_arguments(module: nn.Module, attention_mask: Tensor | None,
                       kwargs: dict[str, Any]) -> None:
     asked = [name for name in _REFUSED if kwargs.get(name) is not None]
     if attention_mask is not None or asked:
@@ -149,7 +149,7 @@ def _refuse_arguments(module: nn.Module, attention_mask: Tensor | None,
             "window or not, are supported")
 
 
-def _refuse_layer(module: nn.Module, window: int | None, total: int) -> None:
+def refuse_layer(module: nn.Module, window: int | None, total: int) -> None:
     """Refuse a layer whose attention is of another kind, or that keeps its window to itself."""
     layer = read_layer(module)
     if not layer.is_known:

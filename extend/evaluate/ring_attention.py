@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from extend.errors import CompatibilityError
-from extend.evaluate.attention import _refuse_arguments, _refuse_layer
+from extend.evaluate.attention import refuse_arguments, refuse_layer
 from extend.evaluate.shards import LAYOUT, Part, Shards
 from extend.ring.agreement import agree_on_kernel, sum_over
 from extend.ring.blocks import block_shape, fill_block, open_block
@@ -104,8 +104,8 @@ def ring_prefill_attention(module: nn.Module, query: Tensor, key: Tensor, value:
         raise CompatibilityError(f"{type(module).__name__} is not told {missing}, so its row "
                                  "cannot be spread over ranks; evaluate it without "
                                  "context_parallel")
-    _refuse_arguments(module, attention_mask, kwargs)
-    _refuse_layer(module, sliding_window, reading.part.end)
+    refuse_arguments(module, attention_mask, kwargs)
+    refuse_layer(module, sliding_window, reading.part.end)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     k, v = reading.shards.put(reading.part, index, key, value, window=sliding_window,
                               keep=reading.keep)

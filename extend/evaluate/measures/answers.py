@@ -1,6 +1,6 @@
 """Rows of answers that are known: right or wrong, and losses."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from extend.evaluate.backends.backend import AnswerScore, Backend
@@ -9,15 +9,28 @@ from extend.evaluate.measures.row import DIGITS, describe_prompts
 from extend.evaluate.score import mean_and_error, proportion
 from extend.evaluate.tasks.task import Cell, Prompt, Task
 
+Grade = Callable[[Frame, Sequence[Prompt], Sequence[AnswerScore]], dict[str, Any]]
+
 
 def exact(backend: Backend, frame: Frame, task: Task, cells: Sequence[Cell],
           seed: int) -> list[dict[str, Any]]:
     """Share of answers of which every token is the model's first choice."""
+    return _score(backend, frame, task, cells, seed, grade_answers)
+
+
+def loss(backend: Backend, frame: Frame, task: Task, cells: Sequence[Cell],
+         seed: int) -> list[dict[str, Any]]:
+    """Mean loss over windows, each scored on its own."""
+    return _score(backend, frame, task, cells, seed, _loss)
+
+
+def _score(backend: Backend, frame: Frame, task: Task, cells: Sequence[Cell], seed: int,
+           grade: Grade) -> list[dict[str, Any]]:
     rows = []
     for cell in cells:
         prompts = task.prompts(frame, cell, seed)
         rows.append({**describe_prompts(cell, prompts, seed),
-                     **grade_answers(frame, prompts, backend.score(prompts))})
+                     **grade(frame, prompts, backend.score(prompts))})
     return rows
 
 
@@ -38,18 +51,8 @@ def _answer_loss(scores: Sequence[AnswerScore], tokens: int) -> float | None:
     return None if None in losses else round(sum(losses) / tokens, DIGITS)
 
 
-def loss(backend: Backend, frame: Frame, task: Task, cells: Sequence[Cell],
-         seed: int) -> list[dict[str, Any]]:
-    """Mean loss over windows, each scored on its own."""
-    rows = []
-    for cell in cells:
-        prompts = task.prompts(frame, cell, seed)
-        rows.append({**describe_prompts(cell, prompts, seed),
-                     **_loss(prompts, backend.score(prompts))})
-    return rows
-
-
-def _loss(prompts: Sequence[Prompt], scores: Sequence[AnswerScore]) -> dict[str, Any]:
+def _loss(_: Frame, prompts: Sequence[Prompt],
+          scores: Sequence[AnswerScore]) -> dict[str, Any]:
     """Windows are equally long, so the mean of their means is the mean over tokens."""
     mean, error = mean_and_error([score.nll / prompt.answer_len
                                   for prompt, score in zip(prompts, scores, strict=True)])

@@ -20,6 +20,7 @@ from extend.ring.blocks import KeySum, fill_block, open_block, split_heads
 from extend.ring.call import Call, shift_keys
 from extend.ring.comm import Transfer, Window
 from extend.ring.partial import AttentionSum, GradientSum, sums_keys
+from extend.ring.strategies.local import SavesLocal
 from extend.ring.tiles import Tile, rows_needed
 
 # Of keys and values of one group of heads; two groups are held at a time, and their gradients.
@@ -52,7 +53,7 @@ class Plans(NamedTuple):
     wide: bool
 
 
-class AllGather:
+class AllGather(SavesLocal):
     """Gather keys by groups of heads; send the shares of their gradients home in one exchange."""
 
     def __init__(self, call: Call, groups: int | None = None):
@@ -80,14 +81,6 @@ class AllGather:
             total.add(self._tiles, *open_block(keys), _heads(q, group, groups))
         out, lse = total.result()
         return out, (q, k, v, out, lse)
-
-    def kept(self, saved: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return saved[3:]
-
-    def resume(
-        self, q: Tensor, k: Tensor, v: Tensor, kept: tuple[Tensor, ...]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return kept[0], (q, k, v, *kept)
 
     def backward(self, dout: Tensor, saved: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv of the local q, k, v."""

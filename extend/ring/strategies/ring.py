@@ -20,6 +20,7 @@ from extend.ring.blocks import KeySum, block_shape, open_block, publish_block, s
 from extend.ring.call import Call, shift_keys
 from extend.ring.comm import RingComm, Transfer, Window
 from extend.ring.partial import AttentionSum, GradientSum
+from extend.ring.strategies.local import SavesLocal
 from extend.ring.tiles import Tile
 
 Keys = tuple[Tensor | None, Tensor | None]  # k, v [b, h_kv, n, d]; None where none is of use
@@ -41,7 +42,7 @@ class Homecoming:
             self.sums.add_block(self.rows, self.block)
 
 
-class Ring:
+class Ring(SavesLocal):
     """One loop for every layout, mask, kernel and number of ranks and hosts."""
 
     def __init__(self, call: Call, inner: RingComm | None = None, outer: RingComm | None = None):
@@ -64,14 +65,6 @@ class Ring:
                 del keys, values  # or three blocks are held while the next but one is fetched
         out, lse = total.result()
         return out, (q, k, v, out, lse)
-
-    def kept(self, saved: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return saved[3:]
-
-    def resume(
-        self, q: Tensor, k: Tensor, v: Tensor, kept: tuple[Tensor, ...]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return kept[0], (q, k, v, *kept)
 
     def backward(self, dout: Tensor, saved: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv of the local q, k, v."""
