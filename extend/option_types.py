@@ -57,3 +57,25 @@ class Options(BaseModel):
     """Base of all option models."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class RopeOptions(Options):
+    """A RoPE rescaling: a member of `extend.rope.METHODS`, its options and its target."""
+
+    method: str = "critical"
+    options: dict[str, Annotated[Any, BeforeValidator(parse_number)]] = {}
+    """Keyword-only parameters of the method."""
+
+
+def _parse_rope(value: Any) -> Any:
+    """`auto` as the default method; whatever else is left to the model's own checks."""
+    if isinstance(value, str):
+        if value != "auto":
+            raise ValueError(f"{value!r} is no RoPE; write auto, or a mapping with method and "
+                             "options")
+        return {}
+    return value
+
+
+RopeChoice = Annotated[RopeOptions, BeforeValidator(_parse_rope)]
+"""A mapping with `method` and `options`, or `auto`: the method that composes over stages."""

@@ -29,13 +29,14 @@ import torch.distributed as dist  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from extend.option_types import parse_bytes, parse_length  # noqa: E402
-from extend.options import Phase, TrainOptions  # noqa: E402
 from extend.ring import LAYOUTS  # noqa: E402
 from extend.ring.hf_attention import RingSettings, register_ring_attention  # noqa: E402
 from extend.train.memory import checkpoint_layers, make_memory, tile_layers  # noqa: E402
 from extend.train.mesh import Processes, join_processes, phase_mesh  # noqa: E402
-from extend.train.model import CausalLoss, shard_model  # noqa: E402
+from extend.train.model import CausalLoss  # noqa: E402
 from extend.train.optim import clip_gradients  # noqa: E402
+from extend.train.shard import shard_model  # noqa: E402
+from extend.train_options import Phase, TrainOptions  # noqa: E402
 
 PEAK_FLOPS = 989e12
 THETA = 3580165449.0

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1] / "extend"
 LAYERS = [
     {"errors"},
     {"registry", "model_config", "documents", "encoding", "option_types", "output", "page"},
-    {"checkpoint", "haystack", "tokenizer", "transfer_options", "adapter_options"},
+    {"checkpoint", "haystack", "tokenizer", "transfer_options", "adapter_options", "data_options"},
+    {"train_options"},
     {"manifest", "retrieval", "loading", "options"},
     {"results"},
     {"adapter_format"},

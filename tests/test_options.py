@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from extend.adapter_options import ExtractOptions
 from extend.option_types import parse_length
-from extend.options import STRATEGIES, Phase, TrainOptions
+from extend.train_options import STRATEGIES, Phase, TrainOptions
 
 
 @pytest.mark.parametrize(("text", "tokens"), [

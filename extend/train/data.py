@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from extend.data_options import ExampleData, RetrievalData, TextData
 from extend.errors import DataError
 from extend.haystack import Haystack, prefix_ids
-from extend.options import ExampleData, RetrievalData, TextData, TrainOptions
 from extend.retrieval.rows import RetrievalRows
 from extend.train.text import (
     Documents,
@@ -22,6 +22,7 @@ from extend.train.text import (
     tokenize_examples,
     tokenize_text,
 )
+from extend.train_options import TrainOptions
 
 IGNORE = -100  # label of a token that is not predicted
 _GOLDEN = (math.sqrt(5) - 1) / 2

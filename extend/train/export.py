@@ -21,7 +21,7 @@ from extend.checkpoint import (
 )
 from extend.errors import CompatibilityError
 from extend.train.mesh import Processes
-from extend.train.model import ADAPTER
+from extend.train.trained import ADAPTER
 
 _STALE_SUFFIX = "rotary_emb.inv_freq"  # old files store it; it would contradict the new config
 

@@ -17,7 +17,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from extend import errors
 from extend.errors import ExtendError, TrainingError
-from extend.options import TrainOptions
+from extend.train_options import TrainOptions
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from typing import Any
 from extend.checkpoint import copy_side_files
 from extend.errors import CheckpointError, TrainingError
 from extend.model_config import write_rope
-from extend.options import TrainOptions, input_paths
+from extend.options import input_paths
 from extend.output import atomic_directory, require_inputs_outside, write_json
 from extend.rope.live import set_rope
 from extend.train.launch import count_processes, launch
@@ -22,6 +22,7 @@ from extend.train.progress import Progress, peak_flops
 from extend.train.session import Run, plan_ropes, prepare
 from extend.train.state import RunState
 from extend.train.step import prefetch, train_step
+from extend.train_options import TrainOptions
 
 logger = logging.getLogger(__name__)
 

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from extend.errors import CompatibilityError
-from extend.options import Phase, TrainOptions
 from extend.registry import lookup
 from extend.ring.kernels import KERNELS
 from extend.ring.layouts import check_length
 from extend.ring.strategies import divides, parse_strategy
+from extend.train_options import Phase, TrainOptions
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from extend.options import Phase, TrainOptions
+from extend.train_options import Phase, TrainOptions
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], options: TrainOptions) -> torch.optim.AdamW:

@@ -11,23 +11,18 @@ from extend.checkpoint import Checkpoint
 from extend.documents import list_files
 from extend.manifest import Manifest
 from extend.model_config import ModelConfig, RopeSpec, read_config
-from extend.options import TrainOptions
 from extend.rope.schedule import Stage, composition_warnings, schedule_ropes
 from extend.train.data import Rows, load_rows
 from extend.train.export import Exporter
 from extend.train.memory import LayerMemory, checkpoint_layers, make_memory, tile_layers
 from extend.train.mesh import Processes, check_attention, check_schedule, split_world
-from extend.train.model import (
-    CausalLoss,
-    ModelSize,
-    check_rope,
-    load_model,
-    model_size,
-    shard_model,
-    trained_parameters,
-)
+from extend.train.model import CausalLoss, check_rope, load_model
 from extend.train.optim import build_optimizer
+from extend.train.shard import shard_model
+from extend.train.size import ModelSize, model_size
 from extend.train.state import RunState
+from extend.train.trained import trained_parameters
+from extend.train_options import TrainOptions
 
 logger = logging.getLogger(__name__)
 

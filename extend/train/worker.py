@@ -11,8 +11,8 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from transformers.utils.logging import disable_progress_bar
 
-from extend.options import TrainOptions
 from extend.train.loop import run_process
+from extend.train_options import TrainOptions
 
 
 def _follow_parent(launcher: int) -> None:

@@ -15,7 +15,7 @@ from extend.evaluate.frame import Frame
 from extend.evaluate.tasks.passkey import Passkey, PasskeyText
 from extend.evaluate.tasks.task import Prompt
 from extend.model_config import RopeSpec, read_config
-from extend.options import TrainOptions
+from extend.train_options import TrainOptions
 
 from .scoring import autocast
 from .settings import Setting

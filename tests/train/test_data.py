@@ -10,10 +10,10 @@ import pytest
 
 from extend.errors import DataError
 from extend.haystack import FILLER, INTRO
-from extend.options import TrainOptions
 from extend.retrieval.names import NAMES
 from extend.train import text
 from extend.train.data import IGNORE, Rows, load_rows
+from extend.train_options import TrainOptions
 from tests.train.tiny import save_examples, save_text, save_tokenizer
 
 LENGTH = 1024

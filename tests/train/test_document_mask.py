@@ -11,13 +11,13 @@ from transformers import AutoTokenizer
 
 from extend.errors import CompatibilityError
 from extend.model_config import read_config
-from extend.options import TrainOptions
 from extend.ring.hf_attention import RingSettings
 from extend.train.batch import Batch, build_batch, token_weights
 from extend.train.data import IGNORE, Row, load_rows
 from extend.train.loop import run_process
 from extend.train.model import CausalLoss, load_model
 from extend.train.progress import Progress
+from extend.train_options import TrainOptions
 from tests.spawn import spawn
 from tests.train.tiny import options, save_model, save_text
 

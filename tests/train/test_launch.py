@@ -48,7 +48,7 @@ LAUNCH = """\
 import sys
 from pathlib import Path
 from extend.errors import TrainingError
-from extend.options import TrainOptions
+from extend.train_options import TrainOptions
 from extend.train.loop import train
 from tests.forked import forked_workers
 

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig
 
 from extend.errors import CheckpointError, DataError, LayoutError, RecipeError
-from extend.options import TrainOptions
 from extend.train.data import IGNORE, Row, load_rows
 from extend.train.loop import run_process, train
 from extend.train.optim import learning_rate
+from extend.train_options import TrainOptions
 from tests.spawn import spawn
 from tests.train.tiny import (
     NATIVE_LEN,

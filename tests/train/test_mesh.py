@@ -7,7 +7,6 @@ import torch
 
 from extend.errors import CompatibilityError, LayoutError, RecipeError
 from extend.model_config import RopeSpec
-from extend.options import Phase, TrainOptions
 from extend.train.mesh import (
     Processes,
     check_attention,
@@ -16,6 +15,7 @@ from extend.train.mesh import (
     split_world,
 )
 from extend.train.model import check_rope
+from extend.train_options import Phase, TrainOptions
 
 
 @pytest.mark.parametrize(("batch_rows", "world", "expected"), [

@@ -17,15 +17,11 @@ from transformers import (
 
 from extend.errors import CompatibilityError, RecipeError
 from extend.model_config import RopeSpec, read_config, write_rope
-from extend.options import TrainOptions
 from extend.rope.live import set_rope
-from extend.train.model import (
-    ModelSize,
-    layer_windows,
-    load_model,
-    model_size,
-    trained_parameters,
-)
+from extend.train.model import load_model
+from extend.train.size import ModelSize, layer_windows, model_size
+from extend.train.trained import trained_parameters
+from extend.train_options import TrainOptions
 from tests.train.tiny import options, save_model
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from extend.options import Phase, TrainOptions
 from extend.train.optim import build_optimizer, clip_gradients, learning_rate
+from extend.train_options import Phase, TrainOptions
 
 
 def phase(**changes: object) -> Phase:

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from extend.model_config import read_config
-from extend.options import TrainOptions
 from extend.rope.methods import apply_method
 from extend.train.loop import train
 from extend.train.session import plan_ropes
+from extend.train_options import TrainOptions
 from tests.train.tiny import NATIVE_LEN, options, save_model
 
 DATA = [{"kind": "retrieval"}]

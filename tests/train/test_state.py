@@ -11,10 +11,10 @@ import torch
 
 from extend.errors import TrainingError
 from extend.manifest import hash_file
-from extend.options import TrainOptions
 from extend.train import train
 from extend.train.mesh import Processes
 from extend.train.state import RunState
+from extend.train_options import TrainOptions
 from tests.forked import run_python
 from tests.train.tiny import options, save_model, save_text
 
@@ -70,7 +70,7 @@ def assert_same_run(out: Path, undisturbed: Path) -> None:
 def test_killed_and_started_again(run: TrainOptions, undisturbed: Path, tmp_path: Path):
     out, state = tmp_path / "out", tmp_path / "out.state"
     script = ("import signal, sys, torch; from pathlib import Path\n"
-              "from extend.options import TrainOptions\n"
+              "from extend.train_options import TrainOptions\n"
               "from tests.train.test_state import train_until\n"
               "torch.set_num_threads(1)\n"
               "run = TrainOptions.model_validate_json(sys.argv[1])\n"

@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedTokenizerFast
 
-from extend.options import TrainOptions
+from extend.train_options import TrainOptions
 
 NATIVE_LEN = 64
 EOS = "<|end|>"

@@ -11,10 +11,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from extend.errors import CompatibilityError
-from extend.options import TrainOptions
 from extend.ring.keep import Kept
 from extend.train.memory.store import Store
 from extend.train.memory.tiles import tile_module
+from extend.train_options import TrainOptions
 
 _AUTO_TILE, _AUTO_FROM = 16384, 65536  # tokens
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from extend.options import TrainOptions
 from extend.ring.strategies import ring as ring_module
 from extend.ring.strategies import ulysses as ulysses_module
 from extend.train.loop import run_process, train
 from extend.train.memory import store as store_module
+from extend.train_options import TrainOptions
 from tests.spawn import spawn
 from tests.train.tiny import options, save_model, save_text
 

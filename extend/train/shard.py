@@ -1,0 +1,31 @@
+"""Parameters, gradients and optimizer of a run, sharded over its processes."""
+
+import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from extend.train.mesh import Processes
+from extend.train.model import CausalLoss
+
+
+def shard_model(module: CausalLoss, processes: Processes) -> CausalLoss:
+    """Move to the device, and shard parameters, gradients and optimizer over all processes.
+
+    Gradients are summed, not averaged: each token's weight already counts it in the whole step.
+    """
+    if processes.mesh is None:
+        return _place(module, processes.device)
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    sharded = [*module.model.get_decoder().layers, module]
+    for part in sharded:
+        fully_shard(part, mesh=processes.mesh, mp_policy=policy)
+    for part in sharded:
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
+    return _place(module, processes.device)
+
+
+def _place(module: CausalLoss, device: torch.device) -> CausalLoss:
+    """On the device; a module without values yet gets memory for them there."""
+    if any(p.is_meta for p in module.parameters()):
+        return module.to_empty(device=device)
+    return module.to(device)

@@ -1,0 +1,80 @@
+"""Which parameters are trained: all, those that expressions match, or adapters beside them."""
+
+import re
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from extend.errors import RecipeError, TrainingError
+from extend.train_options import TrainOptions
+
+ADAPTER = "default"  # PEFT's name for the adapter
+
+
+def choose_trained(model: PreTrainedModel, options: TrainOptions) -> None:
+    """Freeze what is not trained, and add adapters where the options ask for them.
+
+    Raises:
+        RecipeError: an expression in `trainable` that matches nothing or is none.
+    """
+    if options.mode == "lora":
+        _add_adapters(model, options)
+    else:
+        _freeze_unmatched(model, options.trainable)
+
+
+def _matching(names: list[str], expressions: list[str]) -> list[str]:
+    """The names that some expression matches; all when there is none.
+
+    Raises:
+        RecipeError: an expression that is not valid or matches no name.
+    """
+    chosen: set[str] = set()
+    for expression in expressions:
+        try:
+            found = [name for name in names if re.search(expression, name)]
+        except re.error as error:
+            raise RecipeError(f"trainable: {expression!r} is no regular expression "
+                              f"({error})") from None
+        if not found:
+            raise RecipeError(f"trainable: {expression!r} matches no parameter; names are like "
+                              f"{names[0]}, {names[len(names) // 2]}, {names[-1]}")
+        chosen.update(found)
+    return [name for name in names if name in chosen or not expressions]
+
+
+def _freeze_unmatched(model: nn.Module, expressions: list[str]) -> None:
+    trained = set(_matching([name for name, _ in model.named_parameters()], expressions))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+
+
+def _add_adapters(model: PreTrainedModel, options: TrainOptions) -> None:
+    """Put LoRA on the decoder's linear layers; `trainable` is matched with their weights' names."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    head = model.get_output_embeddings()
+    names = [f"{name}.weight" for name, module in model.named_modules()
+             if isinstance(module, nn.Linear) and module is not head]
+    targets = [name.removesuffix(".weight") for name in _matching(names, options.trainable)]
+    torch.manual_seed(options.seed)  # all processes start from the same lora_A
+    lora = LoraConfig(r=options.lora_rank, lora_alpha=options.lora_rank, lora_dropout=0.0,
+                      target_modules=targets)
+    inject_adapter_in_model(lora, model, adapter_name=ADAPTER)
+    # Adapters in the dtype of the weights: sharding wants one dtype for all that is trained.
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(getattr(torch, options.weight_dtype))
+
+
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter of all that is trained.
+
+    Raises:
+        TrainingError: nothing is.
+    """
+    found = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if not found:
+        raise TrainingError("no parameter is trained; check mode and trainable")
+    return found
