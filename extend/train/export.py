@@ -5,8 +5,9 @@ and what was not trained is copied from the input. Adapters are added to their w
 rows at a time, and rounded once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +21,12 @@ from extend.checkpoint import (
     write_checkpoint,
 )
 from extend.errors import CompatibilityError
+from extend.model_config import ModelConfig, RopeSpec, write_rope
 from extend.train.gather import Gather, make_gather
 from extend.train.mesh import Processes
 from extend.train.trained import ADAPTER
 from extend.train.weights import plain_parameters, read_rows
+from extend.train_options import Phase
 
 _STALE_SUFFIX = "rotary_emb.inv_freq"  # old files store it; it would contradict the new config
 
@@ -41,17 +44,17 @@ class Exporter:
     """
 
     def __init__(self, source: Checkpoint, model: nn.Module, dtype: str | None):
-        self.source, self.model = source, model
+        self.source, self.model, self.dtype = source, model, dtype
         self.tensors = plain_parameters(model)
-        self.infos = [self._info(name, dtype) for name in source.names
+        self.infos = [self._info(name) for name in source.names
                       if not name.endswith(_STALE_SUFFIX)]
         self._check_names()
 
-    def _info(self, name: str, dtype: str | None) -> TensorInfo:
+    def _info(self, name: str) -> TensorInfo:
         info = self.source.infos[name]
-        if dtype is None or info.dtype not in FLOAT_DTYPES:
+        if self.dtype is None or info.dtype not in FLOAT_DTYPES:
             return info
-        return info._replace(dtype=dtype_name(getattr(torch, dtype)))
+        return info._replace(dtype=dtype_name(getattr(torch, self.dtype)))
 
     def _check_names(self) -> None:
         written = {info.name for info in self.infos}
@@ -71,6 +74,13 @@ class Exporter:
                 raise CompatibilityError(
                     f"{self.source.directory}: tensor {info.name!r} has shape {info.shape} in the "
                     f"file, but {wanted} in the model; the weights are not those of this config")
+
+    def config(self, config: ModelConfig, rope: RopeSpec, max_len: int) -> dict[str, Any]:
+        """The keys of config.json that go with the tensors, under `rope` and for `max_len`."""
+        keys = write_rope(config.raw, rope, max_len)
+        if self.dtype is not None:
+            keys["dtype" if "dtype" in keys else "torch_dtype"] = self.dtype
+        return keys
 
     def write(self, directory: Path, processes: Processes, whole: Gather | None = None) -> None:
         """Write every tensor in the main process; all processes must call it.
@@ -118,6 +128,12 @@ class Exporter:
         """Where the model is; the CPU if it has no weights."""
         device = next(self.model.parameters()).device
         return torch.device("cpu") if device.type == "meta" else device
+
+
+def made_for(phases: Sequence[Phase], config: ModelConfig) -> int:
+    """Tokens that a model trained in these phases is made for."""
+    return max(config.max_position_embeddings,
+               *(phase.rope_to or phase.length for phase in phases))
 
 
 def _adapter(model: nn.Module, name: str) -> tuple[Tensor, Tensor, float] | None:

@@ -56,6 +56,6 @@ def _assemble(shape: torch.Size, local: Tensor,
         whole[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))] = part
         count += part.numel()
     if count != shape.numel():
-        raise TrainingError(f"the shards of a weight of shape {tuple(shape)} hold {count} elements, "
-                            f"not {shape.numel()}; it cannot be written")
+        raise TrainingError(f"the shards of a weight of shape {tuple(shape)} hold {count} "
+                            f"elements, not {shape.numel()}; it cannot be written")
     return whole

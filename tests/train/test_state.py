@@ -88,9 +88,10 @@ def test_killed_and_started_again(run: TrainOptions, undisturbed: Path, tmp_path
     assert_same_run(out, undisturbed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_finishes_and_saves_the_step(number: signal.Signals, run: TrainOptions,
-                                            undisturbed: Path, tmp_path: Path):
+@pytest.mark.parametrize(("number", "background"), [(signal.SIGTERM, False), (signal.SIGINT, True)])
+def test_signal_finishes_and_saves_the_step(number: signal.Signals, background: bool,
+                                            run: TrainOptions, undisturbed: Path, tmp_path: Path):
+    run = run.model_copy(update={"save_in_background": background})
     before = signal.getsignal(number)
     with pytest.raises(TrainingError, match="stopped by a signal after step 5 of 8.*goes on"):
         train_until(run, tmp_path / "out", 4, number)
