@@ -1,7 +1,8 @@
 """Checkpoints that are written while training goes on, from a copy in the host's memory."""
 
+import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.planner import WriteItem
-from torch.distributed.tensor import DTensor
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from extend.errors import TrainingError
 from extend.train.mesh import Processes
@@ -33,7 +33,7 @@ class BackgroundWriter:
         if self._group is None:  # that is meant; a filter of the thread's own would not be safe
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         self._on_gpu = processes.device.type == "cuda"
-        self._room: dict[tuple[str, ...], Tensor] = {}
+        self._room: dict[str, Tensor] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._written: Future[None] | None = None
         self.partial: Path | None = None
@@ -43,14 +43,15 @@ class BackgroundWriter:
 
         Whatever was begun before must have been waited for.
         """
-        copies = self._copy(tensors, ())
+        copies = {name: self._copy(name, value) for name, value in _flatten(tensors)}
         if self._on_gpu:
             torch.cuda.synchronize()
         self.partial = partial
-        self._written = self._pool.submit(self._write, copies, partial, keep)
+        self._written = self._pool.submit(self._write, tensors, _Planner(copies), partial, keep)
 
-    def _write(self, tensors: dict[str, Any], partial: Path, keep: Callable[[], None]) -> None:
-        dcp.save(tensors, checkpoint_id=partial, process_group=self._group,
+    def _write(self, tensors: dict[str, Any], planner: "_Planner", partial: Path,
+               keep: Callable[[], None]) -> None:
+        dcp.save(tensors, checkpoint_id=partial, planner=planner, process_group=self._group,
                  no_dist=self._group is None)
         keep()
 
@@ -63,23 +64,20 @@ class BackgroundWriter:
     def close(self) -> None:
         self._pool.shutdown()
         if self._on_gpu:
-            for room in self._room.values():
+            for room in filter(Tensor.numel, self._room.values()):
                 torch.cuda.cudart().cudaHostUnregister(room.data_ptr())
 
-    def _copy(self, value: Any, path: tuple[str, ...]) -> Any:
-        if isinstance(value, dict):
-            return {name: self._copy(part, (*path, name)) for name, part in value.items()}
+    def _copy(self, name: str, value: Any) -> Any:
         if not isinstance(value, Tensor):
-            return value
+            return copy.deepcopy(value)
         local = local_part(value)
-        if type(local) is not Tensor:  # of several tensors, such as quantized moments
-            copy = local.clone().cpu()
-        else:
-            copy = self._find_room(path, local).copy_(local, non_blocking=True)
-        return _HostShard(value, copy) if isinstance(value, DTensor) else copy
+        if type(local) not in (Tensor, torch.nn.Parameter):  # several, such as quantized moments
+            return local.clone().cpu()
+        return self._find_room(name, local).copy_(local, non_blocking=True)
 
-    def _find_room(self, path: tuple[str, ...], local: Tensor) -> Tensor:
-        if path not in self._room:
+    def _find_room(self, name: str, local: Tensor) -> Tensor:
+        """Memory that a tensor is copied to, every time the same."""
+        if name not in self._room:
             room = torch.empty(local.shape, dtype=local.dtype)
             if self._on_gpu and room.numel():  # not pin_memory=True, which rounds up
                 code = torch.cuda.cudart().cudaHostRegister(
@@ -87,21 +85,25 @@ class BackgroundWriter:
                 if int(code):
                     raise TrainingError(f"pinning host memory for a checkpoint failed (code "
                                         f"{int(code)}); set save_in_background false")
-            self._room[path] = room
-        return self._room[path]
+            self._room[name] = room
+        return self._room[name]
 
 
-class _HostShard:
-    """A copy of a shard, which torch's distributed checkpoints take for the shard itself.
+class _Planner(dcp.DefaultSavePlanner):
+    """Lays out what the tensors are, and writes what their copies hold."""
 
-    Its methods are those by which they ask DTensors for their parts.
-    """
+    def __init__(self, copies: dict[str, Any]):
+        super().__init__()
+        self._copies = copies
 
-    def __init__(self, like: DTensor, local: Tensor):
-        self._like, self._local = like, local
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        return self._copies[index.fqn]
 
-    def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
-        return self._like.__create_write_items__(fqn, self._like)
 
-    def __get_tensor_shard__(self, _: object) -> Tensor:
-        return self._local
+def _flatten(tensors: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value, by the name under which torch's distributed checkpoints know it."""
+    for name, value in tensors.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
