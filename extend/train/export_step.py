@@ -18,7 +18,13 @@ from extend.checkpoint import Checkpoint, copy_side_files
 from extend.errors import CheckpointError, CompatibilityError
 from extend.manifest import METRICS_NAME, Manifest
 from extend.model_config import read_config, read_json
-from extend.output import atomic_directory, require_inputs_outside, require_new, write_json
+from extend.output import (
+    atomic_directory,
+    require_apart,
+    require_inputs_outside,
+    require_new,
+    write_json,
+)
 from extend.rope.schedule import schedule_ropes
 from extend.train.export import Exporter, made_for
 from extend.train.gather import Gather
@@ -50,12 +56,14 @@ def export_step(state: Path | str, out: Path | str, *, model: Path | str | None 
     Raises:
         CheckpointError: `state` holds no complete step, is damaged, or `out` cannot be written.
         CompatibilityError: `model` is not the one that the run started from.
+        RecipeError: `out` lies in `state`, or would replace an input.
     """
     step_dir, out = _find_step(Path(state).absolute()), Path(out).absolute()
     record = read_json(step_dir.parent / RUN_FILE)
     options = _read_options(record, step_dir.parent, {} if model is None else {"model": str(model)})
     inputs = {"model": options.model, "state": step_dir}
     require_inputs_outside(out, inputs)
+    require_apart(out, {"state": step_dir.parent})  # it goes when the run is done
     require_new(out, overwrite=overwrite)
     step = int(step_dir.name.rpartition("-")[2])
     dtype = dtype or options.export_dtype

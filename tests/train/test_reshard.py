@@ -1,4 +1,4 @@
-"""A run that goes on with another number of processes ends as one that was not interrupted."""
+"""Shards hold their part of the file, and of a checkpoint that other processes have written."""
 
 import hashlib
 import json
@@ -21,6 +21,7 @@ from extend.train_options import TrainOptions
 from tests.spawn import spawn
 from tests.train.test_loop import assert_close_weights
 from tests.train.test_state import SignalAt
+from tests.train.test_weights import FAMILIES, assert_shards, fill_shards, save
 from tests.train.tiny import options, save_model, save_text
 
 Seen = set[tuple[int, int, str]]
@@ -65,6 +66,11 @@ def run_parts(rank: int, world: int, parts: list[tuple[dict, Path, int | None]],
     return results
 
 
+def run_and_fill(rank: int, world: int, parts: list, models: dict[str, Path]) -> tuple:
+    """One start of four processes for both."""
+    return fill_shards(rank, world, models), run_parts(rank, world, parts)
+
+
 CASES = {(2, 1): False, (1, 2): True, (4, 2): True}
 """Processes before and after, and whether checkpoints are written in the background."""
 
@@ -84,15 +90,20 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict:
     before, after = ({case: (runs[case], outs[case], stop) for case in CASES} for stop in (1, None))
     [undisturbed, first_1] = run_parts(0, 1, [(run.model_dump(), top / "whole", None),
                                               before[1, 2]])
-    first_4 = spawn(4, run_parts, [before[4, 2]])
+    models = {name: save(FAMILIES[name], top / name) for name in ("llama", "llama-tied")}
+    shards, first_4 = zip(*spawn(4, run_and_fill, [before[4, 2]], models), strict=True)
     middle = spawn(2, run_parts, [before[2, 1], after[1, 2], after[4, 2]])
     export_step(outs[2, 1].with_name("2-to-1.state"), top / "exported")
     [last] = run_parts(0, 1, [after[2, 1]])
     return {
-        "top": top, "whole": undisturbed[0], "outs": outs,
+        "top": top, "whole": undisturbed[0], "outs": outs, "models": models, "shards": shards,
         "rows": {(2, 1): ([r[0] for r in middle], [last]),
                  (1, 2): ([first_1], [r[1] for r in middle]),
                  (4, 2): ([r[0] for r in first_4], [r[2] for r in middle])}}
+
+
+def test_shards_hold_their_part_of_the_file(finished: dict):
+    assert_shards(finished["models"], finished["shards"])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -118,7 +129,7 @@ def test_going_on_with_other_processes(case: tuple[int, int], finished: dict):
 
 
 def test_a_step_of_two_processes_is_exported_by_one(finished: dict):
-    """Its weights lead to the end of the run: the next steps would not be equal otherwise."""
+    """The weights themselves are compared where one process wrote them; here it is that it can."""
     exported = load_file(finished["top"] / "exported" / "model.safetensors")
     config = json.loads((finished["top"] / "exported" / "config.json").read_text())
     assert config["max_position_embeddings"] == 64  # of the first phase
