@@ -201,7 +201,8 @@ def measure(length: int, module: CausalLoss, memory: Any, config: LlamaConfig,
             "tokens_per_second_gpu": length / best / processes.world,
             "mfu": work / best / PEAK_FLOPS, "peak_gib": peak, "between_steps_gib": held,
             "reserved_gib": reserved, "host_gib": memory.inputs._pinned_bytes / 2**30,
-            "loss_share": loss, "grad_norm": norm, "layers": config.num_hidden_layers, "shape": args.shape,
+            "loss_share": loss, "grad_norm": norm, "layers": config.num_hidden_layers,
+            "shape": args.shape,
             "settings": {key: getattr(args, key) for key in SETTINGS},
             "seconds_by_kind": kinds}
 
