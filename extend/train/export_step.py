@@ -31,7 +31,13 @@ from extend.train.gather import Gather
 from extend.train.mesh import Processes
 from extend.train.model import CausalLoss, build_model
 from extend.train.session import rope_stages
-from extend.train.state import RUN_FILE, quiet_alone, saved_steps, step_directory
+from extend.train.state import (
+    RUN_FILE,
+    describe_cause,
+    quiet_alone,
+    saved_steps,
+    step_directory,
+)
 from extend.train_options import Phase, TrainOptions
 
 logger = logging.getLogger(__name__)
@@ -142,8 +148,8 @@ def _read_from(step_dir: Path, module: nn.Module) -> Gather:
             with quiet_alone():
                 dcp.load({"model": {name: value}}, checkpoint_id=step_dir, no_dist=True)
         except (OSError, ValueError, KeyError, RuntimeError, dcp.api.CheckpointException) as error:
-            raise CheckpointError(f"{step_dir}: tensor {name!r} cannot be read ({error}); export "
-                                  "another step") from None
+            raise CheckpointError(f"{step_dir}: tensor {name!r} cannot be read "
+                                  f"({describe_cause(error)}); export another step") from None
         return value.to(dtype)
 
     return whole

@@ -146,8 +146,8 @@ class RunState:
             if self.processes.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(f"{partial}: the training state cannot be written "
-                                  f"({_cause(error)}); see that the disk is not full, and the same "
-                                  "command goes on from the checkpoint before") from None
+                                  f"({describe_cause(error)}); see that the disk is not full, and "
+                                  "the same command goes on from the checkpoint before") from None
 
     def _keep(self, step: int) -> None:
         """Give the complete checkpoint of `step` its name, and delete those that are too old."""
@@ -172,8 +172,9 @@ class RunState:
                 dcp.load(_tensors(module, optimizer), checkpoint_id=path,
                          no_dist=self.processes.mesh is None)
         except (OSError, ValueError, RuntimeError, dcp.api.CheckpointException) as error:
-            raise CheckpointError(f"{path}: the training state cannot be read ({_cause(error)}); "
-                                  f"delete {self.directory} to start afresh") from None
+            raise CheckpointError(f"{path}: the training state cannot be read "
+                                  f"({describe_cause(error)}); delete {self.directory} to start "
+                                  "afresh") from None
 
     def remove(self) -> None:
         """Delete the directory; the run is done."""
@@ -213,7 +214,7 @@ def _count_bytes(tensors: dict[str, Any]) -> int:
                else value.numel() * value.element_size() for value in tensors.values())
 
 
-def _cause(error: BaseException) -> str:
+def describe_cause(error: BaseException) -> str:
     """What went wrong, without the traceback of every process that torch puts around it."""
     if isinstance(error, dcp.api.CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]

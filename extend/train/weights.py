@@ -28,14 +28,15 @@ def place_module(module: nn.Module, device: torch.device) -> None:
         module.to(device)
         return
     ties = shared_names(module)
-    buffers = {name: buffer.to(device, copy=True) for name, buffer in module.named_buffers()}
+    buffers = {name: buffer.to(device, copy=True) for name, buffer in module.named_buffers()
+               if not buffer.is_meta}
     module.to_empty(device=device)
     for first, *others in ties:
         for name in others:
             replace_parameter(module, name, module.get_parameter(first))
     with torch.no_grad():
-        for name, buffer in module.named_buffers():
-            buffer.copy_(buffers[name])
+        for name, values in buffers.items():
+            module.get_buffer(name).copy_(values)
 
 
 def shared_names(module: nn.Module) -> list[list[str]]:
