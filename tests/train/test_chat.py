@@ -14,8 +14,10 @@ from tests.real_tokenizers import load
 from tests.train.tiny import EOS, save_tokenizer
 
 TURNS = [{"role": "system", "content": "Be short."},
-         {"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "It is 4."},
-         {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes.\nQuite."}]
+         {"role": "user", "content": "What is 2 + 2?"},
+         {"role": "assistant", "content": "It is 4."},
+         {"role": "user", "content": "Sure?"},
+         {"role": "assistant", "content": "Yes.\nQuite."}]
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
           "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 MARKED_CHATML = (
@@ -100,7 +102,8 @@ def call(role: str = "assistant", **more: object) -> dict:
     (CHATML, ["hello"], "'messages' is no list of mappings"),
     (CHATML, TURNS[:2], "the messages hold no answer"),
     (MARKED_CHATML, TURNS[:2], "the messages hold no answer"),
-    ("{{ raise_exception('roles must alternate') }}", TURNS, r"the chat template refuses the messages \(roles must"),
+    ("{{ raise_exception('roles must alternate') }}", TURNS,
+     r"the chat template refuses the messages \(roles must alternate"),
     # The answer is written otherwise in the end, and its content cannot be found.
     (THINKING, [TURNS[1], call(), TURNS[3], TURNS[4]], "cannot tell message 2, an answer"),
     (CHATML.replace("m.content", "m.content[::-1]"), [TURNS[2], TURNS[1]],

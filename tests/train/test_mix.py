@@ -1,5 +1,6 @@
 """What rows are made of: a mix for each phase, long documents more often, long ones cut."""
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -178,7 +179,7 @@ def test_examples_are_whole_and_each_pass_has_all(files):
     numbers = [number for _, number in seen]
     for begin in range(0, len(numbers) - 5, 6):
         assert sorted(numbers[begin:begin + 6]) == list(range(6))
-    for (row, _), (following, number) in zip(seen, seen[1:], strict=False):
+    for (row, _), (following, number) in itertools.pairwise(seen):
         if following != row:  # it did not fit
             used = sum(lengths[n] for r, n in seen if r == row)
             assert used + lengths[number] > 32

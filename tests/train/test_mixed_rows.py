@@ -83,7 +83,8 @@ def test_the_run_is_the_same_on_every_number_of_processes_and_however_rows_are_d
     assert world == 4 or 1 < uneven[0][0] < uneven[1][0]
 
 
-def row_loss(models: dict[bool, torch.nn.Module], row: Row, totals: tuple[int, int]) -> torch.Tensor:
+def row_loss(models: dict[bool, torch.nn.Module], row: Row,
+             totals: tuple[int, int]) -> torch.Tensor:
     """Share of a row: each document in a forward of its own, under the RoPE that it is to have."""
     loss = torch.zeros(())
     for begin, end in itertools.pairwise(row.cu_seqlens):
@@ -118,6 +119,26 @@ def test_each_document_is_read_as_transformers_read_it_with_its_rope(files: dict
     # And it is not what the phase's RoPE alone would give.
     assert abs(sum(row_loss({True: models[False], False: models[False]}, row, totals)
                    for row in batch).item() / loss.item() - 1) > 1e-4
+
+
+def test_what_serves_both_in_transformers(files: dict[str, Path], single: Path):
+    """Two lists of divisors, as the documentation says: the native RoPE for short text, the trained
+    one for a row that is longer than the native length."""
+    own, trained = (AutoConfig.from_pretrained(path) for path in (files["model"], single))
+    both = AutoConfig.from_pretrained(files["model"])
+    models = [AutoModelForCausalLM.from_pretrained(single, config=config)
+              for config in (own, trained)]
+    native, long = (model.model.rotary_emb.inv_freq for model in models)
+    assert (native / long).max() > 1.5
+    both.max_position_embeddings = LENGTH
+    both.rope_parameters = {
+        "rope_type": "longrope", "rope_theta": own.rope_parameters["rope_theta"], "factor": 4.0,
+        "short_factor": [1.0] * len(native), "long_factor": (native / long).tolist(),
+        "original_max_position_embeddings": NATIVE_LEN, "attention_factor": 1.0}
+    served = AutoModelForCausalLM.from_pretrained(single, config=both)
+    for length, model in ((NATIVE_LEN, models[0]), (NATIVE_LEN + 1, models[1]), (8, models[0])):
+        ids = torch.arange(length)[None]
+        torch.testing.assert_close(served(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("source", "match"), [

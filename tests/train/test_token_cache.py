@@ -43,7 +43,8 @@ def read(cache: TokenCache, tokenizer, files: dict[str, str]) -> text.Documents:
 
 
 def load(tokenizer, files: dict[str, str], cache: TokenCache | None) -> Rows:
-    data = [{"kind": "text", "path": files["text"]}, {"kind": "examples", "path": files["examples"]},
+    data = [{"kind": "text", "path": files["text"]},
+            {"kind": "examples", "path": files["examples"]},
             {"kind": "retrieval", "path": files["text"]}]
     options = TrainOptions(model="m", data=data, schedule=[
         {"length": 256, "steps": 12, "lr": 1e-4}])
