@@ -6,7 +6,7 @@
 
 `tokens`: all processes of a host start at once, each tokenising the text for itself (`alone`),
 sharing an empty cache (`first`), and finding it full (`second`); seconds until the last one has
-its rows, and the peak memory of a process beside that of the tokenizer alone.
+its tokens, seconds of CPU of all together, and the peak memory that each process added.
 
 `balance`: steps of 128K rows on a Llama-3.1-8B shape, of which 40 % are short documents (at most
 4K), 30 % are documents of lognormal length (median 6K) and 30 % whole documents of 128K or more;
@@ -47,8 +47,10 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def usage() -> np.ndarray:
+    """Peak MiB and seconds of CPU of this process."""
+    own = resource.getrusage(resource.RUSAGE_SELF)
+    return np.array([own.ru_maxrss / 1024, own.ru_utime + own.ru_stime])
 
 
 def load(model: str, text: str, cache: str | None, digest: str, ready: Any, told: Any) -> None:
@@ -60,10 +62,10 @@ def load(model: str, text: str, cache: str | None, digest: str, ready: Any, told
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     ready.wait()
-    before = peak_bytes()
+    before = usage()
     tokens = TokenCache([Path(cache)] if cache else [], {text: digest})
     documents = TokenSource(tokenizer, tokens).text(text, "text")
-    told.put((len(documents.ids), peak_bytes() - before))
+    told.put((len(documents.ids), *(usage() - before)))
 
 
 def measure_tokens(run: argparse.Namespace) -> dict[str, Any]:
@@ -87,7 +89,8 @@ def measure_tokens(run: argparse.Namespace) -> dict[str, Any]:
         tokens = answers[0][0]
         result[start] = {"seconds": round(seconds, 2), "tokens": tokens,
                          "tokens_per_second": round(tokens / seconds),
-                         "peak_mib": [round(peak / 2**20) for _, peak in answers]}
+                         "cpu_seconds": round(float(sum(cpu for *_, cpu in answers)), 2),
+                         "added_mib": [round(float(peak)) for _, peak, _ in answers]}
     return result
 
 

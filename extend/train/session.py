@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from extend.checkpoint import Checkpoint
 from extend.documents import list_files
+from extend.errors import RecipeError
 from extend.manifest import Manifest
 from extend.model_config import ModelConfig, RopeSpec, read_config
 from extend.rope.live import RotaryModules, make_rotary, place_rotary
@@ -89,6 +90,7 @@ def plan_ropes(options: TrainOptions, world: int) -> list[RopeSpec]:
     for data in options.data:
         if data.path is not None:
             list_files(data.path)
+            _require_outside(token_directory(options), data.path)
     Checkpoint(options.model)
     config = read_config(options.model)
     check_attention(options, config.num_heads, world)
@@ -129,9 +131,8 @@ def prepare(options: TrainOptions, state: RunState) -> Run:
 def start_rows(options: TrainOptions, config: ModelConfig, state: RunState,
                hashes: Mapping[str, str]) -> Iterator["Future[Rows]"]:
     """Tokenise in the background what the cache does not hold, until the block is left."""
-    chosen = Path(options.token_cache).expanduser() if options.token_cache else default_directory()
     # Where the cache cannot be written, tokens go where the run's checkpoints do.
-    cache = TokenCache([chosen, state.directory / "tokens"], hashes,
+    cache = TokenCache([token_directory(options), state.directory / "tokens"], hashes,
                        is_main=state.processes.is_main)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     with ThreadPoolExecutor(1, "rows") as pool:
@@ -139,6 +140,18 @@ def start_rows(options: TrainOptions, config: ModelConfig, state: RunState,
             yield pool.submit(load_rows, options, tokenizer, cache, native_length(config))
         finally:
             cache.stopped.set()
+
+
+def token_directory(options: TrainOptions) -> Path:
+    """Where tokens are kept."""
+    return Path(options.token_cache).expanduser() if options.token_cache else default_directory()
+
+
+def _require_outside(cache: Path, data: str) -> None:
+    """Files that a run adds to its data would make them other data at the next start."""
+    if cache.resolve().is_relative_to(Path(data).resolve()):
+        raise RecipeError(f"token_cache {cache} lies in the data {data}, which would not be the "
+                          "same after it is written; choose another directory")
 
 
 def native_length(config: ModelConfig) -> int:

@@ -6,6 +6,7 @@ is a function of (seed, phase, index) and the documents.
 
 import math
 import random
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -87,11 +88,13 @@ class Passes:
     def order(self, phase: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Document numbers in the order of a pass, and where each ends in it."""
         if (phase, epoch) not in self._orders:
-            order = np.repeat(np.arange(len(self.sizes)), self.copies(epoch)).tolist()
+            # An array, since a list of so many numbers would take five times the memory.
+            order = array("q", np.repeat(np.arange(len(self.sizes)), self.copies(epoch)).tobytes())
             random.Random(f"{self.seed}/{phase}/{epoch}/order").shuffle(order)
+            order = np.frombuffer(order, dtype=np.int64)
             if len(self._orders) > 1:  # neighbouring rows need two passes at most
                 self._orders.clear()
-            self._orders[phase, epoch] = (np.asarray(order), np.cumsum(self.sizes[order]))
+            self._orders[phase, epoch] = (order, np.cumsum(self.sizes[order]))
         return self._orders[phase, epoch]
 
     def locate(self, position: int) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from extend.documents import list_files, read_documents, read_json_lines
 from extend.encoding import encode_documents, find_lines
 from extend.errors import DataError
 from extend.haystack import Haystack, encode, prefix_ids, split_answer
+from extend.manifest import hash_content
 from extend.train.chat import encode_chat
 from extend.train.token_cache import Build, Documents, TokenCache, TokenWriter
 
@@ -71,10 +72,23 @@ class TokenSource:
     def _get(self, path: str, parts: list[Any], build: Build) -> Documents:
         suffix = Path(path).suffix if Path(path).is_file() else None  # it says how to read a file
         key = None if self._mark is None else [*parts, suffix, *self._mark]
-        documents = self._cache.get(path, key, build)
+
+        def build_checked(writer: TokenWriter) -> None:
+            _require_same(path, self._cache.hashes.get(path))
+            build(writer)
+
+        documents = self._cache.get(path, key, build_checked)
         if not len(documents.ids):
             raise DataError(f"{path}: holds no text")
         return documents
+
+
+def _require_same(path: str, known: str | None) -> None:
+    """Other hosts may have other files there, and files may have changed since they were hashed."""
+    found = None if known is None else hash_content(path)
+    if found != known:
+        raise DataError(f"{path}: has the sha256 {found[:12]}... here, but {known[:12]}... where "
+                        "the main process read it at the start; give all hosts the same files")
 
 
 def _encode_pair(tokenizer: Any, row: dict, where: str, prefix: list[int],

@@ -294,5 +294,5 @@ def _describe(tokens: Documents, entry: Path) -> str:
 
 
 def _cannot_write(directory: Path, error: OSError) -> str:
-    return (f"{directory}: tokens cannot be written there ({error.strerror}); set token_cache to "
-            "a directory with room for 4 bytes a token")
+    return (f"{directory}: tokens cannot be written there ({error.strerror or error}); set "
+            "token_cache to a directory with room for 4 bytes a token")

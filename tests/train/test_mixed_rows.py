@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from extend.errors import DataError
+from extend.errors import DataError, RecipeError
 from extend.train import step
 from extend.train.data import IGNORE, Row, load_rows
 from extend.train.loop import run_process, train
@@ -139,6 +139,15 @@ def test_what_serves_both_in_transformers(files: dict[str, Path], single: Path):
     for length, model in ((NATIVE_LEN, models[0]), (NATIVE_LEN + 1, models[1]), (8, models[0])):
         ids = torch.arange(length)[None]
         torch.testing.assert_close(served(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_inside_the_data_is_refused(files: dict[str, Path], tmp_path: Path):
+    data = files["text"].parent
+    run = mixed_run(files, data=[{"kind": "text", "path": str(data)}],
+                    token_cache=str(data / "tokens"))
+    with pytest.raises(RecipeError, match="token_cache .* lies in the data"):
+        train(run, tmp_path / "out")
+    assert not (data / "tokens").exists()
 
 
 @pytest.mark.parametrize(("source", "match"), [

@@ -178,6 +178,14 @@ def test_who_is_stopped_leaves_nothing(tokenizer, files, tmp_path: Path):
             read(cache, tokenizer, files)
 
 
+def test_files_that_differ_between_hosts_are_refused(tokenizer, files, tmp_path: Path):
+    cache = open_cache(tmp_path / "cache", files)  # as the main process hashed them
+    with Path(files["text"]).open("a") as file:
+        file.write('{"text": "another host has more"}\n')
+    with pytest.raises(DataError, match="give all hosts the same files"):
+        read(cache, tokenizer, files)
+
+
 def test_bad_text_leaves_nothing(tokenizer, files, tmp_path: Path):
     with Path(files["text"]).open("a") as file:
         file.write('{"title": "no text"}\n')
