@@ -144,6 +144,7 @@ def test_what_serves_both_in_transformers(files: dict[str, Path], single: Path):
 def test_a_cache_inside_the_data_is_refused(files: dict[str, Path], tmp_path: Path):
     data = files["text"].parent
     run = mixed_run(files, data=[{"kind": "text", "path": str(data)}],
+                    schedule=[{"length": LENGTH, "steps": 1, "lr": 1e-3}],
                     token_cache=str(data / "tokens"))
     with pytest.raises(RecipeError, match="token_cache .* lies in the data"):
         train(run, tmp_path / "out")
