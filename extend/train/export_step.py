@@ -30,7 +30,7 @@ from extend.train.export import Exporter, made_for
 from extend.train.gather import Gather
 from extend.train.mesh import Processes
 from extend.train.model import CausalLoss, build_model
-from extend.train.session import rope_stages
+from extend.train.session import read_fingerprint, rope_stages
 from extend.train.state import (
     RUN_FILE,
     describe_cause,
@@ -111,7 +111,7 @@ def _find_step(path: Path) -> Path:
 
 def _read_options(record: dict[str, Any], state: Path, changes: dict[str, Any]) -> TrainOptions:
     try:
-        return TrainOptions(**record["settings"] | changes)
+        return read_fingerprint(record | changes)
     except (KeyError, TypeError, pydantic.ValidationError) as error:
         raise CheckpointError(f"{state / RUN_FILE}: does not say how the run was set up "
                               f"({type(error).__name__}); another version of extend wrote it, use "

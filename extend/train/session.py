@@ -250,8 +250,23 @@ def _hash_data(options: TrainOptions, manifest: Manifest | None) -> dict[str, st
 
 def _fingerprint(manifest: Manifest, options: TrainOptions,
                  processes: Processes) -> dict[str, Any]:
-    """What the run is; its `options` and `inputs` must be the same for a run to go on."""
+    """What the run is; its `options` and `inputs` must be the same for a run to go on.
+
+    `read_fingerprint` makes options of it again.
+    """
     hashes = {role: entry["sha256"] for role, entry in manifest.record["inputs"].items()}
-    model = str(Path(options.model).absolute())
     return {"processes": processes.world, "options": manifest.record["options"], "inputs": hashes,
-            "settings": options.model_copy(update={"model": model}).model_dump(mode="json")}
+            "model": str(Path(options.model).absolute()),
+            "data": [data.path for data in options.data]}
+
+
+def read_fingerprint(record: Mapping[str, Any]) -> TrainOptions:
+    """The options of a run; those that decide nothing of what comes out of it are the defaults.
+
+    Raises:
+        KeyError, TypeError, pydantic.ValidationError: a record that is none, or of other options.
+    """
+    settings = dict(record["options"])
+    settings["data"] = [{key: value for key, value in data.items() if key != "has_path"}
+                        | {"path": path} for data, path in zip(settings["data"], record["data"])]
+    return TrainOptions(**settings | {"model": record["model"]})
