@@ -120,6 +120,12 @@ class TrainOptions(Options):
     """Tokens whose logits exist at once."""
     save_every: Annotated[int, Field(ge=1)] = 100
     """Optimizer steps between checkpoints."""
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """Told of every step beside metrics.jsonl; they need `extend-context[trackers]`."""
+    project: str | None = None
+    """Of the run in trackers; the name of the directory that holds the output unless given."""
+    run_name: str | None = None
+    """In trackers; the name of the output's directory unless given."""
     nproc: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Processes; auto is one per visible GPU, or one."""
     seed: int = 0

@@ -36,6 +36,17 @@ class Processes:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def local_world(self) -> int:
+        """Processes of a host; their ranks follow one another."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The tensors [n, ...] of all processes as one [world * n, ...], in their order."""
+        whole = tensor.new_empty((self.world * tensor.shape[0], *tensor.shape[1:]))
+        dist.all_gather_into_tensor(whole, tensor)
+        return whole
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum `tensor` over all processes, in place."""
         if self.mesh is not None:

@@ -15,7 +15,6 @@ from extend.ring.hf_attention import RingSettings
 from extend.train.batch import Batch, build_batch, token_weights
 from extend.train.mesh import PhaseMesh
 from extend.train.optim import clip_gradients, learning_rate, set_learning_rate
-from extend.train.progress import peak_memory_bytes
 from extend.train.session import Run
 
 _MICRO_TOKENS = 8192  # short rows are computed together, up to this many local tokens
@@ -96,8 +95,7 @@ def train_step(run: Run, number: int, mesh: PhaseMesh, step: int, batches: list[
         "phase": number + 1, "length": phase.length, "loss": loss,
         "nll": nll / max(num_predicted, 1),
         "answer_nll": answer_nll / num_answers if num_answers else None,
-        "lr": lr, "grad_norm": grad_norm,
-        "peak_memory_bytes": peak_memory_bytes(device)}
+        "lr": lr, "grad_norm": grad_norm}
     flops = run.size.flops(phase.batch_rows * phase.length, num_squares)
     return StepResult(metrics, flops, num_told > 0)
 

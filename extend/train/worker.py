@@ -11,6 +11,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from transformers.utils.logging import disable_progress_bar
 
+from extend.together import failing_together
 from extend.train.loop import run_process
 from extend.train_options import TrainOptions
 
@@ -38,7 +39,8 @@ def main(ticket: str) -> int:
     handler = get_error_handler()
     handler.initialize()
     try:
-        run_process(TrainOptions(**job["options"]), Path(job["out"]), job["overwrite"])
+        with failing_together():
+            run_process(TrainOptions(**job["options"]), Path(job["out"]), job["overwrite"])
     except Exception as error:  # of any kind: the launcher tells the first one of all processes
         handler.record_exception(error)
         return 1
