@@ -110,9 +110,9 @@ def _require_same(what: str, hosts: Mapping[int, Mapping[str, Any]]) -> None:
     first = hosts[0]
     for view in hosts.values():
         for key, value in view[what].items():
-            if value != first[what][key]:
+            if value != first[what].get(key):
                 raise TrainingError(
-                    f"{what} differ between hosts: {key} is {first[what][key]} on {_name(first)}, "
+                    f"{what} differ between hosts: {key} is {first[what].get(key)} on {_name(first)}, "
                     f"{value} on {_name(view)}; give all hosts the same")
 
 

@@ -43,9 +43,9 @@ class Processes:
 
     def gather(self, tensor: Tensor) -> Tensor:
         """The tensors [n, ...] of all processes as one [world * n, ...], in their order."""
-        whole = tensor.new_empty((self.world * tensor.shape[0], *tensor.shape[1:]))
-        dist.all_gather_into_tensor(whole, tensor)
-        return whole
+        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        dist.all_gather(parts, tensor)
+        return torch.cat(parts)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum `tensor` over all processes, in place."""

@@ -4,10 +4,12 @@ A tracker is told of every step, in the main process only. One that fails is tol
 from then on: it is never a reason to end a run.
 """
 
+import contextlib
 import importlib.util
 import json
 import logging
 import os
+import sys
 import threading
 import uuid
 from collections.abc import Callable
@@ -119,7 +121,8 @@ class Trackers:
 
     def _attempt(self, name: str, when: str, action: Callable[[], None]) -> None:
         try:
-            action()
+            with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
+                action()
         except (Exception, SystemExit) as error:  # whatever a service's client may raise
             self._running.pop(name, None)
             lost = "what it had not sent yet is" if when == "end" else "the rest of the run is"

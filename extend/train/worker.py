@@ -35,6 +35,7 @@ def main(ticket: str) -> int:
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     logging.getLogger("extend").setLevel(job["log_level"])
     disable_progress_bar()
+    sys.stdout = sys.stderr  # the launcher alone prints results
     _follow_parent(job["launcher"])
     handler = get_error_handler()
     handler.initialize()
