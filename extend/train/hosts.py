@@ -110,10 +110,11 @@ def _require_same(what: str, hosts: Mapping[int, Mapping[str, Any]]) -> None:
     first = hosts[0]
     for view in hosts.values():
         for key, value in view[what].items():
-            if value != first[what].get(key):
-                raise TrainingError(
-                    f"{what} differ between hosts: {key} is {first[what].get(key)} on {_name(first)}, "
-                    f"{value} on {_name(view)}; give all hosts the same")
+            known = first[what].get(key)
+            if value != known:
+                raise TrainingError(f"{what} differ between hosts: {key} is {known} on "
+                                    f"{_name(first)}, {value} on {_name(view)}; give all hosts the "
+                                    "same")
 
 
 def _name(view: Mapping[str, Any]) -> str:

@@ -1,6 +1,8 @@
 """Trackers: told of every step, of the same run when it goes on, and never a reason to end one."""
 
+import importlib
 import logging
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,7 +32,7 @@ class FakeTracker(GeneralTracker):
         self.config = values
 
     def log(self, values: dict, step: int | None = None, **kwargs):
-        print("noise on stdout")
+        sys.stdout.write("noise")
         if self.fail_at == step:
             raise ConnectionError("gone\nTraceback ...")
         self.lines[step] = values
@@ -42,8 +44,8 @@ class FakeTracker(GeneralTracker):
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeTracker]:
     monkeypatch.setitem(trackers.TRACKERS, "tensorboard", FakeTracker)
-    monkeypatch.setattr(trackers, "check_trackers", lambda names: None)
-    monkeypatch.setattr("extend.train.loop.check_trackers", lambda names: None)
+    monkeypatch.setattr(importlib.import_module("extend.train.loop"), "check_trackers",
+                        lambda names: None)
     monkeypatch.setattr(FakeTracker, "made", [])
     monkeypatch.setattr(FakeTracker, "fail_at", None)
     return FakeTracker
