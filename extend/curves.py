@@ -137,8 +137,10 @@ def draw_courses(courses: Sequence[Course], path: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = -(-len(courses) // 2)
-    figure = Figure(figsize=(10, 2.7 * rows), layout="constrained")
-    axes = figure.subplots(rows, 2, squeeze=False).flatten()
+    figure = Figure(figsize=(10, 2.7 * rows))
+    axes = figure.subplots(rows, 2, squeeze=False, gridspec_kw={
+        "left": 0.07, "right": 0.98, "bottom": 0.5 / (2.7 * rows), "top": 1 - 0.3 / (2.7 * rows),
+        "hspace": 0.4, "wspace": 0.16}).flatten()
     for ax, course in zip(axes, courses):
         _draw(ax, course)
     for ax in axes[len(courses):]:

@@ -32,6 +32,8 @@ from extend.train_options import TrainOptions
 
 logger = logging.getLogger(__name__)
 
+_FEWEST_DRAWN = 10  # steps; of fewer the numbers say as much as a picture
+
 
 def train(options: TrainOptions, out: Path | str, *, nproc: int | None = None,
           overwrite: bool = False) -> Path:
@@ -181,7 +183,8 @@ def write_output(run: Run, out: Path, overwrite: bool) -> None:
         write_json(partial / "config.json", _config(run, max_len))
         copy_side_files(Path(run.options.model), partial, max_len=max_len)
         shutil.copyfile(run.state.metrics_file, partial / METRICS_NAME)
-        draw_courses(read_courses(partial), partial / PICTURE_NAME)
+        if _total_steps(run) >= _FEWEST_DRAWN:
+            draw_courses(read_courses(partial), partial / PICTURE_NAME)
         run.manifest.write(partial, **_results(run, max_len))
     run.state.remove()
     logger.info("wrote %s", out)

@@ -57,14 +57,16 @@ def settings(model: Path = Path("model"), **changes: object):
 
 
 def test_every_step_is_told(fake, tmp_path: Path, capsys: pytest.CaptureFixture):
-    train(settings(save_model(tmp_path / "model")), tmp_path / "out")
+    phase = {"length": 64, "steps": 10, "lr": 1e-3}
+    train(settings(save_model(tmp_path / "model"), schedule=[phase]), tmp_path / "out")
     (tracker,) = fake.made
     assert (tracker.run.project, tracker.run.name, tracker.run.first_step) == ("p", "r", 0)
-    assert list(tracker.lines) == [1, 2, 3, 4] and tracker.finished
+    assert list(tracker.lines) == list(range(1, 11)) and tracker.finished
     told = {"loss", "nll", "lr", "tokens_per_second", "wait_seconds", "host_memory_bytes"}
-    assert told <= tracker.lines[4].keys()
+    assert told <= tracker.lines[10].keys()
     assert tracker.config["lora_rank"] == 32 and "retrieval" in tracker.config["data"]
     assert capsys.readouterr().out == ""
+    assert (tmp_path / "out" / "training.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(("fail_at", "told"), [
