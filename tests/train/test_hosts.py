@@ -47,17 +47,18 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def launch(recipe: Path, out: Path) -> tuple[list[int], list[str]]:
-    """`extend train` under two agents of torchrun; their exit codes and what they said."""
+def launch(recipe: Path, out: Path) -> tuple[list[int], list[str], list[str]]:
+    """`extend train` under two agents of torchrun; their exit codes, results and messages."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    logs = [out.with_name(f"{out.name}-{host}.log") for host in (0, 1)]
+    results, logs = ([out.with_name(f"{out.name}-{host}.{kind}") for host in (0, 1)]
+                     for kind in ("out", "log"))
     env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     agents = [ForkedPython(
         [sys.executable, "-c", AGENT, "--nnodes", "2", "--node_rank", host, "--nproc_per_node", "1",
          "--master_addr", "localhost", "--master_port", port, "-m", "extend", "train", recipe,
-         "--out", out], env=env, cwd=ROOT, stdout=logs[host], stderr=logs[host])
+         "--out", out], env=env, cwd=ROOT, stdout=results[host], stderr=logs[host])
         for host in (0, 1)]
     try:
         codes = [agent.wait(120) for agent in agents]
@@ -65,7 +66,7 @@ def launch(recipe: Path, out: Path) -> tuple[list[int], list[str]]:
         for agent in agents:
             if agent.poll() is None:
                 os.kill(agent.pid, 9)
-    return codes, [log.read_text() for log in logs]
+    return codes, *([file.read_text() for file in files] for files in (results, logs))
 
 
 def losses(out: Path) -> torch.Tensor:
@@ -74,18 +75,18 @@ def losses(out: Path) -> torch.Tensor:
 
 
 def test_two_hosts_equal_one_process(files: Path):
-    codes, said = launch(files / "good.yaml", files / "two")
+    codes, results, said = launch(files / "good.yaml", files / "two")
     assert codes == [0, 0], said
+    assert results == [f"{files / 'two'}\n", ""]  # the main process alone
     run = options(files / "model", [{"kind": "text", "path": str(files / "text.jsonl")}], schedule=[
         {"length": 128, "steps": 3, "lr": 3e-3, "batch_rows": 2, "rope": {"method": "ntk"}}])
     train(run, files / "one")
     # Sums in another order.
     torch.testing.assert_close(losses(files / "two"), losses(files / "one"), rtol=1e-5, atol=0)
-    assert said[0].splitlines()[-1] == str(files / "two") and str(files / "two") not in said[1]
 
 
 def test_the_first_error_of_all_hosts_is_told_once(files: Path):
-    codes, said = launch(files / "bad.yaml", files / "failed")
+    codes, _, said = launch(files / "bad.yaml", files / "failed")
     assert 0 not in codes
     told = [line for text in said for line in text.splitlines() if line.startswith("extend: ")]
     reasons = [line for line in told if "step 2 of phase 1: loss" in line]

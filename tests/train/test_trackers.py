@@ -57,7 +57,7 @@ def settings(model: Path = Path("model"), **changes: object):
 
 
 def test_every_step_is_told(fake, tmp_path: Path, capsys: pytest.CaptureFixture):
-    phase = {"length": 64, "steps": 10, "lr": 1e-3}
+    phase = {"length": 128, "steps": 10, "lr": 1e-3, "rope": {"method": "ntk"}}
     train(settings(save_model(tmp_path / "model"), schedule=[phase]), tmp_path / "out")
     (tracker,) = fake.made
     assert (tracker.run.project, tracker.run.name, tracker.run.first_step) == ("p", "r", 0)
