@@ -18,9 +18,12 @@ from extend.errors import CheckpointError, TrainingError
 from extend.model_config import write_rope
 from extend.options import input_paths
 from extend.output import atomic_directory, require_inputs_outside, write_json
+<<<<<<< HEAD
 from extend.rope.live import set_rope
 from extend.together import failing_together
 from extend.train.hosts import check_hosts
+=======
+>>>>>>> main
 from extend.train.launch import count_processes, launch
 from extend.train.mesh import join_processes, phase_mesh
 from extend.train.progress import Progress, memory_peaks, peak_flops
@@ -127,15 +130,19 @@ def run_phase(run: Run, number: int, begin: int, done: int, progress: Progress |
     """
     phase, total = run.options.schedule[number], _total_steps(run)
     mesh = phase_mesh(phase, run.processes)
-    set_rope(run.module.model, run.config.raw, run.ropes[number], phase.length,
-             run.processes.device)
+    run.set_phase_rope(number)
     with prefetch(run, number, mesh, begin) as batches:
+<<<<<<< HEAD
         for local_step in range(begin, phase.num_steps):
             asked = time.monotonic()
             batch = next(batches)
             waited = time.monotonic() - asked
             metrics, flops, stop = train_step(run, number, mesh, local_step, batch, stopped)
             metrics |= {"wait_seconds": round(waited, 4)} | memory_peaks(run.processes)
+=======
+        for local_step, work in enumerate(batches, start=begin):
+            metrics, flops, stop = train_step(run, number, mesh, local_step, work, stopped)
+>>>>>>> main
             step = done + local_step + 1
             if progress is not None:
                 progress.tell({"step": step, "steps": total} | metrics, flops=flops,
