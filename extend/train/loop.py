@@ -18,12 +18,8 @@ from extend.errors import CheckpointError, TrainingError
 from extend.model_config import write_rope
 from extend.options import input_paths
 from extend.output import atomic_directory, require_inputs_outside, write_json
-<<<<<<< HEAD
-from extend.rope.live import set_rope
 from extend.together import failing_together
 from extend.train.hosts import check_hosts
-=======
->>>>>>> main
 from extend.train.launch import count_processes, launch
 from extend.train.mesh import join_processes, phase_mesh
 from extend.train.progress import Progress, memory_peaks, peak_flops
@@ -132,17 +128,12 @@ def run_phase(run: Run, number: int, begin: int, done: int, progress: Progress |
     mesh = phase_mesh(phase, run.processes)
     run.set_phase_rope(number)
     with prefetch(run, number, mesh, begin) as batches:
-<<<<<<< HEAD
         for local_step in range(begin, phase.num_steps):
             asked = time.monotonic()
-            batch = next(batches)
+            work = next(batches)
             waited = time.monotonic() - asked
-            metrics, flops, stop = train_step(run, number, mesh, local_step, batch, stopped)
-            metrics |= {"wait_seconds": round(waited, 4)} | memory_peaks(run.processes)
-=======
-        for local_step, work in enumerate(batches, start=begin):
             metrics, flops, stop = train_step(run, number, mesh, local_step, work, stopped)
->>>>>>> main
+            metrics |= {"wait_seconds": round(waited, 4)} | memory_peaks(run.processes)
             step = done + local_step + 1
             if progress is not None:
                 progress.tell({"step": step, "steps": total} | metrics, flops=flops,

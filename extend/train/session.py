@@ -35,12 +35,8 @@ from extend.train_options import TrainOptions
 logger = logging.getLogger(__name__)
 
 # They decide where and when the work is done, not what comes out of it.
-<<<<<<< HEAD
-_NOT_RECORDED = {"nproc", "save_every", "model", "host_memory", "kept_attention", "trackers",
-                 "project", "run_name"}
-=======
-_NOT_RECORDED = {"nproc", "save_every", "model", "host_memory", "kept_attention", "token_cache"}
->>>>>>> main
+_NOT_RECORDED = {"nproc", "save_every", "model", "host_memory", "kept_attention", "token_cache",
+                 "trackers", "project", "run_name"}
 
 
 @dataclass

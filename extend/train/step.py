@@ -119,12 +119,7 @@ def train_step(run: Run, number: int, mesh: PhaseMesh, step: int, work: StepWork
         "phase": number + 1, "length": phase.length, "loss": loss,
         "nll": nll / max(num_predicted, 1),
         "answer_nll": answer_nll / num_answers if num_answers else None,
-<<<<<<< HEAD
-        "lr": lr, "grad_norm": grad_norm}
-=======
-        "lr": lr, "grad_norm": grad_norm, "attention_imbalance": round(work.imbalance, 4),
-        "peak_memory_bytes": peak_memory_bytes(device)}
->>>>>>> main
+        "lr": lr, "grad_norm": grad_norm, "attention_imbalance": round(work.imbalance, 4)}
     flops = run.size.flops(phase.batch_rows * phase.length, num_squares)
     return StepResult(metrics, flops, num_told > 0)
 
