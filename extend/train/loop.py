@@ -49,8 +49,8 @@ def train(options: TrainOptions, out: Path | str, *, nproc: int | None = None,
         DataError: text that is missing, malformed or too short.
         CheckpointError: the model cannot be read or `out` cannot be written.
         CompatibilityError: a model that cannot be trained this way.
-        TrainingError: the loss is not finite, the run was interrupted, or `<out>.state` belongs to
-            a run with other settings.
+        TrainingError: the loss is not finite, the run was interrupted, `<out>.state` belongs to a
+            run with other settings, or the processes do not divide as the options say.
     """
     out = Path(out).absolute()
     world = count_processes(options.nproc if nproc is None else nproc)
@@ -69,7 +69,7 @@ def _inputs(options: TrainOptions) -> dict[str, str]:
 
 def run_process(options: TrainOptions, out: Path, overwrite: bool) -> None:
     """What each process of a run does."""
-    with join_processes() as processes, RunState(out, processes) as state:
+    with join_processes(options) as processes, RunState(out, processes) as state:
         run = prepare(options, state)
         with stop_signals() as stopped:
             run_schedule(run, stopped)

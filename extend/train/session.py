@@ -15,19 +15,27 @@ from extend.rope.schedule import Stage, composition_warnings, schedule_ropes
 from extend.train.data import Rows, load_rows
 from extend.train.export import Exporter
 from extend.train.memory import LayerMemory, checkpoint_layers, make_memory, tile_layers
-from extend.train.mesh import Processes, check_attention, check_schedule, split_world
+from extend.train.mesh import (
+    Processes,
+    check_attention,
+    check_schedule,
+    check_world,
+    split_world,
+)
 from extend.train.model import CausalLoss, check_rope, load_model
 from extend.train.optim import build_optimizer
 from extend.train.shard import shard_model
 from extend.train.size import ModelSize, model_size
 from extend.train.state import RunState
+from extend.train.tensor_parallel import check_tensor_parallel
 from extend.train.trained import trained_parameters
 from extend.train_options import TrainOptions
 
 logger = logging.getLogger(__name__)
 
 # They decide where and when the work is done, not what comes out of it.
-_NOT_RECORDED = {"nproc", "save_every", "model", "host_memory", "kept_attention"}
+_NOT_RECORDED = {"nproc", "save_every", "model", "host_memory", "kept_attention", "shard_over",
+                 "tensor_parallel"}
 
 
 @dataclass
@@ -60,18 +68,21 @@ def plan_ropes(options: TrainOptions, world: int) -> list[RopeSpec]:
     """Check all that needs no weights, and return the RoPE of every phase.
 
     Raises:
-        LayoutError, DataError, CheckpointError, CompatibilityError, RecipeError: as `train`.
+        LayoutError, DataError, CheckpointError, CompatibilityError, RecipeError, TrainingError: as
+            `train`.
     """
-    check_schedule(options.schedule, options.layout, world)
+    check_world(options, world)
+    check_schedule(options.schedule, options.layout, world, options.tensor_parallel)
     for data in options.data:
         if data.path is not None:
             list_files(data.path)
     Checkpoint(options.model)
     config = read_config(options.model)
+    check_tensor_parallel(options, config)
     check_attention(options, config.num_heads, world)
     ropes = schedule_ropes(config.rope, rope_stages(options, config.rope))
     for phase, rope in zip(options.schedule, ropes):
-        check_rope(rope, split_world(phase.batch_rows, world)[1])
+        check_rope(rope, split_world(phase.batch_rows, world, options.tensor_parallel)[1])
     return ropes
 
 
@@ -122,8 +133,9 @@ def prepare(options: TrainOptions, state: RunState) -> Run:
 def save_memory(model: PreTrainedModel, options: TrainOptions,
                 processes: Processes) -> LayerMemory | None:
     """Let the layers keep what the options say; None where they keep everything as usual."""
-    longest = max(phase.length // split_world(phase.batch_rows, processes.world)[1]
-                  for phase in options.schedule)
+    longest = max(
+        phase.length // split_world(phase.batch_rows, processes.world, options.tensor_parallel)[1]
+        for phase in options.schedule)
     tile_layers(model, options, longest)
     if not options.activation_checkpointing:
         return None
