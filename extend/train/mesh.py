@@ -8,6 +8,7 @@ over all w, or over neighbouring ones with replicas in the others (HSDP).
 """
 
 import contextlib
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -199,4 +200,6 @@ def _build_mesh(device: torch.device, world: int, options: TrainOptions | None) 
         shards = world // tp if options.shard_over == "all" else options.shard_over
     sizes = {"replicate": world // (tp * shards), "shard": shards, "tp": tp}
     used = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
+    if tp > 1:  # torch would tell, in each process, that it gathers a matrix in two steps
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     return init_device_mesh(device.type, tuple(used.values()), mesh_dim_names=tuple(used))

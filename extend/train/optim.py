@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -48,17 +49,34 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     Returns:
         The norm before, fp32 [], over the whole model however it is sharded.
     """
-    by_mesh: dict[DeviceMesh | None, list[nn.Parameter]] = {}  # torch takes those of one at a time
-    for p in parameters:
-        if p.grad is not None:
-            by_mesh.setdefault(getattr(p.grad, "device_mesh", None), []).append(p)
-    norms = [_norm(p.grad for p in group) for group in by_mesh.values()]
-    norm = torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
-    for group in by_mesh.values():
-        torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = _total_norm(gradients)
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in map(_local, gradients):
+        gradient.mul_(scale)
     return norm
 
 
-def _norm(gradients: Iterable[Tensor]) -> Tensor:
-    norm = torch.nn.utils.get_total_norm(gradients)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+def _total_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """Of tensors that are sharded over meshes of their own, each part counted once.
+
+    On parts, since torch takes only tensors of one mesh together.
+    """
+    by_mesh: dict[tuple[DeviceMesh, tuple[int, ...]] | None, list[Tensor]] = {}
+    for gradient in gradients:
+        key = None
+        if isinstance(gradient, DTensor):
+            sharded = [i for i, p in enumerate(gradient.placements) if not p.is_replicate()]
+            key = gradient.device_mesh, tuple(sharded)
+        by_mesh.setdefault(key, []).append(_local(gradient))
+    squares = []
+    for key, parts in by_mesh.items():
+        square = torch.nn.utils.get_total_norm(parts).double() ** 2
+        for dim in key[1] if key is not None else ():
+            dist.all_reduce(square, group=key[0].get_group(dim))
+        squares.append(square)
+    return torch.stack(squares).sum().sqrt().float()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
