@@ -100,16 +100,19 @@ def split_model(model: PreTrainedModel, mesh: DeviceMesh) -> None:
 
 
 def _split_block(name: str, block: nn.Module, styles: Mapping[str, str], mesh: DeviceMesh) -> None:
-    for path, owner in block.named_modules():
+    for path, owner in block.named_modules(prefix=name):
         for leaf, parameter in list(owner.named_parameters(recurse=False)):
-            placement = _placement(f"{name}.{path}", path, leaf, styles)
-            _check_divides(f"{name}.{path}.{leaf}", parameter, placement, mesh)
+            placement = _placement(path.removeprefix(name).lstrip("."), leaf, styles)
+            if placement is None:
+                raise CompatibilityError(f"{path}.{leaf} is not in transformers' tensor parallel "
+                                         "plan; set tensor_parallel to 1")
+            _check_divides(f"{path}.{leaf}", parameter, placement, mesh)
             owner.register_parameter(leaf, _distribute(parameter, placement, mesh))
     split_module(block, mesh.get_group())
 
 
-def _placement(full: str, path: str, leaf: str, styles: Mapping[str, str]) -> Placement:
-    """How a parameter of the module `path`, seen from its block, is split.
+def _placement(path: str, leaf: str, styles: Mapping[str, str]) -> Placement | None:
+    """How a parameter of the module `path`, seen from its block, is split; None: nobody knows.
 
     An adapter of a layer that is split along its output has its lora_B split along that too, one of
     a layer that is split along its input its lora_A.
@@ -118,8 +121,7 @@ def _placement(full: str, path: str, leaf: str, styles: Mapping[str, str]) -> Pl
     style = styles.get(child)
     role = part.split(".")[0]
     if style is None or role not in ("", "base_layer", "lora_A", "lora_B"):
-        raise CompatibilityError(f"{full}.{leaf} is not in transformers' tensor parallel plan; set "
-                                 "tensor_parallel to 1")
+        return None
     along_output = Replicate() if role == "lora_A" else Shard(0)
     along_input = Replicate() if role == "lora_B" or leaf == "bias" else Shard(1)
     return {_COLUMNS: along_output, _ROWS: along_input, _SHARED: Replicate()}[style]
