@@ -8,7 +8,7 @@ Source: Megatron-LM, arXiv:1909.08053, section 3: the conjugate functions f and 
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -102,25 +102,20 @@ class _Split:
     """The hooks of a module that maps hidden states to hidden states and is split inside."""
 
     def __init__(self, group: ProcessGroup):
-        self.group = group
-        self._swapped: AbstractContextManager | None = None
+        self.group, self._swapped = group, ExitStack()
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        self._swapped = local_parameters(module)
-        self._swapped.__enter__()
-        if args:
-            return (sum_gradients(args[0], self.group), *args[1:]), kwargs
-        if _INPUT not in kwargs:
+        if not args and _INPUT not in kwargs:
             raise CompatibilityError(f"{type(module).__name__} takes no {_INPUT}, so it cannot be "
                                      "split; set tensor_parallel to 1")
+        self._swapped.enter_context(local_parameters(module))
+        if args:
+            return (sum_gradients(args[0], self.group), *args[1:]), kwargs
         return args, kwargs | {_INPUT: sum_gradients(kwargs[_INPUT], self.group)}
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        """Called however the module ends: with None when it raised, as recompute does on purpose.
-        """
-        if self._swapped is not None:
-            self._swapped.__exit__(None, None, None)
-            self._swapped = None
+        """Called in any case: with None when the module raised, as recompute does on purpose."""
+        self._swapped.close()
         if isinstance(output, Tensor):
             return sum_shares(output, self.group)
         if output is None:

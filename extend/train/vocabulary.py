@@ -4,7 +4,8 @@ Shapes: n tokens, d hidden, v vocabulary. Process t of m holds rows from t * cei
 or what is left, which is how DTensor cuts.
 """
 
-from typing import Any, NamedTuple
+from contextlib import ExitStack
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -38,19 +39,17 @@ class _Lookup:
     """The hooks of an embedding: tokens of other processes give zeros, and the sum is whole."""
 
     def __init__(self, part: VocabularyPart, size: int):
-        self.part, self.size = part, size
+        self.part, self.size, self._swapped = part, size, ExitStack()
         self._elsewhere: Tensor | None = None
-        self._swapped: Any = None
 
     def before(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         rows = args[0] - self.part.begin
         self._elsewhere = (rows < 0) | (rows >= self.size)
-        self._swapped = local_parameters(module)
-        self._swapped.__enter__()
+        self._swapped.enter_context(local_parameters(module))
         return (rows.masked_fill(self._elsewhere, 0), *args[1:])
 
     def after(self, module: nn.Module, args: tuple, output: Tensor | None) -> Tensor | None:
-        self._swapped.__exit__(None, None, None)
+        self._swapped.close()
         elsewhere, self._elsewhere = self._elsewhere, None
         if output is None:  # it raised
             return None
