@@ -98,6 +98,12 @@ class TrainOptions(Options):
     """How attention over a row that several processes share is computed; auto is the fastest that
     fits in memory, `usp:N` splits heads over N processes, `double-ring:N` takes them for N hosts.
     """
+    tensor_parallel: Annotated[int, Field(ge=1)] = 1
+    """Processes, of one host, that compute the same tokens, each with its share of heads, channels
+    of the MLP and vocabulary. It divides their numbers."""
+    shard_over: Literal["all"] | Annotated[int, Field(ge=1)] = "all"
+    """So many processes, neighbours beside tensor_parallel, share parameters, gradients and the
+    optimizer's state between them; the others hold replicas. all: no replicas."""
     document_mask: bool = True
     """Tokens see only their own of the documents that are packed into one row."""
     weight_dtype: Literal["float32", "bfloat16"] = "float32"

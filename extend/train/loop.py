@@ -57,7 +57,8 @@ def train(options: TrainOptions, out: Path | str, *, nproc: int | None = None,
         CheckpointError: the model cannot be read or `out` cannot be written.
         CompatibilityError: a model that cannot be trained this way.
         TrainingError: the loss is not finite, the run was interrupted, hosts differ in what they
-            see, or `<out>.state` belongs to a run with other settings.
+            see, `<out>.state` belongs to a run with other settings, or the processes do not divide
+            as the options say.
         RankError: another process is gone without a word.
         SystemExit: another process of the same launch has failed and tells its error.
     """
@@ -81,7 +82,7 @@ def _inputs(options: TrainOptions) -> dict[str, str]:
 
 def run_process(options: TrainOptions, out: Path, overwrite: bool) -> None:
     """What each process of a run does."""
-    with join_processes() as processes, RunState(out, processes) as state:
+    with join_processes(options) as processes, RunState(out, processes) as state:
         check_hosts(_inputs(options), out, processes)
         run = prepare(options, state)
         with stop_signals() as stopped:
