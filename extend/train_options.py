@@ -141,6 +141,11 @@ class TrainOptions(Options):
     """Of the run in trackers; the name of the directory that holds the output unless given."""
     run_name: str | None = None
     """In trackers; the name of the output's directory unless given."""
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 1
+    """The last so many stay until the run is done."""
+    save_in_background: bool = False
+    """Checkpoints are copied to memory of the host, as large as they are, and written while
+    training goes on."""
     nproc: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Processes; auto is one per visible GPU, or one."""
     seed: int = 0
