@@ -96,7 +96,7 @@ def build(args: argparse.Namespace, options: TrainOptions,
     tile_layers(model, options, options.schedule[-1].length // processes.world)
     memory = make_memory(options, config.num_hidden_layers, processes.device, processes.world)
     checkpoint_layers(model, memory)
-    module = shard_model(CausalLoss(model, 4096), processes)
+    module = shard_model(CausalLoss(model, 4096), processes, options)
     fill(model, config, processes.device)
     return module, memory, config
 

@@ -16,12 +16,14 @@ from extend.model_config import write_rope
 from extend.options import input_paths
 from extend.output import atomic_directory, require_inputs_outside, write_json
 from extend.rope.live import set_rope
+from extend.train.equality import check_equal
 from extend.train.launch import count_processes, launch
 from extend.train.mesh import join_processes, phase_mesh
 from extend.train.progress import Progress, peak_flops
 from extend.train.session import Run, plan_ropes, prepare
 from extend.train.state import RunState
 from extend.train.step import prefetch, train_step
+from extend.train.trained import trained_parameters
 from extend.train_options import TrainOptions
 
 logger = logging.getLogger(__name__)
@@ -125,6 +127,7 @@ def run_phase(run: Run, number: int, begin: int, done: int, progress: Progress |
                 progress.tell({"step": step, "steps": total} | metrics, flops=flops,
                               tokens=phase.batch_rows * phase.length, peak=_peak(run))
             if stop or step % run.options.save_every == 0 or step == total:
+                check_equal(trained_parameters(run.module), run.processes)
                 run.state.save(step, run.module, run.optimizer)
                 if progress is not None:
                     progress.pause()

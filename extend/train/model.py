@@ -8,6 +8,7 @@ from extend.errors import CompatibilityError
 from extend.model_config import ModelConfig, RopeSpec
 from extend.ring.hf_attention import RingSettings, register_ring_attention
 from extend.train.loss import chunked_loss
+from extend.train.low_bits import use_float8
 from extend.train.trained import choose_trained
 from extend.train_options import TrainOptions
 
@@ -38,7 +39,8 @@ def load_model(options: TrainOptions, config: ModelConfig) -> PreTrainedModel:
 
     Raises:
         CompatibilityError: an output head that the chunked loss does not compute.
-        RecipeError: an expression in `trainable` that matches nothing or is none.
+        RecipeError: an expression in `trainable` or `trained_beside` that matches nothing or is
+            none.
     """
     for key in _LOGIT_KEYS:
         if config.raw.get(key) not in (None, 1, 1.0):
@@ -51,6 +53,7 @@ def load_model(options: TrainOptions, config: ModelConfig) -> PreTrainedModel:
         raise CompatibilityError(f"{config.path}: the output head has a bias; training supports "
                                  "models without only")
     model.config.use_cache = False
+    use_float8(model, options)
     choose_trained(model, options)
     return model.train()
 

@@ -13,15 +13,18 @@ from extend.manifest import Manifest
 from extend.model_config import ModelConfig, RopeSpec, read_config
 from extend.rope.schedule import Stage, composition_warnings, schedule_ropes
 from extend.train.data import Rows, load_rows
+from extend.train.equality import check_equal
 from extend.train.export import Exporter
+from extend.train.low_bits import check_float8
 from extend.train.memory import LayerMemory, checkpoint_layers, make_memory, tile_layers
 from extend.train.mesh import Processes, check_attention, check_schedule, split_world
 from extend.train.model import CausalLoss, check_rope, load_model
-from extend.train.optim import build_optimizer
+from extend.train.optim import build_optimizer, tell_lost_updates
+from extend.train.precision import compute_dtype
 from extend.train.shard import shard_model
 from extend.train.size import ModelSize, model_size
 from extend.train.state import RunState
-from extend.train.trained import trained_parameters
+from extend.train.trained import adapters, trained_parameters
 from extend.train_options import TrainOptions
 
 logger = logging.getLogger(__name__)
@@ -69,6 +72,7 @@ def plan_ropes(options: TrainOptions, world: int) -> list[RopeSpec]:
     Checkpoint(options.model)
     config = read_config(options.model)
     check_attention(options, config.num_heads, world)
+    check_float8(options, compute_dtype(options), world)
     ropes = schedule_ropes(config.rope, rope_stages(options, config.rope))
     for phase, rope in zip(options.schedule, ropes):
         check_rope(rope, split_world(phase.batch_rows, world)[1])
@@ -103,9 +107,11 @@ def prepare(options: TrainOptions, state: RunState) -> Run:
     if processes.is_main:
         _tell_windows(options, size)
         _tell_ropes(options, config)
+        tell_lost_updates(options)
     memory = save_memory(model, options, processes)
     exporter = Exporter(Checkpoint(options.model), model, options.export_dtype)
-    module = shard_model(CausalLoss(model, options.loss_chunk), processes)
+    check_equal(adapters(model), processes)
+    module = shard_model(CausalLoss(model, options.loss_chunk), processes, options)
     optimizer = build_optimizer(trained_parameters(module).values(), options)
     if manifest is not None:  # only now, so that bad data or a bad model leaves nothing behind
         state.open(_fingerprint(manifest, processes))

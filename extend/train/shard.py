@@ -1,31 +1,47 @@
 """Parameters, gradients and optimizer of a run, sharded over its processes."""
 
 import torch
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 
-from extend.train.mesh import Processes
+from extend.train.mesh import Processes, mesh_of_one
 from extend.train.model import CausalLoss
+from extend.train.precision import needs_sharding, sharding_policies
+from extend.train_options import TrainOptions
 
 
-def shard_model(module: CausalLoss, processes: Processes) -> CausalLoss:
+def shard_model(module: CausalLoss, processes: Processes, options: TrainOptions) -> CausalLoss:
     """Move to the device, and shard parameters, gradients and optimizer over all processes.
 
     Gradients are summed, not averaged: each token's weight already counts it in the whole step.
     """
-    if processes.mesh is None:
-        return _place(module, processes.device)
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    mesh = processes.mesh
+    if mesh is None:
+        if not needs_sharding(options):
+            return _place(module, processes.device)
+        mesh = mesh_of_one(processes.device)
+    policies = sharding_policies(options, processes.device)
     sharded = [*module.model.get_decoder().layers, module]
     for part in sharded:
-        fully_shard(part, mesh=processes.mesh, mp_policy=policy)
+        fully_shard(part, mesh=mesh, **policies)
     for part in sharded:
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
-    return _place(module, processes.device)
+    on_host = "offload_policy" in policies
+    return _place(module, torch.device("cpu") if on_host else processes.device, processes.device)
 
 
-def _place(module: CausalLoss, device: torch.device) -> CausalLoss:
-    """On the device; a module without values yet gets memory for them there."""
+def _place(module: CausalLoss, device: torch.device,
+           buffers: torch.device | None = None) -> CausalLoss:
+    """Parameters on `device` and buffers too, unless they have a place of their own.
+
+    A module without values yet gets memory for them there.
+    """
     if any(p.is_meta for p in module.parameters()):
-        return module.to_empty(device=device)
-    return module.to(device)
+        module.to_empty(device=device)
+    else:
+        module.to(device)
+    if buffers is not None and buffers != device:
+        for part in module.modules():
+            for name, buffer in part.named_buffers(recurse=False):
+                setattr(part, name, buffer.to(buffers))
+    return module
