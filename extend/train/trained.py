@@ -57,7 +57,7 @@ def _freeze_unmatched(model: nn.Module, expressions: list[str]) -> None:
 
 
 def _parameters_beside(model: PreTrainedModel, wanted: list[str]) -> dict[str, nn.Parameter]:
-    """Name -> parameter of what to train whole beside the adapters: norms, embeddings, or what matches.
+    """Name -> parameter of what to train whole beside adapters: norms, embeddings, what matches.
 
     A head that is tied to the embeddings is trained with them.
 
