@@ -14,7 +14,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from extend.errors import TrainingError
 from extend.train.mesh import Processes
 
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 _CHUNK = 2**22  # elements hashed at once
 _ODD = 0x1E3779B97F4A7C15  # any odd number: a product with it is never 0 modulo 2^64
 
