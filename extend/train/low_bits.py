@@ -64,6 +64,10 @@ def check_float8(options: TrainOptions, dtype: torch.dtype, world: int) -> None:
         raise CompatibilityError(f"linear_dtype {kind} needs a GPU of compute capability 8.9 or "
                                  f"more, {torch.cuda.get_device_name()} has {major}.{minor}; leave "
                                  "linear_dtype out")
+    tile = options.tile_tokens
+    if isinstance(tile, int) and tile % _BLOCK:
+        raise CompatibilityError(f"linear_dtype {kind} needs a multiple of {_BLOCK} tokens at a "
+                                 f"time, tile_tokens is {tile}; choose another")
     for number, phase in enumerate(options.schedule, start=1):
         local = phase.length // split_world(phase.batch_rows, world)[1]
         if local % _BLOCK:

@@ -29,13 +29,29 @@ def build_optimizer(parameters: Iterable[nn.Parameter],
     groups = [group for group in groups if group["params"]]
     lr, betas = options.schedule[0].lr, options.betas
     if options.optimizer == "adamw-8bit":
-        require_torchao("optimizer adamw-8bit")
-        from torchao.optim import AdamW8bit
-
-        return AdamW8bit(groups, lr=lr, betas=betas,
-                         bf16_stochastic_round=options.stochastic_rounding)
+        return _eight_bit_adamw()(groups, lr=lr, betas=betas,
+                                  bf16_stochastic_round=options.stochastic_rounding)
     fused = options.optimizer == "adamw-offload" or any(p.device.type == "cuda" for p in trained)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
+
+
+def _eight_bit_adamw() -> type[torch.optim.Optimizer]:
+    """torchao's AdamW with moments in 8 bits, whose moments say that they are read as fp32.
+
+    Made as weights' dtype, as torchao makes them, those of sharded bf16 weights are refused by
+    DTensor: torchao forgets the dtype where it wraps them, and the two then disagree.
+    """
+    require_torchao("optimizer adamw-8bit")
+    from torchao.optim import AdamW8bit
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    class EightBitAdamW(AdamW8bit):
+        @staticmethod
+        def _subclass_zeros(p: Tensor, signed: bool, block_size: int) -> Tensor:
+            return OptimState8bit.zeros(p.shape, signed, block_size, p.device,
+                                        dtype=torch.float32)
+
+    return EightBitAdamW
 
 
 def create_state(optimizer: torch.optim.Optimizer) -> None:

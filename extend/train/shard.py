@@ -14,34 +14,31 @@ def shard_model(module: CausalLoss, processes: Processes, options: TrainOptions)
 
     Gradients are summed, not averaged: each token's weight already counts it in the whole step.
     """
-    mesh = processes.mesh
+    mesh, whole = processes.mesh, None
     if mesh is None:
         if not needs_sharding(options):
             return _place(module, processes.device)
         mesh = mesh_of_one(processes.device)
+        if options.optimizer != "adamw-offload":  # gathering would be a copy for nothing
+            whole = {p for p in module.parameters() if not p.requires_grad}
     policies = sharding_policies(options, processes.device)
     sharded = [*module.model.get_decoder().layers, module]
     for part in sharded:
-        fully_shard(part, mesh=mesh, **policies)
+        fully_shard(part, mesh=mesh, ignored_params=whole, **policies)
     for part in sharded:
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
-    on_host = "offload_policy" in policies
-    return _place(module, torch.device("cpu") if on_host else processes.device, processes.device)
+    return _place(module, processes.device, on_host="offload_policy" in policies)
 
 
-def _place(module: CausalLoss, device: torch.device,
-           buffers: torch.device | None = None) -> CausalLoss:
-    """Parameters on `device` and buffers too, unless they have a place of their own.
-
-    A module without values yet gets memory for them there.
-    """
+def _place(module: CausalLoss, device: torch.device, on_host: bool = False) -> CausalLoss:
+    """On the device, or parameters on the host; a module without values yet gets memory there."""
     if any(p.is_meta for p in module.parameters()):
-        module.to_empty(device=device)
-    else:
+        module.to_empty(device="cpu" if on_host else device)
+    elif not on_host:
         module.to(device)
-    if buffers is not None and buffers != device:
+    if on_host:
         for part in module.modules():
             for name, buffer in part.named_buffers(recurse=False):
-                setattr(part, name, buffer.to(buffers))
+                setattr(part, name, buffer.to(device))
     return module

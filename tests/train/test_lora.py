@@ -35,7 +35,7 @@ def lora(directory: Path, **changes: object):
 def longlora(model: torch.nn.Module) -> None:
     """What LongLoRA's code does after `get_peft_model`: trainable_params = "embed,norm"."""
     for name, parameter in model.named_parameters():
-        if any(key in name for key in "embed,norm".split(",")):
+        if any(key in name for key in ("embed", "norm")):
             parameter.requires_grad_(True)
 
 
