@@ -159,7 +159,7 @@ def float8_options(model: Path, text: Path, **changes: object):
 
 @pytest.mark.parametrize("changes", [
     {"linear_dtype": "float8"},
-    {"linear_dtype": "float8-rowwise", "activation_checkpointing": False}])
+    {"linear_dtype": "float8-rowwise", "recomputed_layers": 0}])
 def test_float8_trains_as_bf16_does(changes: dict, model_dir: Path, in_bf16: Path, tmp_path: Path):
     """e4m3 has 3 bits of fraction: a product of two has a relative error of 2^-4 * 2^0.5 at most.
 
