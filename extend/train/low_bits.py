@@ -41,19 +41,24 @@ def require_torchao(what: str) -> None:
             each.setLevel(level)
 
 
-def check_float8(options: TrainOptions, dtype: torch.dtype, world: int) -> None:
-    """Check what needs no weights.
+def check_low_bits(options: TrainOptions, dtype: torch.dtype, world: int) -> None:
+    """Check what needs no weights, so that nothing is read in vain.
 
     Args:
         dtype: that layers compute in.
         world: number of processes.
 
     Raises:
-        CompatibilityError: products in 8 bits cannot be had for this run on this machine.
+        CompatibilityError: moments or products in 8 bits cannot be had for this run or here.
     """
+    if options.optimizer == "adamw-8bit":
+        require_torchao("optimizer adamw-8bit")
+    if options.linear_dtype != "compute":
+        _check_float8(options, dtype, world)
+
+
+def _check_float8(options: TrainOptions, dtype: torch.dtype, world: int) -> None:
     kind = options.linear_dtype
-    if kind == "compute":
-        return
     require_torchao(f"linear_dtype {kind}")
     if dtype != torch.bfloat16:
         raise CompatibilityError(f"linear_dtype {kind} rounds what is bfloat16, but layers compute "

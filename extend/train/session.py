@@ -16,7 +16,7 @@ from extend.train.compiled import compile_layers
 from extend.train.data import Rows, load_rows
 from extend.train.equality import check_equal
 from extend.train.export import Exporter
-from extend.train.low_bits import check_float8
+from extend.train.low_bits import check_low_bits
 from extend.train.memory import LayerMemory, checkpoint_layers, make_memory, tile_layers
 from extend.train.mesh import Processes, check_attention, check_schedule, split_world
 from extend.train.model import CausalLoss, check_rope, load_model
@@ -73,7 +73,7 @@ def plan_ropes(options: TrainOptions, world: int) -> list[RopeSpec]:
     Checkpoint(options.model)
     config = read_config(options.model)
     check_attention(options, config.num_heads, world)
-    check_float8(options, compute_dtype(options), world)
+    check_low_bits(options, compute_dtype(options), world)
     ropes = schedule_ropes(config.rope, rope_stages(options, config.rope))
     for phase, rope in zip(options.schedule, ropes):
         check_rope(rope, split_world(phase.batch_rows, world)[1])
@@ -113,6 +113,7 @@ def prepare(options: TrainOptions, state: RunState) -> Run:
     exporter = Exporter(Checkpoint(options.model), model, options.export_dtype)
     check_equal(adapters(model), processes)
     module = shard_model(CausalLoss(model, options.loss_chunk), processes, options)
+    check_equal(trained_parameters(module), processes)
     optimizer = build_optimizer(trained_parameters(module).values(), options)
     if manifest is not None:  # only now, so that bad data or a bad model leaves nothing behind
         state.open(_fingerprint(manifest, processes))

@@ -12,7 +12,7 @@ from torch import nn
 from extend.errors import CompatibilityError
 from extend.model_config import read_config
 from extend.train import train
-from extend.train.low_bits import check_float8, require_torchao
+from extend.train.low_bits import check_low_bits, require_torchao
 from extend.train.mesh import join_processes
 from extend.train.model import CausalLoss, load_model
 from extend.train.optim import build_optimizer, create_state, seed_rounding
@@ -191,7 +191,7 @@ def test_float8_layers_are_chosen_and_the_rest_is_told(model_dir: Path, tmp_path
 
 def check(directory: Path, world: int = 1, **changes: object) -> None:
     run = make(directory, linear_dtype="float8", **changes)
-    check_float8(run, torch.bfloat16 if run.compute_dtype == "bfloat16" else torch.float32, world)
+    check_low_bits(run, torch.bfloat16 if run.compute_dtype == "bfloat16" else torch.float32, world)
 
 
 def test_what_float8_cannot_do_is_refused(model_dir: Path, tmp_path: Path):
@@ -210,6 +210,7 @@ def test_what_float8_cannot_do_is_refused(model_dir: Path, tmp_path: Path):
 def test_without_torchao_its_options_are_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
     for ask in (lambda: require_torchao("optimizer adamw-8bit"),
+                lambda: check_low_bits(make(Path("m"), optimizer="adamw-8bit"), torch.float32, 1),
                 lambda: build_optimizer([nn.Parameter(torch.ones(2, 2))],
                                         make(Path("m"), optimizer="adamw-8bit"))):
         with pytest.raises(CompatibilityError, match=r"optimizer adamw-8bit needs torchao.*pip "
