@@ -138,6 +138,11 @@ class TrainOptions(Options):
     """Tokens whose logits exist at once."""
     save_every: Annotated[int, Field(ge=1)] = 100
     """Optimizer steps between checkpoints."""
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 1
+    """The last so many stay until the run is done."""
+    save_in_background: bool = False
+    """Checkpoints are copied to memory of the host, as large as they are, and written while
+    training goes on."""
     nproc: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Processes; auto is one per visible GPU, or one."""
     seed: int = 0

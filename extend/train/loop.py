@@ -12,11 +12,11 @@ from typing import Any
 
 from extend.checkpoint import copy_side_files
 from extend.errors import CheckpointError, TrainingError
-from extend.model_config import write_rope
 from extend.options import input_paths
 from extend.output import atomic_directory, require_inputs_outside, write_json
 from extend.rope.live import set_rope
 from extend.train.equality import check_equal
+from extend.train.export import made_for
 from extend.train.launch import count_processes, launch
 from extend.train.mesh import join_processes, phase_mesh
 from extend.train.progress import Progress, peak_flops
@@ -71,7 +71,9 @@ def _inputs(options: TrainOptions) -> dict[str, str]:
 
 def run_process(options: TrainOptions, out: Path, overwrite: bool) -> None:
     """What each process of a run does."""
-    with join_processes() as processes, RunState(out, processes) as state:
+    with join_processes() as processes, RunState(
+            out, processes, keep=options.keep_checkpoints,
+            background=options.save_in_background) as state:
         run = prepare(options, state)
         with stop_signals() as stopped:
             run_schedule(run, stopped)
@@ -131,6 +133,8 @@ def run_phase(run: Run, number: int, begin: int, done: int, progress: Progress |
                 run.state.save(step, run.module, run.optimizer)
                 if progress is not None:
                     progress.pause()
+            if stop or step == total:
+                run.state.finish()
             if stop and step < total:
                 raise TrainingError(f"stopped by a signal after step {step} of {total}; it is "
                                     f"saved in {run.state.directory}, and the same command goes "
@@ -165,26 +169,13 @@ def write_output(run: Run, out: Path, overwrite: bool) -> None:
         return
     with atomic_directory(out, overwrite=overwrite, inputs=_inputs(run.options)) as partial:
         run.exporter.write(partial, run.processes)
-        max_len = _max_length(run)
-        write_json(partial / "config.json", _config(run, max_len))
+        max_len = made_for(run.options.schedule, run.config)
+        write_json(partial / "config.json", run.exporter.config(run.config, run.ropes[-1], max_len))
         copy_side_files(Path(run.options.model), partial, max_len=max_len)
         shutil.copyfile(run.state.metrics_file, partial / "metrics.jsonl")
         run.manifest.write(partial, **_results(run, max_len))
     run.state.remove()
     logger.info("wrote %s", out)
-
-
-def _max_length(run: Run) -> int:
-    """Tokens that the written model is made for."""
-    made_for = max(phase.rope_to or phase.length for phase in run.options.schedule)
-    return max(made_for, run.config.max_position_embeddings)
-
-
-def _config(run: Run, max_len: int) -> dict[str, Any]:
-    config = write_rope(run.config.raw, run.ropes[-1], max_len)
-    if run.options.export_dtype is not None:
-        config["dtype" if "dtype" in config else "torch_dtype"] = run.options.export_dtype
-    return config
 
 
 def _results(run: Run, max_len: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,19 +20,21 @@ from extend.train.export import Exporter
 from extend.train.low_bits import check_low_bits
 from extend.train.memory import LayerMemory, checkpoint_layers, make_memory, tile_layers
 from extend.train.mesh import Processes, check_attention, check_schedule, split_world
-from extend.train.model import CausalLoss, check_rope, load_model
+from extend.train.model import CausalLoss, build_model, check_rope
 from extend.train.optim import build_optimizer, tell_lost_updates
 from extend.train.precision import compute_dtype
 from extend.train.shard import shard_model
 from extend.train.size import ModelSize, model_size
 from extend.train.state import RunState
-from extend.train.trained import adapters, trained_parameters
+from extend.train.trained import init_adapters, trained_parameters
+from extend.train.weights import fill_weights
 from extend.train_options import TrainOptions
 
 logger = logging.getLogger(__name__)
 
 # They decide where and when the work is done, not what comes out of it.
-_NOT_RECORDED = {"nproc", "save_every", "model", "host_memory", "kept_attention"}
+_NOT_RECORDED = {"nproc", "save_every", "keep_checkpoints", "save_in_background", "model",
+                 "host_memory", "kept_attention"}
 
 
 @dataclass
@@ -96,27 +99,28 @@ def rope_stages(options: TrainOptions, native: RopeSpec) -> list[Stage | None]:
 
 
 def prepare(options: TrainOptions, state: RunState) -> Run:
-    """Read data and model, shard it, and go back to the last checkpoint if there is one."""
+    """Read data and model, sharded, and go back to the last checkpoint if there is one."""
     processes, config = state.processes, read_config(options.model)
     ropes = plan_ropes(options, processes.world)
     manifest = _start_manifest(options) if processes.is_main else None
     if manifest is not None:
-        state.check(_fingerprint(manifest, processes))
+        state.check(_fingerprint(manifest, options, processes))
+    model, source = build_model(options, config), Checkpoint(options.model)
+    exporter = Exporter(source, model, options.export_dtype)
     rows = load_rows(options, AutoTokenizer.from_pretrained(options.model))
-    model = load_model(options, config)
     size = model_size(model, config)
     if processes.is_main:
         _tell_windows(options, size)
         _tell_ropes(options, config)
         tell_lost_updates(options)
     memory = save_memory(model, options, processes)
-    exporter = Exporter(Checkpoint(options.model), model, options.export_dtype)
-    check_equal(adapters(model), processes)
     module = shard_model(CausalLoss(model, options.loss_chunk), processes, options)
+    fill_weights(model, source)
+    init_adapters(model, options.seed)
     check_equal(trained_parameters(module), processes)
     optimizer = build_optimizer(trained_parameters(module).values(), options)
     if manifest is not None:  # only now, so that bad data or a bad model leaves nothing behind
-        state.open(_fingerprint(manifest, processes))
+        state.open(_fingerprint(manifest, options, processes))
     processes.barrier()
     step = state.last_step()
     if step:
@@ -178,7 +182,16 @@ def _start_manifest(options: TrainOptions) -> Manifest:
     return Manifest("train", inputs, settings, options.seed)
 
 
-def _fingerprint(manifest: Manifest, processes: Processes) -> dict[str, Any]:
-    """What must be the same for a run to go on from a checkpoint."""
+def _fingerprint(manifest: Manifest, options: TrainOptions,
+                 processes: Processes) -> dict[str, Any]:
+    """What the run is; its `options` and `inputs` must be the same for a run to go on.
+
+    Moments in 8 bits have one scale for each 256 of a shard, so they fit the same shards only.
+    """
+    settled = dict(manifest.record["options"])
+    if options.optimizer == "adamw-8bit":
+        settled["processes with adamw-8bit"] = processes.world
     hashes = {role: entry["sha256"] for role, entry in manifest.record["inputs"].items()}
-    return {"processes": processes.world, "options": manifest.record["options"], "inputs": hashes}
+    model = str(Path(options.model).absolute())
+    return {"processes": processes.world, "options": settled, "inputs": hashes,
+            "settings": options.model_copy(update={"model": model}).model_dump(mode="json")}

@@ -6,18 +6,22 @@ from torch.distributed.fsdp import fully_shard
 from extend.train.mesh import Processes, mesh_of_one
 from extend.train.model import CausalLoss
 from extend.train.precision import needs_sharding, sharding_policies
+from extend.train.weights import place_module
 from extend.train_options import TrainOptions
 
 
 def shard_model(module: CausalLoss, processes: Processes, options: TrainOptions) -> CausalLoss:
     """Move to the device, and shard parameters, gradients and optimizer over all processes.
 
+    A module without values gets memory for its shards, without values; see `fill_weights`.
+
     Gradients are summed, not averaged: each token's weight already counts it in the whole step.
     """
     mesh, whole = processes.mesh, None
     if mesh is None:
         if not needs_sharding(options):
-            return _place(module, processes.device)
+            place_module(module, processes.device)
+            return module
         mesh = mesh_of_one(processes.device)
         if options.optimizer != "adamw-offload":  # gathering would be a copy for nothing
             whole = {p for p in module.parameters() if not p.requires_grad}
@@ -28,17 +32,11 @@ def shard_model(module: CausalLoss, processes: Processes, options: TrainOptions)
     for part in sharded:
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
-    return _place(module, processes.device, on_host="offload_policy" in policies)
-
-
-def _place(module: CausalLoss, device: torch.device, on_host: bool = False) -> CausalLoss:
-    """On the device, or parameters on the host; a module without values yet gets memory there."""
-    if any(p.is_meta for p in module.parameters()):
-        module.to_empty(device="cpu" if on_host else device)
-    elif not on_host:
-        module.to(device)
-    if on_host:
-        for part in module.modules():
-            for name, buffer in part.named_buffers(recurse=False):
-                setattr(part, name, buffer.to(device))
+    if "offload_policy" not in policies:
+        place_module(module, processes.device)
+        return module
+    place_module(module, torch.device("cpu"))
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, buffer.to(processes.device))
     return module

@@ -1,5 +1,6 @@
 """Which parameters are trained: all, those that expressions match, or adapters and some beside."""
 
+import math
 import re
 
 import torch
@@ -8,6 +9,7 @@ from transformers import PreTrainedModel
 
 from extend.errors import RecipeError, TrainingError
 from extend.train.precision import set_dtypes
+from extend.train.weights import local_part, own_part
 from extend.train_options import TrainOptions
 
 ADAPTER = "default"  # PEFT's name for the adapter
@@ -102,15 +104,26 @@ def _add_adapters(model: PreTrainedModel, options: TrainOptions,
             raise RecipeError(f"trained_beside: {name} would be trained whole and get an adapter; "
                               "leave it out there, or out of trainable")
     targets = [name.removesuffix(".weight") for name in adapted]
-    torch.manual_seed(options.seed)  # all processes start from the same lora_A
     lora = LoraConfig(r=options.lora_rank, lora_alpha=options.lora_alpha or options.lora_rank,
                       lora_dropout=0.0, target_modules=targets)
     inject_adapter_in_model(lora, model, adapter_name=ADAPTER)
 
 
-def adapters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Name -> parameter of the adapters, if there are any."""
-    return {name: p for name, p in module.named_parameters() if ".lora_" in name}
+@torch.no_grad()
+def init_adapters(model: nn.Module, seed: int) -> None:
+    """Give adapters their first values, the same however they are sharded: B is zero, A is drawn.
+
+    A is uniform as in a linear layer of torch, which is PEFT's choice too.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            lora_a, lora_b = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
+            drawn = nn.init.kaiming_uniform_(torch.empty(lora_a.shape), a=math.sqrt(5),
+                                             generator=generator)
+            own = tuple(slice(begin, begin + size) for begin, size in zip(*own_part(lora_a)))
+            local_part(lora_a).copy_(drawn[own])
+            local_part(lora_b).zero_()
 
 
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -15,7 +15,7 @@ from extend.train.data import IGNORE, load_rows
 from extend.train.loop import train
 from extend.train.model import load_model
 from extend.train.optim import learning_rate
-from extend.train.trained import adapters, trained_parameters
+from extend.train.trained import trained_parameters
 from tests.train.test_loop import assert_close_weights, metrics, row_loss
 from tests.train.tiny import options, save_model, save_text
 
@@ -30,6 +30,10 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lora(directory: Path, **changes: object):
     return options(directory, [{"kind": "retrieval"}], mode="lora", lora_rank=4,
                    **({"schedule": [PHASE]} | changes))
+
+
+def adapters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if ".lora_" in name}
 
 
 def longlora(model: torch.nn.Module) -> None:
