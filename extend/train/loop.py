@@ -18,6 +18,7 @@ from extend.errors import CheckpointError, TrainingError
 from extend.options import input_paths
 from extend.output import atomic_directory, require_inputs_outside, write_json
 from extend.together import failing_together
+from extend.train.equality import check_equal
 from extend.train.export import made_for
 from extend.train.hosts import check_hosts
 from extend.train.launch import count_processes, launch
@@ -27,6 +28,7 @@ from extend.train.session import Run, plan_ropes, prepare
 from extend.train.state import RunState
 from extend.train.step import prefetch, train_step
 from extend.train.trackers import Trackers, check_trackers
+from extend.train.trained import trained_parameters
 from extend.train_options import TrainOptions
 
 logger = logging.getLogger(__name__)
@@ -142,6 +144,7 @@ def run_phase(run: Run, number: int, begin: int, done: int, progress: Progress |
                 progress.tell({"step": step, "steps": total} | metrics, flops=flops,
                               tokens=phase.batch_rows * phase.length, peak=_peak(run))
             if stop or step % run.options.save_every == 0 or step == total:
+                check_equal(trained_parameters(run.module), run.processes)
                 run.state.save(step, run.module, run.optimizer)
                 if progress is not None:
                     progress.pause()

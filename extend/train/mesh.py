@@ -181,6 +181,14 @@ def phase_mesh(phase: Phase, processes: Processes) -> PhaseMesh:
     return PhaseMesh(dp, cp, dp_rank, cp_rank, mesh["cp"].get_group())
 
 
+def mesh_of_one(device: torch.device) -> DeviceMesh:
+    """A mesh for what needs one where there is one process; `join_processes` ends its group."""
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                store=dist.HashStore(), rank=0, world_size=1)
+    return init_device_mesh(device.type, (1,))
+
+
 @contextlib.contextmanager
 def join_processes(options: TrainOptions | None = None) -> Iterator[Processes]:
     """Set up this process from the environment of the launcher, or as the only one.
@@ -196,8 +204,8 @@ def join_processes(options: TrainOptions | None = None) -> Iterator[Processes]:
     if on_gpu:
         torch.cuda.set_device(device)
     device = device or torch.device("cpu")
-    ours = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if ours:
+    theirs = dist.is_initialized()
+    if not theirs and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # gloo beside NCCL: host tensors, such as the state of a checkpoint, need it.
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo",
                                 device_id=device if on_gpu else None)
@@ -207,7 +215,7 @@ def join_processes(options: TrainOptions | None = None) -> Iterator[Processes]:
         mesh = _build_mesh(device, world, options) if world > 1 else None
         yield Processes(dist.get_rank() if world > 1 else 0, world, device, mesh, tp)
     finally:
-        if ours:
+        if dist.is_initialized() and not theirs:
             dist.destroy_process_group()
 
 

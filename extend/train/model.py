@@ -12,6 +12,7 @@ from extend.errors import CompatibilityError
 from extend.model_config import ModelConfig, RopeSpec
 from extend.ring.hf_attention import RingSettings, register_ring_attention
 from extend.train.loss import chunked_loss
+from extend.train.low_bits import use_float8
 from extend.train.trained import choose_trained, init_adapters
 from extend.train.vocabulary import split_head
 from extend.train.weights import (
@@ -56,7 +57,8 @@ def build_model(options: TrainOptions, config: ModelConfig) -> PreTrainedModel:
     Raises:
         CompatibilityError: an output head that the chunked loss does not compute, or a model that
             cannot be made without its weights.
-        RecipeError: an expression in `trainable` that matches nothing or is none.
+        RecipeError: an expression in `trainable` or `trained_beside` that matches nothing or is
+            none.
     """
     for key in _LOGIT_KEYS:
         if config.raw.get(key) not in (None, 1, 1.0):
@@ -67,6 +69,7 @@ def build_model(options: TrainOptions, config: ModelConfig) -> PreTrainedModel:
         raise CompatibilityError(f"{config.path}: the output head has a bias; training supports "
                                  "models without only")
     model.config.use_cache = False
+    use_float8(model, options)
     choose_trained(model, options)
     return model.train()
 

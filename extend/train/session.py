@@ -20,7 +20,9 @@ from extend.rope.live import RotaryModules, make_rotary, place_rotary
 from extend.rope.schedule import Stage, composition_warnings, schedule_ropes
 from extend.train.compiled import compile_layers
 from extend.train.data import Rows, load_rows
+from extend.train.equality import check_equal
 from extend.train.export import Exporter
+from extend.train.low_bits import check_low_bits
 from extend.train.memory import LayerMemory, checkpoint_layers, make_memory, tile_layers
 from extend.train.mesh import (
     Processes,
@@ -30,7 +32,8 @@ from extend.train.mesh import (
     split_world,
 )
 from extend.train.model import CausalLoss, build_model, check_rope
-from extend.train.optim import build_optimizer
+from extend.train.optim import build_optimizer, tell_lost_updates
+from extend.train.precision import compute_dtype
 from extend.train.shard import shard_model
 from extend.train.size import ModelSize, model_size
 from extend.train.state import RunState
@@ -107,6 +110,7 @@ def plan_ropes(options: TrainOptions, world: int) -> list[RopeSpec]:
     config = read_config(options.model)
     check_tensor_parallel(options, config)
     check_attention(options, config.num_heads, world)
+    check_low_bits(options, compute_dtype(options), world)
     ropes = schedule_ropes(config.rope, rope_stages(options, config.rope))
     for phase, rope in zip(options.schedule, ropes):
         check_rope(rope, split_world(phase.batch_rows, world, options.tensor_parallel)[1])
@@ -182,10 +186,12 @@ def _put_together(options: TrainOptions, config: ModelConfig, ropes: list[RopeSp
     if processes.is_main:
         _tell_windows(options, size)
         _tell_ropes(options, config)
+        tell_lost_updates(options)
     memory = save_memory(model, options, processes)
-    module = shard_model(CausalLoss(model, options.loss_chunk), processes)
+    module = shard_model(CausalLoss(model, options.loss_chunk), processes, options)
     fill_weights(model, source)
     init_adapters(model, options.seed)
+    check_equal(trained_parameters(module), processes)
     optimizer = build_optimizer(trained_parameters(module).values(), options)
     found = rows.result()
     if manifest is not None:  # only now, so that bad data or a bad model leaves nothing behind
@@ -262,8 +268,14 @@ def _hash_data(options: TrainOptions, manifest: Manifest | None) -> dict[str, st
 
 def _fingerprint(manifest: Manifest, options: TrainOptions,
                  processes: Processes) -> dict[str, Any]:
-    """What the run is; its `options` and `inputs` must be the same for a run to go on."""
+    """What the run is; its `options` and `inputs` must be the same for a run to go on.
+
+    Moments in 8 bits have one scale for each 256 of a shard, so they fit the same shards only.
+    """
+    settled = dict(manifest.record["options"])
+    if options.optimizer == "adamw-8bit":
+        settled["processes with adamw-8bit"] = processes.world
     hashes = {role: entry["sha256"] for role, entry in manifest.record["inputs"].items()}
     model = str(Path(options.model).absolute())
-    return {"processes": processes.world, "options": manifest.record["options"], "inputs": hashes,
+    return {"processes": processes.world, "options": settled, "inputs": hashes,
             "settings": options.model_copy(update={"model": model}).model_dump(mode="json")}

@@ -15,7 +15,12 @@ from extend.ring.hf_attention import RingSettings
 from extend.train.batch import Batch, build_batch, token_weights
 from extend.train.deal import deal, imbalance, join_turns
 from extend.train.mesh import PhaseMesh
-from extend.train.optim import clip_gradients, learning_rate, set_learning_rate
+from extend.train.optim import (
+    clip_gradients,
+    learning_rate,
+    seed_rounding,
+    set_learning_rate,
+)
 from extend.train.session import Run
 
 _MICRO_TOKENS = 8192  # short rows are computed together, up to this many local tokens
@@ -116,6 +121,8 @@ def train_step(run: Run, number: int, mesh: PhaseMesh, step: int, work: StepWork
         raise _not_finite(run, number, step, loss, grad_norm)
     lr = learning_rate(phase, step)
     set_learning_rate(run.optimizer, lr)
+    if run.options.stochastic_rounding:
+        seed_rounding(run.options.seed, number, step)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     num_predicted, num_answers, num_told, num_squares = totals.tolist()
@@ -139,16 +146,9 @@ def forward_backward(run: Run, mesh: PhaseMesh, batch: Batch, totals: Tensor) ->
                         batch.cu_seqlens, run.memory)
     weights = token_weights(batch, totals, run.options.answer_weight)
     run.use_rope(native=batch.native_rope)
-    with torch.autocast(run.processes.device.type, torch.bfloat16, enabled=_mixed_precision(run)):
-        loss, nll = run.module(batch.input_ids, batch.position_ids, batch.labels, weights, ring)
+    loss, nll = run.module(batch.input_ids, batch.position_ids, batch.labels, weights, ring)
     loss.backward()
     return torch.stack((loss.detach(), nll.sum(), (nll * batch.answers.flatten()).sum()))
-
-
-def _mixed_precision(run: Run) -> bool:
-    if run.options.autocast == "auto":
-        return run.processes.device.type == "cuda"
-    return run.options.autocast == "bfloat16"
 
 
 def _not_finite(run: Run, number: int, step: int, loss: float, norm: float) -> TrainingError:
