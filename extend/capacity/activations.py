@@ -78,8 +78,9 @@ def layer_bytes(shape: ModelShape, setup: Setup) -> LayerBytes:
     saved = norms + outputs + qkv + _head_norms(shape, setup, q, k) + attention + mlp
     normed = VALUE * hidden
     rotating = VALUE * ((2 * q + 2 * k) if setup.compiled else (4 * q + 2 * k))
-    before = saved - mlp - (norms + outputs) * (1 - 1 / shape.num_norms)  # what attention's needs
-    gradients = VALUE * (2 * q + 2 * k) + 2 * VALUE * hidden
+    # Its input, the norm and its output, q, k, v, out; the residual's gradient and out's; dq, dk, dv.
+    before = saved - mlp - (norms + outputs) * (1 - 1 / shape.num_norms) - VALUE * q * exchanged
+    gradients = VALUE * hidden + VALUE * (2 * q + 2 * k)
     own_input = VALUE * hidden
     return LayerBytes(
         input=VALUE * hidden, attention=attention, saved=saved, holds_input=holds_input,
@@ -97,6 +98,12 @@ def exchanges_heads(shape: ModelShape, setup: Setup) -> bool:
     if setup.cp == 1 or family not in ("auto", "ulysses", "usp"):
         return False
     return family != "auto" or (setup.hosts == 1 and shape.num_heads // setup.tp % setup.cp == 0)
+
+
+def num_groups(shape: ModelShape, setup: Setup) -> int:
+    """Groups of heads that an exchange takes one after another, two at least and four at most."""
+    heads = math.lcm(shape.num_kv_heads // setup.tp or 1, setup.cp) // setup.cp
+    return next(n for n in (4, 3, 2, 1) if heads % n == 0)
 
 
 def _norm(setup: Setup, hidden: int) -> float:
@@ -148,7 +155,7 @@ def tile_bytes(shape: ModelShape, setup: Setup) -> float:
     if not setup.used_tile:
         return 0.0
     inner = VALUE * shape.active_inner / setup.tp
-    values = shape.num_matrices + (2 if setup.compiled else 3)
+    values = shape.num_matrices + (_COMPILED_EXTRA if setup.compiled else 1 + _PLAIN_EXTRA)
     of_tile = setup.used_tile * (values * inner + 2 * VALUE * shape.hidden)
     if setup.trained != "all":
         return of_tile

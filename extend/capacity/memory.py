@@ -20,7 +20,14 @@ tests/capacity/test_memory.py, and against GPUs in docs/planning.md.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from extend.capacity.activations import VALUE, LayerBytes, layer_bytes, tile_bytes
+from extend.capacity.activations import (
+    VALUE,
+    LayerBytes,
+    exchanges_heads,
+    layer_bytes,
+    num_groups,
+    tile_bytes,
+)
 from extend.capacity.setup import Setup
 from extend.capacity.shape import ModelShape
 
@@ -285,12 +292,15 @@ class _Step:
 
     def _exchanged(self) -> float:
         """What attention's backward holds beside its inputs and outputs: the kernel's fp32 sum of
-        dq, and of a ring the keys of other ranks and the shares of their gradients.
+        dq; of a ring the keys of other ranks and the shares of their gradients; of an exchange of
+        heads dout of its own heads, and gradients on their way back.
         """
         shape, setup = self.shape, self.setup
         q, k = shape.q_width / setup.tp, shape.kv_width / setup.tp
         own = _FP32 * q
-        if setup.cp > 1:
+        if exchanges_heads(shape, setup):
+            own = own / num_groups(shape, setup) + VALUE * (2 * q + 2 * k)
+        elif setup.cp > 1:
             block = 2 * VALUE * k
             own += 3 * block + VALUE * q + (_FP32 * q + 2 * _FP32 * k if setup.cp > 2 else 0)
         return own * setup.tokens
