@@ -78,7 +78,7 @@ def layer_bytes(shape: ModelShape, setup: Setup) -> LayerBytes:
     saved = norms + outputs + qkv + _head_norms(shape, setup, q, k) + attention + mlp
     normed = VALUE * hidden
     rotating = VALUE * ((2 * q + 2 * k) if setup.compiled else (4 * q + 2 * k))
-    # Its input, the norm and its output, q, k, v, out; the residual's gradient and out's; dq, dk, dv.
+    # Input, norm and its output, q, k, v, out; gradients of the residual and of out; dq, dk, dv.
     before = saved - mlp - (norms + outputs) * (1 - 1 / shape.num_norms) - VALUE * q * exchanged
     gradients = VALUE * hidden + VALUE * (2 * q + 2 * k)
     own_input = VALUE * hidden

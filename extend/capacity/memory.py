@@ -78,7 +78,7 @@ class MemoryPlan:
 
 
 @dataclass(frozen=True)
-class _Counts:
+class Parameters:
     """Parameters of one process before sharding: of a layer and of the rest, all and trained."""
 
     layer: float
@@ -88,19 +88,19 @@ class _Counts:
     head_trains: bool
 
 
-def _counts(shape: ModelShape, setup: Setup) -> _Counts:
+def count_parameters(shape: ModelShape, setup: Setup) -> Parameters:
     layer, root = shape.layer_parameters / setup.tp, shape.root_parameters / setup.tp
     adapters = setup.lora_rank * _adapter_width(shape) / setup.tp
     embedding, norms = shape.embedding / setup.tp, shape.norm_values
     head_trains = setup.trained == "all" or (shape.tied and setup.trained != "lora")
     if setup.trained == "all":
-        return _Counts(layer, root, layer, root, head_trains)
+        return Parameters(layer, root, layer, root, head_trains)
     if setup.trained == "norms":
-        return _Counts(layer, root, norms, embedding + shape.hidden, head_trains)
+        return Parameters(layer, root, norms, embedding + shape.hidden, head_trains)
     layer += adapters
     if setup.trained == "lora":
-        return _Counts(layer, root, adapters, 0.0, head_trains)
-    return _Counts(layer, root, adapters + norms, embedding + shape.hidden, head_trains)
+        return Parameters(layer, root, adapters, 0.0, head_trains)
+    return Parameters(layer, root, adapters + norms, embedding + shape.hidden, head_trains)
 
 
 def _adapter_width(shape: ModelShape) -> float:
@@ -165,7 +165,7 @@ class _Step:
     def __init__(self, shape: ModelShape, setup: Setup):
         self.shape, self.setup = shape, setup
         self.layer = layer_bytes(shape, setup)
-        self.counts = _counts(shape, setup)
+        self.counts = count_parameters(shape, setup)
         self.kept = Kept(shape, setup, self.layer)
         self.is_sharded = setup.dp * setup.cp > 1
         self.recomputed = min(setup.recomputed, shape.num_layers)
