@@ -219,10 +219,10 @@ def profile_step(run: Callable[[], Any]) -> dict[str, float]:
         kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, event.key)),
                     "other")
         found[kind] += seconds
-        if kind in ("other", "elementwise"):
-            other[event.key[:110]] += seconds
+        if kind in ("other", "elementwise", "attention", "copy"):
+            other[f"{event.key[:110]} x{event.count}"] += seconds
     return {kind: round(value, 3) for kind, value in found.most_common()} | {
-        f"* {name}": round(value, 3) for name, value in other.most_common(12)}
+        f"* {name}": round(value, 3) for name, value in other.most_common(16)}
 
 
 def main() -> int:
