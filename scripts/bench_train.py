@@ -272,7 +272,7 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]], processes: Proce
                                            capture_output=True, text=True).stdout.strip()
     name = f"{args.shape}-{args.label or 'steps'}"
     (args.out / f"{name}.json").write_text(json.dumps({
-        "schema": 2, "command": " ".join(["bench_train.py", *sys.argv[1:]]), "commit": commit,
+        "schema": 2, "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit,
         "gpu": f"{processes.world} x {gpu}", "torch": torch.__version__, "rows": rows}, indent=1))
 
 
