@@ -84,7 +84,7 @@ def layer_bytes(shape: ModelShape, setup: Setup) -> LayerBytes:
     own_input = VALUE * hidden
     return LayerBytes(
         input=VALUE * hidden, attention=attention, saved=saved, holds_input=holds_input,
-        mlp_extra=VALUE * hidden + _mlp_extra(setup, inner, hidden),
+        mlp_extra=VALUE * hidden + _mlp_extra(shape, setup, inner, matrices),
         rotation=own_input + normed * 2 + rotating,
         attention_backward=before + gradients + (0 if holds_input else own_input))
 
@@ -138,16 +138,23 @@ def _mlp_values(shape: ModelShape, setup: Setup, matrices: bool) -> float:
     return (2 if setup.compiled else 3) + matrices
 
 
-# In the middle of a gated MLP's backward gradients of the product, of gate and of up are there, and
-# the product is not needed any more; a compiled one writes one gradient over another.
-_PLAIN_EXTRA, _COMPILED_EXTRA = 2, 1
+# Inner values that are there at once in the middle of an MLP's backward, plain and compiled, by its
+# matrices: of a gated one gate, silu, up, and the gradients of product, silu and up; where it is
+# compiled, one gradient is written over what is not needed any more.
+_INNER_BACKWARD = {3: (6, 4), 2: (3, 2)}
 
 
-def _mlp_extra(setup: Setup, inner: float, hidden: int) -> float:
-    """Beside the gradient of the output: of inner values, or of a whole input beside the tiles."""
+def _inner_backward(shape: ModelShape, setup: Setup) -> int:
+    return _INNER_BACKWARD[shape.num_matrices][setup.compiled]
+
+
+def _mlp_extra(shape: ModelShape, setup: Setup, inner: float, matrices: bool) -> float:
+    """Of an MLP's backward, beside the gradient of its output and what was saved for it; beside
+    tiles, a whole gradient of their input.
+    """
     if setup.used_tile:
-        return VALUE * hidden
-    return inner * (_COMPILED_EXTRA if setup.compiled else _PLAIN_EXTRA)
+        return VALUE * shape.hidden
+    return inner * (_inner_backward(shape, setup) - _mlp_values(shape, setup, matrices))
 
 
 def tile_bytes(shape: ModelShape, setup: Setup) -> float:
@@ -155,7 +162,7 @@ def tile_bytes(shape: ModelShape, setup: Setup) -> float:
     if not setup.used_tile:
         return 0.0
     inner = VALUE * shape.active_inner / setup.tp
-    values = shape.num_matrices + (_COMPILED_EXTRA if setup.compiled else 1 + _PLAIN_EXTRA)
+    values = _inner_backward(shape, setup)
     of_tile = setup.used_tile * (values * inner + 2 * VALUE * shape.hidden)
     if setup.trained != "all":
         return of_tile
