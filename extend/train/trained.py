@@ -1,5 +1,6 @@
 """Which parameters are trained: all, those that expressions match, or adapters beside them."""
 
+import math
 import re
 
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from extend.errors import RecipeError, TrainingError
+from extend.train.weights import local_part, own_part
 from extend.train_options import TrainOptions
 
 ADAPTER = "default"  # PEFT's name for the adapter
@@ -58,7 +60,6 @@ def _add_adapters(model: PreTrainedModel, options: TrainOptions) -> None:
     names = [f"{name}.weight" for name, module in model.named_modules()
              if isinstance(module, nn.Linear) and module is not head]
     targets = [name.removesuffix(".weight") for name in _matching(names, options.trainable)]
-    torch.manual_seed(options.seed)  # all processes start from the same lora_A
     lora = LoraConfig(r=options.lora_rank, lora_alpha=options.lora_rank, lora_dropout=0.0,
                       target_modules=targets)
     inject_adapter_in_model(lora, model, adapter_name=ADAPTER)
@@ -66,6 +67,23 @@ def _add_adapters(model: PreTrainedModel, options: TrainOptions) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(getattr(torch, options.weight_dtype))
+
+
+@torch.no_grad()
+def init_adapters(model: nn.Module, seed: int) -> None:
+    """Give adapters their first values, the same however they are sharded: B is zero, A is drawn.
+
+    A is uniform as in a linear layer of torch, which is PEFT's choice too.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            lora_a, lora_b = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
+            drawn = nn.init.kaiming_uniform_(torch.empty(lora_a.shape), a=math.sqrt(5),
+                                             generator=generator)
+            own = tuple(slice(begin, begin + size) for begin, size in zip(*own_part(lora_a)))
+            local_part(lora_a).copy_(drawn[own])
+            local_part(lora_b).zero_()
 
 
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
