@@ -20,6 +20,7 @@ LAYERS = [
     {"adapter_format"},
     {"delta"},
     {"ring", "rope"},
+    {"capacity"},
     {"train", "adapter", "merge", "transfer", "evaluate", "plan", "search", "doctor", "lineage"},
     {"recipe"},
     {"run"},
