@@ -75,8 +75,13 @@ def test_advice_comes_in_pieces_that_linux_takes(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(ahead.os, "posix_fadvise",
                         lambda file, offset, size, advice: asked.append((offset, size)))
+    monkeypatch.setattr(ahead, "_advice_bytes", lambda device: 2**17)
     ahead.will_need(0, 1000, 2**18 + 5)
     assert asked == [(1000, 2**17), (1000 + 2**17, 2**17), (1000 + 2**18, 5)]
+
+
+def test_a_disk_that_is_not_known_takes_the_least():
+    assert ahead._advice_bytes.__wrapped__(2**40) == 2**17
 
 
 def test_garbage_waits_for_the_block_and_is_collected_afterwards(fetched, models):

@@ -4,6 +4,7 @@ Importing torch takes two to five seconds, in which a disk would stand still.
 """
 
 import contextlib
+import functools
 import gc
 import itertools
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 
 _SPAN_BYTES = 2**24
 _WINDOW_BYTES = 2**20
-_ADVICE_BYTES = 2**17  # what Linux takes of one piece of advice where a disk's settings say no more
+_LEAST_ADVICE = 2**17  # what Linux takes of one piece of advice where nobody changed that
 _MEMORY_SHARE = 4  # at most one part in so many of the memory that is free
 
 
@@ -51,12 +52,21 @@ def _collecting_later() -> Iterator[None]:
 def will_need(file: int, offset: int, num_bytes: int) -> None:
     """Let the system fetch a part of an open file, where it takes such advice; does not wait.
 
-    In small pieces, because Linux silently drops what goes beyond the disk's own `read_ahead_kb`.
+    In pieces, because Linux silently drops what goes beyond the disk's own `read_ahead_kb`.
     """
     if hasattr(os, "posix_fadvise"):
-        for start in range(offset, offset + num_bytes, _ADVICE_BYTES):
-            size = min(_ADVICE_BYTES, offset + num_bytes - start)
-            os.posix_fadvise(file, start, size, os.POSIX_FADV_WILLNEED)
+        piece, end = _advice_bytes(os.fstat(file).st_dev), offset + num_bytes
+        for start in range(offset, end, piece):
+            os.posix_fadvise(file, start, min(piece, end - start), os.POSIX_FADV_WILLNEED)
+
+
+@functools.cache
+def _advice_bytes(device: int) -> int:
+    """How much of one piece of advice the system takes for a disk."""
+    queue = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+    with contextlib.suppress(OSError, ValueError):
+        return max(_LEAST_ADVICE, 1024 * int(queue.read_text()))
+    return _LEAST_ADVICE
 
 
 def _read(directories: tuple[Path | str | None, ...], stop: threading.Event) -> None:

@@ -165,7 +165,7 @@ class StoredTensor:
 
         Args:
             pin: into pinned memory, from which a GPU copies faster and while others work.
-            into: a buffer of bytes, large enough, in place of memory of its own.
+            into: a buffer of bytes, large enough, in place of memory of its own; `fetch` first.
 
         Raises:
             CheckpointError: the file cannot be read, or became shorter.
@@ -180,7 +180,7 @@ class StoredTensor:
             shape = (max(0, stop - start), *shape[1:])
         size = math.prod(shape) * DTYPE_BYTES[self.info.dtype]
         data = torch.empty(size, dtype=torch.uint8, pin_memory=pin) if into is None else into[:size]
-        self._fill(memoryview(data.numpy()), self._begin + start * row_bytes)
+        self._fill(memoryview(data.numpy()), self._begin + start * row_bytes, ahead=into is None)
         return data.view(torch_dtype(self.info.dtype)).view(shape)
 
     def take(self, index: "torch.Tensor") -> "torch.Tensor":
@@ -201,9 +201,10 @@ class StoredTensor:
                 _fill(file, view[number * size:(number + 1) * size], place)
         return data.view(torch_dtype(self.info.dtype))
 
-    def _fill(self, data: memoryview, offset: int) -> None:
+    def _fill(self, data: memoryview, offset: int, *, ahead: bool) -> None:
         with self._reading() as file:
-            will_need(file, offset + len(data), len(data))
+            if ahead:
+                will_need(file, offset + len(data), len(data))
             _fill(file, data, offset)
 
     @contextlib.contextmanager

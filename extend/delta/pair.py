@@ -25,7 +25,7 @@ from extend.model_config import ModelConfig, read_config
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _EXPERTS = re.compile(r"\.experts\b")
 _ROUTER_SUFFIXES = (".gate.weight", ".router.weight")
-_CACHED_ELEMENTS = 2**17  # of a block that a CPU works on while it is in its caches
+_CACHED_ELEMENTS = 2**18  # of a block that a CPU works on while it is in its caches
 _THREAD = threading.local()
 _BLOCK_BYTES = 2**26  # of fp32, where a parameter is taken in blocks of rows
 _LEAST_LEFT = 0.03  # of ||delta||_F^2, of which fp32 products leave an error of about 1e-8
