@@ -98,6 +98,12 @@ class TrainOptions(Options):
     """How attention over a row that several processes share is computed; auto is the fastest that
     fits in memory, `usp:N` splits heads over N processes, `double-ring:N` takes them for N hosts.
     """
+    tensor_parallel: Annotated[int, Field(ge=1)] = 1
+    """Processes, of one host, that compute the same tokens, each with its share of heads, channels
+    of the MLP and vocabulary. It divides their numbers."""
+    shard_over: Literal["all"] | Annotated[int, Field(ge=1)] = "all"
+    """So many processes, neighbours beside tensor_parallel, share parameters, gradients and the
+    optimizer's state between them; the others hold replicas. all: no replicas."""
     document_mask: bool = True
     """Tokens see only their own of the documents that are packed into one row."""
     weight_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -129,6 +135,12 @@ class TrainOptions(Options):
     """Tokens whose logits exist at once."""
     save_every: Annotated[int, Field(ge=1)] = 100
     """Optimizer steps between checkpoints."""
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """Told of every step beside metrics.jsonl; they need `extend-context[trackers]`."""
+    project: str | None = None
+    """Of the run in trackers; the name of the directory that holds the output unless given."""
+    run_name: str | None = None
+    """In trackers; the name of the output's directory unless given."""
     nproc: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Processes; auto is one per visible GPU, or one."""
     seed: int = 0

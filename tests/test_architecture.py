@@ -10,8 +10,10 @@ import pytest
 ROOT = Path(__file__).parents[1] / "extend"
 LAYERS = [
     {"errors"},
-    {"registry", "model_config", "documents", "encoding", "option_types", "output", "page"},
-    {"checkpoint", "haystack", "tokenizer", "transfer_options", "adapter_options", "data_options"},
+    {"registry", "model_config", "documents", "encoding", "option_types", "output", "page",
+     "together"},
+    {"checkpoint", "haystack", "tokenizer", "transfer_options", "adapter_options", "data_options",
+     "curves"},
     {"train_options"},
     {"manifest", "retrieval", "loading", "options"},
     {"results"},

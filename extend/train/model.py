@@ -9,6 +9,7 @@ from extend.model_config import ModelConfig, RopeSpec
 from extend.ring.hf_attention import RingSettings, register_ring_attention
 from extend.train.loss import chunked_loss
 from extend.train.trained import choose_trained
+from extend.train.vocabulary import split_head
 from extend.train_options import TrainOptions
 
 # Config keys of models whose logits are not simply hidden @ head.T.
@@ -28,9 +29,9 @@ class CausalLoss(nn.Module):
         hidden = self.model.get_decoder()(
             input_ids=input_ids, position_ids=position_ids, use_cache=False, ring=ring,
         ).last_hidden_state
-        head = self.model.get_output_embeddings().weight
+        head, vocabulary = split_head(self.model.get_output_embeddings().weight)
         return chunked_loss(hidden.flatten(0, 1), head, labels.flatten(), weights.flatten(),
-                            chunk=self.chunk)
+                            chunk=self.chunk, vocabulary=vocabulary)
 
 
 def load_model(options: TrainOptions, config: ModelConfig) -> PreTrainedModel:

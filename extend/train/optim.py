@@ -4,7 +4,9 @@ import math
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from extend.train_options import Phase, TrainOptions
@@ -47,9 +49,34 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     Returns:
         The norm before, fp32 [], over the whole model however it is sharded.
     """
-    with_grad = [p for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in with_grad])
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
-    torch.nn.utils.clip_grads_with_norm_(with_grad, max_norm, norm)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = _total_norm(gradients)
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in map(_local, gradients):
+        gradient.mul_(scale)
     return norm
+
+
+def _total_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """Of tensors that are sharded over meshes of their own, each part counted once.
+
+    On parts, since torch takes only tensors of one mesh together.
+    """
+    by_mesh: dict[tuple[DeviceMesh, tuple[int, ...]] | None, list[Tensor]] = {}
+    for gradient in gradients:
+        key = None
+        if isinstance(gradient, DTensor):
+            sharded = [i for i, p in enumerate(gradient.placements) if not p.is_replicate()]
+            key = gradient.device_mesh, tuple(sharded)
+        by_mesh.setdefault(key, []).append(_local(gradient))
+    squares = []
+    for key, parts in by_mesh.items():
+        square = torch.nn.utils.get_total_norm(parts).double() ** 2
+        for dim in key[1] if key is not None else ():
+            dist.all_reduce(square, group=key[0].get_group(dim))
+        squares.append(square)
+    return torch.stack(squares).sum().sqrt().float()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

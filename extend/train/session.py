@@ -22,12 +22,19 @@ from extend.train.compiled import compile_layers
 from extend.train.data import Rows, load_rows
 from extend.train.export import Exporter
 from extend.train.memory import LayerMemory, checkpoint_layers, make_memory, tile_layers
-from extend.train.mesh import Processes, check_attention, check_schedule, split_world
+from extend.train.mesh import (
+    Processes,
+    check_attention,
+    check_schedule,
+    check_world,
+    split_world,
+)
 from extend.train.model import CausalLoss, check_rope, load_model
 from extend.train.optim import build_optimizer
 from extend.train.shard import shard_model
 from extend.train.size import ModelSize, model_size
 from extend.train.state import RunState
+from extend.train.tensor_parallel import check_tensor_parallel
 from extend.train.token_cache import TokenCache, default_directory
 from extend.train.trained import trained_parameters
 from extend.train_options import TrainOptions
@@ -35,7 +42,8 @@ from extend.train_options import TrainOptions
 logger = logging.getLogger(__name__)
 
 # They decide where and when the work is done, not what comes out of it.
-_NOT_RECORDED = {"nproc", "save_every", "model", "host_memory", "kept_attention", "token_cache"}
+_NOT_RECORDED = {"nproc", "save_every", "model", "host_memory", "kept_attention", "token_cache",
+                 "trackers", "project", "run_name", "shard_over", "tensor_parallel"}
 
 
 @dataclass
@@ -84,19 +92,22 @@ def plan_ropes(options: TrainOptions, world: int) -> list[RopeSpec]:
     """Check all that needs no weights, and return the RoPE of every phase.
 
     Raises:
-        LayoutError, DataError, CheckpointError, CompatibilityError, RecipeError: as `train`.
+        LayoutError, DataError, CheckpointError, CompatibilityError, RecipeError, TrainingError: as
+            `train`.
     """
-    check_schedule(options.schedule, options.layout, world)
+    check_world(options, world)
+    check_schedule(options.schedule, options.layout, world, options.tensor_parallel)
     for data in options.data:
         if data.path is not None:
             list_files(data.path)
             _require_outside(token_directory(options), data.path)
     Checkpoint(options.model)
     config = read_config(options.model)
+    check_tensor_parallel(options, config)
     check_attention(options, config.num_heads, world)
     ropes = schedule_ropes(config.rope, rope_stages(options, config.rope))
     for phase, rope in zip(options.schedule, ropes):
-        check_rope(rope, split_world(phase.batch_rows, world)[1])
+        check_rope(rope, split_world(phase.batch_rows, world, options.tensor_parallel)[1])
     return ropes
 
 
@@ -188,8 +199,9 @@ def _put_together(options: TrainOptions, config: ModelConfig, ropes: list[RopeSp
 def save_memory(model: PreTrainedModel, options: TrainOptions,
                 processes: Processes) -> LayerMemory | None:
     """Let the layers compute and keep as the options say; None where they keep everything."""
-    longest = max(phase.length // split_world(phase.batch_rows, processes.world)[1]
-                  for phase in options.schedule)
+    longest = max(
+        phase.length // split_world(phase.batch_rows, processes.world, options.tensor_parallel)[1]
+        for phase in options.schedule)
     tile_layers(model, options, longest)
     compile_layers(model, options, processes.device)
     if options.recomputed_layers == 0:
