@@ -226,7 +226,7 @@ def peak_memory() -> dict[str, int]:
     """Peak bytes of this process on the host, and per CUDA device that torch has used."""
     peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch is not None and torch.cuda.is_initialized():  # asking what is there starts a driver
         for device in range(torch.cuda.device_count()):
             peak[f"cuda:{device}"] = torch.cuda.max_memory_allocated(device)
     return peak
