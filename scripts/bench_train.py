@@ -69,7 +69,8 @@ def parse() -> argparse.Namespace:
     add("--shape", choices=SHAPES, default="8b")
     add("--layers", type=int, help="only so many layers of the shape")
     add("--lengths", default="64k,128k,256k")
-    add("--steps", type=int, default=2, help="timed at each length, after one to warm up")
+    add("--steps", type=int, default=2,
+        help="timed at each length, after one to warm up; 0: the first one is timed")
     add("--recomputed", default="all", help="layers that are computed again: "
         "all, auto or a number")
     add("--compile", default="auto", choices=("auto", "yes", "no"))
