@@ -12,7 +12,9 @@ from extend.errors import CompatibilityError
 from extend.model_config import ModelConfig, RopeSpec
 from extend.ring.hf_attention import RingSettings, register_ring_attention
 from extend.train.loss import chunked_loss
+from extend.train.low_bits import use_float8
 from extend.train.trained import choose_trained, init_adapters
+from extend.train.vocabulary import split_head
 from extend.train.weights import (
     fill_weights,
     is_same,
@@ -31,9 +33,9 @@ _LOGIT_KEYS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 class CausalLoss(nn.Module):
     """A causal LM and its loss in one module, so that sharded head and embeddings are gathered."""
 
-    def __init__(self, model: PreTrainedModel, chunk: int):
+    def __init__(self, model: PreTrainedModel, chunk: int, *, compiled: bool = False):
         super().__init__()
-        self.model, self.chunk = model, chunk
+        self.model, self.chunk, self.compiled = model, chunk, compiled
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, weights: Tensor,
                 ring: RingSettings | None) -> tuple[Tensor, Tensor]:
@@ -41,9 +43,9 @@ class CausalLoss(nn.Module):
         hidden = self.model.get_decoder()(
             input_ids=input_ids, position_ids=position_ids, use_cache=False, ring=ring,
         ).last_hidden_state
-        head = self.model.get_output_embeddings().weight
+        head, vocabulary = split_head(self.model.get_output_embeddings().weight)
         return chunked_loss(hidden.flatten(0, 1), head, labels.flatten(), weights.flatten(),
-                            chunk=self.chunk)
+                            chunk=self.chunk, vocabulary=vocabulary, compiled=self.compiled)
 
 
 def build_model(options: TrainOptions, config: ModelConfig) -> PreTrainedModel:
@@ -55,7 +57,8 @@ def build_model(options: TrainOptions, config: ModelConfig) -> PreTrainedModel:
     Raises:
         CompatibilityError: an output head that the chunked loss does not compute, or a model that
             cannot be made without its weights.
-        RecipeError: an expression in `trainable` that matches nothing or is none.
+        RecipeError: an expression in `trainable` or `trained_beside` that matches nothing or is
+            none.
     """
     for key in _LOGIT_KEYS:
         if config.raw.get(key) not in (None, 1, 1.0):
@@ -66,6 +69,7 @@ def build_model(options: TrainOptions, config: ModelConfig) -> PreTrainedModel:
         raise CompatibilityError(f"{config.path}: the output head has a bias; training supports "
                                  "models without only")
     model.config.use_cache = False
+    use_float8(model, options)
     choose_trained(model, options)
     return model.train()
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
+from extend.capacity import choose_recomputed_layers
 from extend.checkpoint import Checkpoint
 from extend.documents import list_files
 from extend.errors import RecipeError
@@ -18,16 +19,26 @@ from extend.manifest import Manifest
 from extend.model_config import ModelConfig, RopeSpec, read_config
 from extend.rope.live import RotaryModules, make_rotary, place_rotary
 from extend.rope.schedule import Stage, composition_warnings, schedule_ropes
-from extend.train.compiled import compile_layers
+from extend.train.compiled import compile_layers, compiles
 from extend.train.data import Rows, load_rows
+from extend.train.equality import check_equal
 from extend.train.export import Exporter
+from extend.train.low_bits import check_low_bits
 from extend.train.memory import LayerMemory, checkpoint_layers, make_memory, tile_layers
-from extend.train.mesh import Processes, check_attention, check_schedule, split_world
+from extend.train.mesh import (
+    Processes,
+    check_attention,
+    check_schedule,
+    check_world,
+    split_world,
+)
 from extend.train.model import CausalLoss, build_model, check_rope
-from extend.train.optim import build_optimizer
+from extend.train.optim import build_optimizer, tell_lost_updates
+from extend.train.precision import compute_dtype
 from extend.train.shard import shard_model
 from extend.train.size import ModelSize, model_size
 from extend.train.state import RunState
+from extend.train.tensor_parallel import check_tensor_parallel
 from extend.train.token_cache import TokenCache, default_directory
 from extend.train.trained import init_adapters, trained_parameters
 from extend.train.weights import fill_weights
@@ -37,7 +48,8 @@ logger = logging.getLogger(__name__)
 
 # They decide where and when the work is done, not what comes out of it.
 _NOT_RECORDED = {"nproc", "save_every", "keep_checkpoints", "save_in_background", "model",
-                 "host_memory", "kept_attention", "token_cache"}
+                 "host_memory", "kept_attention", "token_cache", "trackers", "project", "run_name",
+                 "shard_over", "tensor_parallel"}
 
 
 @dataclass
@@ -86,19 +98,23 @@ def plan_ropes(options: TrainOptions, world: int) -> list[RopeSpec]:
     """Check all that needs no weights, and return the RoPE of every phase.
 
     Raises:
-        LayoutError, DataError, CheckpointError, CompatibilityError, RecipeError: as `train`.
+        LayoutError, DataError, CheckpointError, CompatibilityError, RecipeError, TrainingError: as
+            `train`.
     """
-    check_schedule(options.schedule, options.layout, world)
+    check_world(options, world)
+    check_schedule(options.schedule, options.layout, world, options.tensor_parallel)
     for data in options.data:
         if data.path is not None:
             list_files(data.path)
             _require_outside(token_directory(options), data.path)
     Checkpoint(options.model)
     config = read_config(options.model)
+    check_tensor_parallel(options, config)
     check_attention(options, config.num_heads, world)
+    check_low_bits(options, compute_dtype(options), world)
     ropes = schedule_ropes(config.rope, rope_stages(options, config.rope))
     for phase, rope in zip(options.schedule, ropes):
-        check_rope(rope, split_world(phase.batch_rows, world)[1])
+        check_rope(rope, split_world(phase.batch_rows, world, options.tensor_parallel)[1])
     return ropes
 
 
@@ -171,10 +187,13 @@ def _put_together(options: TrainOptions, config: ModelConfig, ropes: list[RopeSp
     if processes.is_main:
         _tell_windows(options, size)
         _tell_ropes(options, config)
-    memory = save_memory(model, options, processes)
-    module = shard_model(CausalLoss(model, options.loss_chunk), processes)
+        tell_lost_updates(options)
+    memory = save_memory(model, options, config, processes)
+    loss = CausalLoss(model, options.loss_chunk, compiled=compiles(options, processes.device))
+    module = shard_model(loss, processes, options)
     fill_weights(model, source)
     init_adapters(model, options.seed)
+    check_equal(trained_parameters(module), processes)
     optimizer = build_optimizer(trained_parameters(module).values(), options)
     found = rows.result()
     if manifest is not None:  # only now, so that bad data or a bad model leaves nothing behind
@@ -189,19 +208,38 @@ def _put_together(options: TrainOptions, config: ModelConfig, ropes: list[RopeSp
                state, manifest, step)
 
 
-def save_memory(model: PreTrainedModel, options: TrainOptions,
+def save_memory(model: PreTrainedModel, options: TrainOptions, config: ModelConfig,
                 processes: Processes) -> LayerMemory | None:
     """Let the layers compute and keep as the options say; None where they keep everything."""
-    longest = max(phase.length // split_world(phase.batch_rows, processes.world)[1]
-                  for phase in options.schedule)
+    longest = max(
+        phase.length // split_world(phase.batch_rows, processes.world, options.tensor_parallel)[1]
+        for phase in options.schedule)
     tile_layers(model, options, longest)
-    compile_layers(model, options, processes.device)
-    if options.recomputed_layers == 0:
+    if compiles(options, processes.device):
+        compile_layers(model)
+    recomputed = count_recomputed(options, config, len(model.get_decoder().layers), processes)
+    if recomputed == 0:
         return None
-    memory = make_memory(options, len(model.get_decoder().layers), processes.device,
-                         processes.world)
+    memory = make_memory(options, recomputed, processes.device, processes.local_world)
     checkpoint_layers(model, memory)
     return memory
+
+
+def count_recomputed(options: TrainOptions, config: ModelConfig, num_layers: int,
+                     processes: Processes) -> int:
+    """Layers that are computed again; the same in all processes, of which each computes its part.
+
+    Without a GPU, `auto` is all of them.
+    """
+    wanted = options.recomputed_layers
+    if wanted == "auto" and processes.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(processes.device).total_memory
+        wanted = processes.share(choose_recomputed_layers(
+            config, options, world=processes.world, device_bytes=memory,
+            hosts=processes.world // processes.local_world))
+        if processes.is_main:
+            logger.info("%d of %d layers are computed again for their backward", wanted, num_layers)
+    return num_layers if wanted in ("auto", "all") else min(wanted, num_layers)
 
 
 def _tell_ropes(options: TrainOptions, config: ModelConfig) -> None:
@@ -252,10 +290,14 @@ def _fingerprint(manifest: Manifest, options: TrainOptions,
                  processes: Processes) -> dict[str, Any]:
     """What the run is; its `options` and `inputs` must be the same for a run to go on.
 
-    `read_fingerprint` makes options of it again.
+    `read_fingerprint` makes options of it again. Moments in 8 bits have one scale for each 256 of a
+    shard, so they fit the same shards only.
     """
+    settled = dict(manifest.record["options"])
+    if options.optimizer == "adamw-8bit":
+        settled["processes with adamw-8bit"] = processes.world
     hashes = {role: entry["sha256"] for role, entry in manifest.record["inputs"].items()}
-    return {"processes": processes.world, "options": manifest.record["options"], "inputs": hashes,
+    return {"processes": processes.world, "options": settled, "inputs": hashes,
             "model": str(Path(options.model).absolute()),
             "data": [data.path for data in options.data]}
 
@@ -266,7 +308,8 @@ def read_fingerprint(record: Mapping[str, Any]) -> TrainOptions:
     Raises:
         KeyError, TypeError, pydantic.ValidationError: a record that is none, or of other options.
     """
-    settings = dict(record["options"])
+    settings = {key: value for key, value in record["options"].items()
+                if key in TrainOptions.model_fields}
     settings["data"] = [{key: value for key, value in data.items() if key != "has_path"}
                         | {"path": path} for data, path in zip(settings["data"], record["data"])]
     return TrainOptions(**settings | {"model": record["model"]})

@@ -24,6 +24,7 @@ from extend.model_config import read_json
 from extend.output import remove_directory, require_space, write_json
 from extend.train.background import BackgroundWriter
 from extend.train.mesh import Processes
+from extend.train.optim import create_state
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +204,7 @@ def quiet_alone() -> Iterator[None]:
 def _tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Every tensor that a step changes, by name; loading writes into these very tensors."""
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    _create_moments(optimizer)
+    create_state(optimizer)
     return {"model": {name: p.detach() for name, p in trained.items()},
             "optimizer": {name: optimizer.state[p] for name, p in trained.items()}}
 
@@ -219,17 +220,6 @@ def describe_cause(error: BaseException) -> str:
     if isinstance(error, dcp.api.CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return str(error).strip()
-
-
-def _create_moments(optimizer: torch.optim.Optimizer) -> None:
-    """The moments that AdamW creates at its first step, so that there is a place to load into."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if not optimizer.state[p]:
-                device = p.device if group["fused"] else torch.device("cpu")
-                optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=device),
-                                      "exp_avg": torch.zeros_like(p),
-                                      "exp_avg_sq": torch.zeros_like(p)}
 
 
 def _differences(old: Any, new: Any, where: str = "") -> list[str]:
