@@ -322,11 +322,11 @@ def test_disk_too_small_for_a_trained_model(inputs, monkeypatch):
 
 
 @contextmanager
-def small_files():
-    """The kernel refuses to let a file grow beyond 1500 bytes: pytest's own log too, so no longer
-    than needed."""
+def small_files(most_bytes=1500):
+    """The kernel refuses to let a file grow beyond this: pytest's own log too, so no longer than
+    needed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, hard))
     try:
         yield
     finally:
@@ -350,7 +350,7 @@ def test_evaluation_that_cannot_write(inputs):
 
 
 def test_training_state_that_cannot_be_written(inputs):
-    with small_files():
+    with small_files(16_000):  # room for tokens and settings
         result = invoke(COMMANDS["train"], inputs, inputs.parent / "out")
     assert result.exit_code == 1
     assert "the training state cannot be written" in result.stderr
