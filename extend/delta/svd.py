@@ -2,10 +2,9 @@
 
 Exact through the Gram matrix for matrices that are not much larger than the rank. For larger ones a
 block Krylov space: D times a seeded random block, then D D^T times the block before, each made
-orthonormal to all that came before. A block is five eighths as wide as the rank, so that the space
-reaches a high power of D D^T in few passes over D, and it grows until another block would add next
-to nothing to what the leading ranks hold: the gains of the last two are carried on as a geometric
-series.
+orthonormal to all that came before. A block is half as wide as the rank, so that the space reaches
+a high power of D D^T for few products, and it grows until another block would add next to nothing
+to what the leading ranks hold: the gains of the last two are carried on as a geometric series.
 Whether it would is asked less often the larger it is, because each answer takes its eigenvalues.
 Neither calls a full SVD: with U the eigenvectors of D D^T, the rows of U^T D are the singular
 values times the right singular vectors, and B A = U U^T D is a projection, so errors in small
@@ -28,13 +27,12 @@ import torch
 _FIRST_GUESS = 64  # rank that is looked for first where the rank is to be found
 _SMALLEST_BLOCK = 8
 _FEWEST_BLOCKS = 4
-_MOST_MISSED = 0.006  # of the squared residual, by ending here: 0.3 % of the residual at most
+_MOST_MISSED = 0.002  # of the squared residual, by ending here: 0.1 % of the residual
 _STEPS = 8  # a space of more blocks grows by that share of itself before it is looked at again
 _EXACT_BELOW = 3  # ranks; a Krylov space for them costs as much as the whole Gram matrix
 _EXACT_ROWS = 128  # up to which the Gram matrix costs next to nothing
 _HOST_EIGH = 512  # rows; a CPU decomposes matrices up to this size faster than a GPU does
 _COLUMN_BLOCK = 4096
-_CACHED_ELEMENTS = 2**20  # of a matrix that a CPU multiplies twice
 _NORM_BLOCK = 2**18  # elements
 _INDEPENDENT = 1e-3  # share of a column that must be its own, so that rounding is small beside it
 _FRESH = 0.05  # size of a random direction beside one that is kept
@@ -136,7 +134,7 @@ def _grow(delta: torch.Tensor, sizes: tuple[int, int],
     total, (size, last) = frobenius_squared(wide), sizes
     space = None
     while not exact and wide.shape[0] > max(_EXACT_ROWS, _EXACT_BELOW * size):
-        space = space or _Krylov(wide, max(_SMALLEST_BLOCK, -(-5 * size // 8)), generator)
+        space = space or _Krylov(wide, max(_SMALLEST_BLOCK, -(-size // 2)), generator)
         if not space.complete(size, total):
             break
         rank = find_rank(space.values[:size], total)
@@ -165,7 +163,6 @@ class _Krylov:
         start = torch.rand(wide.shape[1], block, generator=generator).T - 0.5
         self._wide, self._block, self._generator = wide, block, generator
         self._image = start.to(wide.device)  # of the last block: block wide
-        self._back: torch.Tensor | None = None  # image wide^T, where it is there already
         self._basis = wide.new_empty(0, wide.shape[0])
         self._images = wide.new_empty(0, wide.shape[1])  # basis wide
         self._gram = wide.new_empty(0, 0)  # images images^T
@@ -174,14 +171,14 @@ class _Krylov:
 
     def complete(self, rank: int, total: float) -> bool:
         """Grow until the space holds the leading `rank` values; False when it grew too large."""
-        held, gains, missed, fewest = 0.0, [], math.inf, _FEWEST_BLOCKS * self._block
+        held, gains, missed = 0.0, [], math.inf
         while (missed > _MOST_MISSED * max(total - held, _ENERGY_FLOOR * total)
-               or len(self._basis) < fewest):
+               or len(self._basis) < _FEWEST_BLOCKS * self._block):
             blocks = max(1, len(self._basis) // (_STEPS * self._block))
             if 3 * (len(self._basis) + blocks * self._block) > 2 * self._wide.shape[0]:
                 return False
-            for more in reversed(range(blocks)):
-                self._extend(go_on=more > 0 or len(self._basis) + self._block < fewest)
+            for _ in range(blocks):
+                self._extend()
             if len(self._basis) >= rank:
                 before, held = held, self._held(rank)
                 gains.append(held - before)
@@ -198,11 +195,9 @@ class _Krylov:
         energies = torch.linalg.eigvalsh(_on_faster_side(self._gram))
         return float(energies[-rank:].double().clamp_min(0).sum())
 
-    def _extend(self, *, go_on: bool = False) -> None:
-        """Another block; `go_on` says that one more will follow it."""
-        block = self._image @ self._wide.T if self._back is None else self._back
-        block = self._new_directions(block)
-        self._image, self._back = _there_and_back(block, self._wide, both=go_on)
+    def _extend(self) -> None:
+        block = self._new_directions(self._image @ self._wide.T)
+        self._image = block @ self._wide
         self._basis = torch.cat([self._basis, block])
         self._images = torch.cat([self._images, self._image])
         cross = self._image @ self._images.T
@@ -227,22 +222,6 @@ class _Krylov:
         """`(left, rows)` of the leading values; see `_split`."""
         vectors = self._vectors[:, :rank].to(self._wide.device, torch.float32)
         return self._basis.T @ vectors, vectors.T @ self._images
-
-
-def _there_and_back(block: torch.Tensor, wide: torch.Tensor, *,
-                    both: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`(block wide, block wide wide^T)`, the second only if `both`.
-
-    On a CPU a part of the matrix serves both products while it is in the caches.
-    """
-    if not both or wide.is_cuda:
-        return block @ wide, None
-    there, back = block.new_empty(len(block), wide.shape[1]), torch.zeros_like(block)
-    step = max(1, _CACHED_ELEMENTS // wide.shape[0])
-    for image, columns in zip(there.split(step, 1), wide.split(step, 1), strict=True):
-        torch.mm(block, columns, out=image)
-        back.addmm_(image, columns.T)
-    return there, back
 
 
 def _all_later(before: float, gained: float) -> float:

@@ -96,10 +96,9 @@ def test_singular_values_are_shared_evenly():
     delta = matrix(SPECTRA["slow"], 300, 420)
     factors = factorize_to_rank(delta, 16, tensor_generator("w", 0))
     values = torch.linalg.svdvals(delta.double())[:16].sqrt().float()
-    # 5e-3: how far the sketch's own singular values may be from the exact ones, where they fall
-    # slowly; those of the last few ranks are, and they hold least.
-    torch.testing.assert_close(torch.linalg.norm(factors.lora_a, dim=1), values, rtol=5e-3, atol=0)
-    torch.testing.assert_close(torch.linalg.norm(factors.lora_b, dim=0), values, rtol=5e-3, atol=0)
+    # 1e-3: how far the sketch's own singular values may be from the exact ones.
+    torch.testing.assert_close(torch.linalg.norm(factors.lora_a, dim=1), values, rtol=1e-3, atol=0)
+    torch.testing.assert_close(torch.linalg.norm(factors.lora_b, dim=0), values, rtol=1e-3, atol=0)
 
 
 def test_same_seed_and_name_give_the_same_bits(noise):
@@ -175,7 +174,7 @@ def test_edge_does_not_decompose_the_whole_matrix(monkeypatch):
     original = svd._eigh
     monkeypatch.setattr(svd, "_eigh", lambda x: sizes.append(x.shape[0]) or original(x))
     assert len(factorize_to_edge(delta, 1.0, 512, tensor_generator("w", 0)).values) == 20
-    assert sizes == [160]  # four blocks, each of five eighths of the 64 ranks that are looked for
+    assert sizes == [128]  # four blocks, each of half of the 64 ranks that are looked for
 
 
 @pytest.mark.parametrize(("edge", "expected"), [(1e9, 1), (0.0, 300)])
@@ -219,16 +218,3 @@ def test_norm_by_blocks(shape, transposed, monkeypatch):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     x = x.T if transposed and x.dim() == 2 else x
     assert frobenius_squared(x) == pytest.approx(float(x.double().square().sum()), rel=1e-14)
-
-
-@pytest.mark.parametrize("flipped", [False, True])
-def test_both_products_in_one_pass(flipped, monkeypatch):
-    """The last stretch of columns is a shorter one."""
-    monkeypatch.setattr(svd, "_CACHED_ELEMENTS", 30 * 16)
-    wide = torch.randn(50, 30).T if flipped else torch.randn(30, 50)
-    block = torch.randn(4, 30)
-    there, back = svd._there_and_back(block, wide, both=True)
-    # 1e-5: sums of 50 fp32 products in another order.
-    torch.testing.assert_close(there, block @ wide, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(back, block @ wide @ wide.T, rtol=1e-5, atol=1e-3)
-    assert svd._there_and_back(block, wide, both=False)[1] is None
