@@ -55,8 +55,11 @@ def test_its_keys_are_those_of_a_recipe(config):
 def test_text(config):
     result = run(config, "--to", "1m", "--gpus", "1", "--gpu", "h100")
     assert result.exit_code == 0, result.output
-    assert "does not fit on 1 x H100 80GB" in result.stdout
+    assert "does not fit on 1 x H100 80GB even with weights in bfloat16" in result.stdout
     assert "the nearest that fits" in result.stdout
+    result = run(config, "--to", "256k", "--gpus", "2", "--host-memory", "100")
+    assert result.exit_code == 0, result.output
+    assert "s a step of 1 row" in result.stdout
 
 
 def test_without_a_machine_there_is_nothing_to_say(config):
