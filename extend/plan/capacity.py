@@ -99,8 +99,9 @@ def _answer(plan: CapacityPlan) -> str:
                 f"{rows} (+- {time.spread:.0%}), {time.tokens_per_second:,.0f} tokens/s, MFU "
                 f"{time.mfu:.1%}, {_gib(plan.needed_bytes)} of {_gib(plan.usable_bytes)} GiB a GPU"
                 f"{given_up}")
-    lines = [f"training at {setup.length:,} tokens does not fit on {where}{_conceded(plan)}: it needs "
-             f"{_gib(plan.needed_bytes)} GiB a GPU of which {_gib(plan.usable_bytes)} may be used"]
+    lines = [f"training at {setup.length:,} tokens does not fit on {where}{_conceded(plan)}: it "
+             f"needs {_gib(plan.needed_bytes)} GiB a GPU of which "
+             f"{_gib(plan.usable_bytes)} may be used"]
     if plan.host_bytes > machine.host_memory_bytes:
         lines.append(f"and {_gib(plan.host_bytes)} GiB of host memory of "
                      f"{_gib(machine.host_memory_bytes)}")
