@@ -65,7 +65,7 @@ def layer_bytes(shape: ModelShape, setup: Setup) -> LayerBytes:
     hidden, tp = shape.hidden, setup.tp
     q, k, heads = shape.q_width / tp, shape.kv_width / tp, shape.num_heads / tp
     attention = VALUE * q + 4 * heads
-    exchanged = exchanges_heads(shape, setup)
+    exchanged = exchanges_heads(setup)
     times = math.lcm(shape.num_kv_heads, setup.cp) / shape.num_kv_heads if exchanged else 1
     qkv = VALUE * (q + 2 * k * times) + VALUE * q * exchanged
     matrices = setup.trained != "norms"
@@ -89,15 +89,10 @@ def layer_bytes(shape: ModelShape, setup: Setup) -> LayerBytes:
         attention_backward=before + gradients + (0 if holds_input else own_input))
 
 
-def exchanges_heads(shape: ModelShape, setup: Setup) -> bool:
-    """Whether attention exchanges rows for heads (Ulysses), which `auto` does where it divides.
-
-    Over several hosts `auto` seldom does: links between them are slow.
+def exchanges_heads(setup: Setup) -> bool:
+    """Whether attention exchanges rows for heads (Ulysses); `auto` prefers what takes less memory.
     """
-    family = setup.strategy.partition(":")[0]
-    if setup.cp == 1 or family not in ("auto", "ulysses", "usp"):
-        return False
-    return family != "auto" or (setup.hosts == 1 and shape.num_heads // setup.tp % setup.cp == 0)
+    return setup.cp > 1 and setup.strategy.partition(":")[0] in ("ulysses", "usp")
 
 
 def num_groups(shape: ModelShape, setup: Setup) -> int:

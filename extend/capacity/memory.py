@@ -167,7 +167,10 @@ class _Step:
         self.layer = layer_bytes(shape, setup)
         self.counts = count_parameters(shape, setup)
         self.kept = Kept(shape, setup, self.layer)
-        self.is_sharded = setup.dp * setup.cp > 1
+        # One process alone gathers only what it must cast or fetch from its host.
+        casts = setup.weight_bytes != VALUE or setup.optimizer == "adamw-offload"
+        self.is_sharded = setup.dp * setup.cp > 1 or casts
+        self.gathers_frozen = setup.dp * setup.cp > 1 or setup.optimizer == "adamw-offload"
         self.recomputed = min(setup.recomputed, shape.num_layers)
 
     def fixed(self) -> dict[str, float]:
@@ -206,7 +209,15 @@ class _Step:
         return 2 * block
 
     def _gathered_root(self) -> float:
-        return VALUE * self.counts.root if self.is_sharded else 0.0
+        return self._gathered(self.counts.root, self.counts.trained_root)
+
+    def _gathered_layer(self) -> float:
+        return self._gathered(self.counts.layer, self.counts.trained_layer)
+
+    def _gathered(self, all_parameters: float, trained: float) -> float:
+        if not self.is_sharded:
+            return 0.0
+        return VALUE * (all_parameters if self.gathers_frozen else trained)
 
     def _gradient_bytes(self, layers: int) -> float:
         """Sharded gradients of so many layers."""
@@ -232,8 +243,7 @@ class _Step:
         hidden = VALUE * shape.hidden * setup.tokens
         head = vocab * shape.hidden
         return Moment("head", self.fixed() | {
-            "gathered weights": self._gathered_root()
-            + (VALUE * self.counts.layer if self.is_sharded else 0.0),
+            "gathered weights": self._gathered_root() + self._gathered_layer(),
             "kept by layers": self.kept.below(self.recomputed),
             "whole layers": self._whole_layers(shape.num_layers - self.recomputed),
             "logits": logits, "gradient of the head": head * _FP32 * self.counts.head_trains,
@@ -258,10 +268,8 @@ class _Step:
     def _backward_parts(self, index: int) -> dict[str, float]:
         counts, shape, setup = self.counts, self.shape, self.setup
         after = shape.num_layers - 1 - index
-        gathered = reducing = 0.0
-        if self.is_sharded:
-            gathered = self._gathered_root() + VALUE * counts.layer * (2 if index else 1)
-            reducing = _FP32 * counts.trained_layer if after else 0.0
+        gathered = self._gathered_root() + self._gathered_layer() * (2 if index else 1)
+        reducing = _FP32 * counts.trained_layer if after and self.is_sharded else 0.0
         whole = max(0, index - self.recomputed)
         fetched = self.kept.fetched(min(index, self.recomputed))
         return self.fixed() | {
@@ -298,7 +306,7 @@ class _Step:
         shape, setup = self.shape, self.setup
         q, k = shape.q_width / setup.tp, shape.kv_width / setup.tp
         own = _FP32 * q
-        if exchanges_heads(shape, setup):
+        if exchanges_heads(setup):
             own = own / num_groups(shape, setup) + VALUE * (2 * q + 2 * k)
         elif setup.cp > 1:
             block = 2 * VALUE * k

@@ -1,10 +1,9 @@
 """How many layers must be computed again for their backward, so that the rest fits on a device."""
 
 from math import gcd
-from typing import Any
 
 from extend.capacity.memory import MemoryPlan, plan_memory
-from extend.capacity.setup import Setup, auto_tile
+from extend.capacity.setup import Setup, Trained, auto_tile
 from extend.capacity.shape import ModelShape, model_shape
 from extend.errors import RecipeError
 from extend.model_config import ModelConfig
@@ -25,11 +24,10 @@ def phase_setup(options: TrainOptions, phase: Phase, *, world: int, hosts: int =
         world: processes of all hosts.
         recomputed: layers that are computed again; those of the options unless they say auto.
     """
-    tp = getattr(options, "tensor_parallel", 1)
+    tp = options.tensor_parallel
     ranks = world // tp
     dp = gcd(phase.batch_rows, ranks)
     cp = ranks // dp
-    shards = getattr(options, "shard_over", "all")
     rows = phase.batch_rows // dp
     longest = max(p.length // (ranks // gcd(p.batch_rows, ranks)) for p in options.schedule)
     tile = auto_tile(longest) if options.tile_tokens == "auto" else options.tile_tokens
@@ -37,20 +35,20 @@ def phase_setup(options: TrainOptions, phase: Phase, *, world: int, hosts: int =
         recomputed = 10**9 if options.recomputed_layers == "all" else options.recomputed_layers
     return Setup(
         length=phase.length, batch_rows=phase.batch_rows, dp=dp, cp=cp, tp=tp, hosts=hosts,
-        replicas=1 if shards == "all" else max(1, ranks // shards),
+        replicas=1 if options.shard_over == "all" else max(1, ranks // options.shard_over),
         micro_rows=min(rows, max(1, _MICRO_TOKENS * cp // phase.length)), recomputed=recomputed,
         kept_attention=10**9 if options.kept_attention == "all" else options.kept_attention,
         host_bytes=options.host_memory, kept_form=options.kept_form, tile=tile,
         compiled=options.compile is not False,
         weight_bytes=4 if options.weight_dtype == "float32" else 2, trained=_trained(options),
-        lora_rank=options.lora_rank, optimizer=getattr(options, "optimizer", "adamw"),
+        lora_rank=options.lora_rank, optimizer=options.optimizer,
         loss_chunk=options.loss_chunk, strategy=options.strategy)
 
 
-def _trained(options: TrainOptions) -> Any:
+def _trained(options: TrainOptions) -> Trained:
     if options.mode == "lora":
-        return "lora+" if getattr(options, "trained_beside", None) else "lora"
-    return "all"
+        return "lora+" if options.trained_beside else "lora"
+    return "all"  # also where expressions choose fewer: what is not trained is not known here
 
 
 def least_recomputed(shape: ModelShape, setup: Setup, usable_bytes: float) -> int | None:

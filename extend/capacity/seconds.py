@@ -66,7 +66,7 @@ def plan_time(shape: ModelShape, setup: Setup, machine: Machine, rates: GpuRates
     memory = plan_memory(shape, setup)
     matrix = setup.micro_steps * _matrix_flops(shape, setup) / rates.matmul_flops
     attention = setup.micro_steps * _attention(shape, setup, machine, kernel)
-    if exchanges_heads(shape, setup):
+    if exchanges_heads(setup):
         attention += rates.exchange_seconds * shape.num_layers * setup.micro_steps
     elementwise = setup.micro_steps * _traffic(shape, setup) / rates.traffic
     busy = matrix + attention + elementwise
@@ -104,7 +104,7 @@ def _attention(shape: ModelShape, setup: Setup, machine: Machine, kernel: str) -
                      "head_dim": shape.head_dim, "seq_len": setup.length, "world": setup.cp,
                      "gpus_per_host": max(1, machine.gpus_per_host // setup.tp),
                      "window": window, "batch": setup.micro_rows, "hardware": hardware}
-        strategy = _strategy(shape, setup)
+        strategy = _strategy(setup)
         layers = [i for i, own in enumerate(windows) if own == window]
         again = sum(setup.kept_attention <= i < recomputed for i in layers)
         total += len(layers) * predict(strategy, **of_window).seconds
@@ -112,12 +112,8 @@ def _attention(shape: ModelShape, setup: Setup, machine: Machine, kernel: str) -
     return total
 
 
-def _strategy(shape: ModelShape, setup: Setup) -> str:
-    if setup.cp == 1:
-        return "ring"
-    if setup.strategy == "auto":
-        return "ulysses" if exchanges_heads(shape, setup) else "ring"
-    return setup.strategy
+def _strategy(setup: Setup) -> str:
+    return "ring" if setup.cp == 1 or setup.strategy == "auto" else setup.strategy
 
 
 def _traffic(shape: ModelShape, setup: Setup) -> float:

@@ -94,11 +94,14 @@ def _answer(plan: CapacityPlan) -> str:
         f" in {machine.hosts} hosts" if machine.hosts > 1 else "")
     if plan.fits:
         time = plan.time
+        given_up = _conceded(plan).replace(" even", "; nothing fits but")
         return (f"training at {setup.length:,} tokens on {where}: {time.seconds:.1f} s a step of "
                 f"{rows} (+- {time.spread:.0%}), {time.tokens_per_second:,.0f} tokens/s, MFU "
-                f"{time.mfu:.1%}, {_gib(plan.needed_bytes)} of {_gib(plan.usable_bytes)} GiB a GPU")
-    lines = [f"training at {setup.length:,} tokens does not fit on {where}: it needs "
-             f"{_gib(plan.needed_bytes)} GiB a GPU of which {_gib(plan.usable_bytes)} may be used"]
+                f"{time.mfu:.1%}, {_gib(plan.needed_bytes)} of {_gib(plan.usable_bytes)} GiB a GPU"
+                f"{given_up}")
+    lines = [f"training at {setup.length:,} tokens does not fit on {where}{_conceded(plan)}: it "
+             f"needs {_gib(plan.needed_bytes)} GiB a GPU of which "
+             f"{_gib(plan.usable_bytes)} may be used"]
     if plan.host_bytes > machine.host_memory_bytes:
         lines.append(f"and {_gib(plan.host_bytes)} GiB of host memory of "
                      f"{_gib(machine.host_memory_bytes)}")
@@ -107,6 +110,15 @@ def _answer(plan: CapacityPlan) -> str:
     near += [f"{gpus} GPUs for this length"] if gpus else []
     lines.append("the nearest that fits: " + (", or ".join(near) or "none that was looked at"))
     return "; ".join(lines)
+
+
+def _conceded(plan: CapacityPlan) -> str:
+    """What was given up because nothing fits without."""
+    setup, wish = plan.setup, plan.wish
+    given_up = ["weights in bfloat16"] if setup.weight_bytes < wish.weight_bytes else []
+    given_up += ["inputs of layers in 8 bits"] if setup.kept_form == "fp8" else []
+    given_up += ["adapters, norms and embeddings alone"] if setup.trained != wish.trained else []
+    return f" even with {', '.join(given_up)}" if given_up else ""
 
 
 def _recipe_text(plan: CapacityPlan) -> str:

@@ -23,7 +23,9 @@ from extend.train.memory import LayerMemory, Store, checkpoint_layers
 from extend.train.memory.tiles import is_tokenwise, tile_module
 from extend.train.mesh import Processes
 from extend.train.model import CausalLoss
+from extend.train.precision import set_dtypes
 from extend.train.shard import shard_model
+from extend.train_options import Phase, TrainOptions
 from tests.capacity.live_bytes import LiveBytes
 from tests.spawn import spawn
 
@@ -34,7 +36,7 @@ CONFIG = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 224,
           "tie_word_embeddings": False, "rope_theta": 1e4}
 CASES = [{"recomputed": 3}, {"recomputed": 3, "kept_attention": 0}, {"recomputed": 1},
          {"recomputed": 3, "tile": 128}, {"recomputed": 3, "trained": "norms"},
-         {"recomputed": 1, "trained": "norms"}]
+         {"recomputed": 1, "trained": "norms"}, {"recomputed": 3, "weight_bytes": 4}]
 
 
 def setup(case: dict) -> Setup:
@@ -45,7 +47,8 @@ def measure(rank: int, world: int) -> list[int]:
     """Most live bytes in a step of every case."""
     dist.destroy_process_group()
     dist.init_process_group("fake", rank=0, world_size=WORLD, store=FakeStore())
-    processes = Processes(0, WORLD, torch.device("cpu"), init_device_mesh("cpu", (WORLD,)))
+    mesh = init_device_mesh("cpu", (WORLD,), mesh_dim_names=("shard",))
+    processes = Processes(0, WORLD, torch.device("cpu"), mesh)
     alone = mock.Mock(side_effect=lambda group: RingComm.alone())
     with mock.patch.object(hf_attention, "RingComm", alone):
         return [measure_case(setup(case), processes) for case in CASES]
@@ -53,7 +56,7 @@ def measure(rank: int, world: int) -> list[int]:
 
 def measure_case(case: Setup, processes: Processes) -> int:
     model = LlamaForCausalLM(LlamaConfig(**CONFIG, attn_implementation=register_ring_attention()))
-    model.to(torch.bfloat16).train()
+    model.train()
     if case.trained == "norms":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("norm" in name or "embed" in name)
@@ -63,7 +66,11 @@ def measure_case(case: Setup, processes: Processes) -> int:
     store = Store(torch.device("cpu"))
     memory = LayerMemory(store, store, case.recomputed, case.kept_attention)
     checkpoint_layers(model, memory)
-    module = shard_model(CausalLoss(model, CHUNK), processes)
+    options = TrainOptions(
+        model=".", data=[{"kind": "retrieval"}], schedule=[Phase(length=LENGTH, steps=1, lr=1e-3)],
+        weight_dtype="bfloat16" if case.weight_bytes == 2 else "float32", compute_dtype="bfloat16")
+    set_dtypes(model, options)
+    module = shard_model(CausalLoss(model, CHUNK), processes, options)
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, foreach=False)
     positions = torch.arange(case.tokens)[None]

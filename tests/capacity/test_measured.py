@@ -1,0 +1,63 @@
+"""Steps that were measured on two GPUs, a Llama-3.1-8B shape in bf16; see docs/planning.md."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from extend.capacity import GIB, GPUS, Machine, Setup, plan_memory, plan_time
+from extend.capacity.setup import auto_tile
+from tests.capacity.test_planner import SHAPE
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One configuration; `host` is in bytes for both processes."""
+
+    gpu: str
+    length: int
+    recomputed: int
+    strategy: str
+    kernel: str
+    peak_gib: float
+    seconds: float
+    compiled: bool = True
+    host: int = 0
+
+    def setup(self) -> Setup:
+        return Setup(length=self.length, cp=2, recomputed=self.recomputed, compiled=self.compiled,
+                     strategy=self.strategy, host_bytes=self.host,
+                     tile=auto_tile(self.length // 2))
+
+
+MEASURED = [
+    Measured("h200", 65536, 32, "ulysses", "cudnn", 51.135, 7.748, compiled=False),
+    Measured("h200", 65536, 32, "ulysses", "cudnn", 49.582, 7.328),
+    Measured("h200", 131072, 24, "ulysses", "cudnn", 130.478, 21.937),
+    Measured("h200", 131072, 32, "ring", "cudnn", 68.402, 21.004),
+    Measured("h200", 262144, 32, "ulysses", "cudnn", 54.931, 77.008, host=10**11),
+    Measured("h200", 65536, 12, "ulysses", "fa4", 129.590, 6.877),
+    Measured("h200", 65536, 12, "ring", "cudnn", 124.590, 6.778),
+    Measured("h200", 65536, 12, "ring", "fa4", 124.590, 6.339),
+    Measured("h200", 131072, 26, "ring", "fa4", 111.481, 19.429),
+    Measured("h100", 65536, 32, "ulysses", "cudnn", 51.135, 7.815, compiled=False)]
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=str)
+def test_peak_memory(row):
+    """Every term is counted: what is left is rounding and small tensors, 10 MiB."""
+    found = plan_memory(SHAPE, row.setup())
+    assert found.device_bytes / GIB == pytest.approx(row.peak_gib, abs=0.01)
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=str)
+def test_seconds(row):
+    """5 %: rates are of a GPU whose clock drifts by as much."""
+    found = plan_time(SHAPE, row.setup(), Machine(gpu=row.gpu, num_gpus=2), GPUS[row.gpu],
+                      row.kernel)
+    assert found.seconds == pytest.approx(row.seconds, rel=0.05)
+
+
+def test_page_locked_memory():
+    """What one process of the 256K row had pinned."""
+    found = plan_memory(SHAPE, MEASURED[4].setup())
+    assert found.host_bytes / GIB == pytest.approx(46.5, abs=0.07)
