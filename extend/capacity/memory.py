@@ -237,9 +237,11 @@ class _Step:
         shape, setup = self.shape, self.setup
         vocab = shape.vocab / setup.tp
         chunk = min(setup.loss_chunk, setup.tokens)
-        # The logits and their gradient of one chunk are there while those of the next are made.
-        both = setup.tokens > chunk
-        logits = chunk * vocab * (_FP32 + VALUE) * (2 if both else 1)
+        # As the product gives them, in fp32, and their gradient; or, after them, what the backward
+        # of a plain last norm takes.
+        plain = not setup.compiled and not setup.used_tile
+        logits = max(chunk * vocab * (VALUE + _FP32 + VALUE),
+                     3 * _FP32 * shape.hidden * setup.tokens * plain)
         hidden = VALUE * shape.hidden * setup.tokens
         head = vocab * shape.hidden
         return Moment("head", self.fixed() | {

@@ -43,6 +43,7 @@ class _ChunkedLoss(torch.autograd.Function):
                     grad_hidden[part] = gradient @ matrix
                 if needs_weight:
                     grad_weight += gradient.t() @ inputs
+                del gradient  # before the next chunk's logits are made
         if needs_hidden and vocabulary is not None:
             dist.all_reduce(grad_hidden, group=vocabulary.group)
         ctx.save_for_backward(grad_hidden, grad_weight)

@@ -5,6 +5,7 @@ stream of their own, beside the computation: what a layer put goes out while the
 and what the next one to be taken needs comes in meanwhile.
 """
 
+import weakref
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -52,6 +53,8 @@ class Store:
         self._free_bytes, self._most_bytes = host_bytes, host_bytes
         self._pinned_bytes = 0
         self._blocks: dict[int, list[Tensor]] = {}  # pinned memory that is not in use, by size
+        self._registered: dict[int, Tensor] = {}  # all that is pinned, by its address
+        weakref.finalize(self, _unregister, self._registered).atexit = False
         self._waiting: list[_Item] = []
         on_gpu = device.type == "cuda" and host_bytes > 0
         self._out = torch.cuda.Stream(device) if on_gpu else None
@@ -144,6 +147,7 @@ class Store:
         block = torch.empty(size, dtype=torch.uint8)
         if self._out is not None:  # not pin_memory=True, which rounds up to a power of two
             _check(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), size, 0))
+            self._registered[block.data_ptr()] = block
         self._pinned_bytes += size
         return block
 
@@ -152,10 +156,15 @@ class Store:
         idle = [block for blocks in self._blocks.values() for block in blocks]
         if self._out is not None and idle:
             torch.cuda.synchronize(self.device)
-            for block in idle:
-                _check(torch.cuda.cudart().cudaHostUnregister(block.data_ptr()))
+            _unregister({p: self._registered.pop(p) for p in [b.data_ptr() for b in idle]})
         self._pinned_bytes -= _num_bytes(idle)
         self._blocks.clear()
+
+
+def _unregister(blocks: dict[int, Tensor]) -> None:
+    """Memory that is given back while it is pinned could not be pinned again by others."""
+    for pointer in blocks:
+        _check(torch.cuda.cudart().cudaHostUnregister(pointer))
 
 
 def _check(code: Any) -> None:
