@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,12 +35,25 @@ class LayerMemory:
     def of(self, layer: int | None) -> Kept | None:
         return None if layer is None else self._rooms[layer]
 
-    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call a layer so that it keeps its tensors in `inputs` and runs again when it is due."""
+    def run(self, layer: nn.Module, function: Callable[..., Any], *args: Any,
+            **kwargs: Any) -> Any:
+        """Call `function` of a layer so that it keeps its tensors in `inputs` and runs again when
+        it is due.
+        """
+        if not _has_gradient(layer, (*args, *getattr(function, "keywords", kwargs).values())):
+            # It would never run again, and what it put would be taken for the next row's.
+            with torch.no_grad():
+                return function(*args, **kwargs)
         # Only what the checkpoint itself saves, its inputs, is seen by hooks from outside.
         with saved_tensors_hooks(self.inputs.put, self.inputs.take):
             return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False,
                               **kwargs)
+
+
+def _has_gradient(layer: nn.Module, inputs: tuple[Any, ...]) -> bool:
+    """Whether a gradient is due in the layer; below the first trained parameter there is none."""
+    tensors = (t for t in inputs if isinstance(t, torch.Tensor))
+    return any(t.requires_grad for t in (*tensors, *layer.parameters()))
 
 
 def checkpoint_layers(model: PreTrainedModel, memory: LayerMemory) -> None:
@@ -55,7 +69,7 @@ def checkpoint_layers(model: PreTrainedModel, memory: LayerMemory) -> None:
                                  "train with activation_checkpointing false")
     for layer in layers:
         layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = memory.run
+        layer._gradient_checkpointing_func = partial(memory.run, layer)
 
 
 def make_memory(options: TrainOptions, num_layers: int, device: torch.device,
