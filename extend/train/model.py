@@ -2,17 +2,15 @@
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from extend.errors import CompatibilityError
 from extend.model_config import ModelConfig, RopeSpec
 from extend.ring.hf_attention import RingSettings, register_ring_attention
 from extend.train.loss import chunked_loss
+from extend.train.supported import check_config, check_layers
 from extend.train.trained import choose_trained
 from extend.train_options import TrainOptions
-
-# Config keys of models whose logits are not simply hidden @ head.T.
-_LOGIT_KEYS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 class CausalLoss(nn.Module):
@@ -37,19 +35,14 @@ def load_model(options: TrainOptions, config: ModelConfig) -> PreTrainedModel:
     """Load the weights on the CPU with the ring as attention, and choose what is trained.
 
     Raises:
-        CompatibilityError: an output head that the chunked loss does not compute.
+        CompatibilityError: a model that asks for what training does not compute.
         RecipeError: an expression in `trainable` that matches nothing or is none.
     """
-    for key in _LOGIT_KEYS:
-        if config.raw.get(key) not in (None, 1, 1.0):
-            raise CompatibilityError(f"{config.path}: {key} is {config.raw[key]}; training "
-                                     "supports models with a plain output head only")
+    check_config(str(config.path), AutoConfig.from_pretrained(options.model).to_dict())
     model = AutoModelForCausalLM.from_pretrained(
         options.model, dtype=getattr(torch, options.weight_dtype),
         attn_implementation=register_ring_attention())
-    if getattr(model.get_output_embeddings(), "bias", None) is not None:
-        raise CompatibilityError(f"{config.path}: the output head has a bias; training supports "
-                                 "models without only")
+    check_layers(model)
     model.config.use_cache = False
     choose_trained(model, options)
     return model.train()
