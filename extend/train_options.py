@@ -100,11 +100,12 @@ class TrainOptions(Options):
     """auto: bfloat16 on CUDA, none on the CPU."""
     export_dtype: FloatDtype | None = None
     """Dtype of the written checkpoint; that of the input unless given."""
-    activation_checkpointing: bool = True
-    """Layers keep their input only and are computed again for their backward."""
+    recomputed_layers: Literal["auto", "all"] | Annotated[int, Field(ge=0)] = "auto"
+    """So many layers, from the first on, keep their input only and are computed again for their
+    backward; the others keep all they need. auto: as few as the device's memory allows."""
     kept_attention: Literal["all"] | Annotated[int, Field(ge=0)] = "all"
-    """In so many layers, from the first on, attention is not computed again: its output, as large
-    as the layer's input, is kept too."""
+    """In so many of the recomputed layers, from the first on, attention is not computed again: its
+    output, as large as the layer's input, is kept too."""
     host_memory: Bytes = 0
     """Of all processes of a host together: what layers keep goes there, as far as it fits, while
     others compute; the rest stays on the device. A number of bytes, or text such as 180GiB."""
@@ -113,6 +114,8 @@ class TrainOptions(Options):
     tile_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] | None = "auto"
     """MLPs and norms work on so many tokens at a time; auto: 16384, where a process has more than
     65536 tokens of a row; none: on all."""
+    compile: bool | Literal["auto"] = "auto"
+    """Norms, MLPs and projections through torch.compile; auto: on GPUs."""
     betas: tuple[Number, Number] = (0.9, 0.95)
     weight_decay: Annotated[Number, Field(ge=0)] = 0.0
     clip_norm: Annotated[Number, Field(gt=0)] = 1.0

@@ -13,11 +13,15 @@ of bf16 a GPU. Writes JSON and a table.
 """
 
 import argparse
+import gc
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,7 @@ from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 from extend.option_types import parse_bytes, parse_length  # noqa: E402
 from extend.ring import LAYOUTS  # noqa: E402
 from extend.ring.hf_attention import RingSettings, register_ring_attention  # noqa: E402
+from extend.train.compiled import compile_layers  # noqa: E402
 from extend.train.memory import checkpoint_layers, make_memory, tile_layers  # noqa: E402
 from extend.train.mesh import Processes, join_processes, phase_mesh  # noqa: E402
 from extend.train.model import CausalLoss  # noqa: E402
@@ -40,9 +45,17 @@ from extend.train_options import Phase, TrainOptions  # noqa: E402
 
 PEAK_FLOPS = 989e12
 THETA = 3580165449.0
+SETTINGS = ("recomputed", "compile", "kept", "host_memory", "form", "tile", "trained", "strategy",
+            "kernel")
+KINDS = {"communication": "nccl", "attention": "cudnn|flash|fmha|_attn|attention|cutlass_fl",
+         "matmul": "gemm|nvjet|xmma|cublas|splitK", "copy": "[Mm]emcpy|[Mm]emset",
+         "compiled": "^triton_", "optimizer": "adam|multi_tensor|foreach|_norm_kernel",
+         "elementwise": "elementwise|reduce|cat|Cat|index|scatter|gather"}
 SHAPES = {
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
            "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+           "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 128256},
     "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
              "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512}}
 
@@ -55,6 +68,8 @@ def parse() -> argparse.Namespace:
     add("--layers", type=int, help="only so many layers of the shape")
     add("--lengths", default="64k,128k,256k")
     add("--steps", type=int, default=2, help="timed at each length, after one to warm up")
+    add("--recomputed", default="all", help="layers that are computed again: all or a number")
+    add("--compile", default="auto", choices=("auto", "yes", "no"))
     add("--kept", default="all", help="layers that keep their attention: all or a number")
     add("--host-memory", type=parse_bytes, default=0)
     add("--form", choices=("exact", "fp8"), default="exact")
@@ -63,6 +78,9 @@ def parse() -> argparse.Namespace:
         help="norms: of norms and embeddings alone, as with LongLoRA+ without its adapters")
     add("--strategy", default="auto")
     add("--kernel", default="auto")
+    add("--profile", action="store_true", help="one more step, with time by kind of kernel")
+    add("--configs", type=Path, help="JSON list of mappings, each a change to these options; all "
+        "are measured one after the other")
     add("--label", default="")
     add("--commit", default="")
     add("--out", type=Path, required=True)
@@ -73,6 +91,8 @@ def make_options(args: argparse.Namespace, longest: int) -> TrainOptions:
     return TrainOptions(
         model=".", data=[{"kind": "retrieval"}],
         schedule=[Phase(length=longest, steps=1, lr=1e-6)],
+        recomputed_layers="all" if args.recomputed == "all" else int(args.recomputed),
+        compile={"auto": "auto", "yes": True, "no": False}[args.compile],
         kept_attention=args.kept if args.kept == "all" else int(args.kept),
         host_memory=args.host_memory, kept_form=args.form, weight_dtype="bfloat16",
         tile_tokens={"auto": "auto", "none": None}.get(args.tile) if not args.tile.isdigit()
@@ -94,6 +114,7 @@ def build(args: argparse.Namespace, options: TrainOptions,
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("norm" in name or "embed" in name)
     tile_layers(model, options, options.schedule[-1].length // processes.world)
+    compile_layers(model, options, processes.device)
     memory = make_memory(options, config.num_hidden_layers, processes.device, processes.world)
     checkpoint_layers(model, memory)
     module = shard_model(CausalLoss(model, 4096), processes)
@@ -106,6 +127,7 @@ def fill(model: LlamaForCausalLM, config: LlamaConfig, device: torch.device) -> 
     """Random weights; and the frequencies, which were made without values."""
     dim = config.hidden_size // config.num_attention_heads
     frequencies = THETA ** (-torch.arange(0, dim, 2, device=device).float() / dim)
+    torch.manual_seed(0)
     rotary = model.model.rotary_emb
     rotary.inv_freq = rotary.original_inv_freq = frequencies
     for parameter in model.parameters():
@@ -138,14 +160,14 @@ def flops(config: LlamaConfig, length: int, trained: str) -> float:
 
 
 def step(module: CausalLoss, memory: Any, args: argparse.Namespace, mesh: Any,
-         batch: tuple[torch.Tensor, ...], optimizer: torch.optim.Optimizer) -> float:
+         batch: tuple[torch.Tensor, ...], optimizer: torch.optim.Optimizer) -> tuple[float, float]:
     ring = RingSettings(mesh.ring, "zigzag", args.kernel, args.strategy, None, memory)
     loss, _ = module(*batch, ring)
     loss.backward()
-    clip_gradients(module.parameters(), 1.0)
+    norm = clip_gradients(module.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return float(loss.detach())
+    return float(loss.detach()), float(norm)
 
 
 def measure(length: int, module: CausalLoss, memory: Any, config: LlamaConfig,
@@ -162,7 +184,7 @@ def measure(length: int, module: CausalLoss, memory: Any, config: LlamaConfig,
             torch.cuda.synchronize()
         processes.barrier()
         begin = time.monotonic()
-        loss = step(module, memory, args, mesh, batch, optimizer)
+        loss, norm = step(module, memory, args, mesh, batch, optimizer)
         if on_gpu:
             torch.cuda.synchronize()
         seconds.append(time.monotonic() - begin)
@@ -170,53 +192,95 @@ def measure(length: int, module: CausalLoss, memory: Any, config: LlamaConfig,
             print(f"{length}: first step {seconds[0]:.1f} s, loss {loss:.3f}", flush=True)
     best = sum(seconds[1:]) / max(1, args.steps) if args.steps else seconds[0]
     work = flops(config, length, args.trained) / processes.world
+    peak, held = (torch.cuda.max_memory_allocated() / 2**30,
+                  torch.cuda.memory_allocated() / 2**30) if on_gpu else (None, None)
+    reserved = torch.cuda.max_memory_reserved() / 2**30 if on_gpu else None
+    kinds = profile_step(lambda: step(module, memory, args, mesh, batch, optimizer)) \
+        if args.profile else None
     return {"length": length, "seconds": best, "first_seconds": seconds[0],
             "tokens_per_second_gpu": length / best / processes.world,
-            "mfu": work / best / PEAK_FLOPS,
-            "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
-            "host_gib": memory.inputs._pinned_bytes / 2**30, "loss_share": loss}
+            "mfu": work / best / PEAK_FLOPS, "peak_gib": peak, "between_steps_gib": held,
+            "reserved_gib": reserved, "host_gib": memory.inputs._pinned_bytes / 2**30,
+            "loss_share": loss, "grad_norm": norm, "layers": config.num_hidden_layers,
+            "shape": args.shape,
+            "settings": {key: getattr(args, key) for key in SETTINGS},
+            "seconds_by_kind": kinds}
+
+
+def profile_step(run: Callable[[], Any]) -> dict[str, float]:
+    """Seconds that the GPU spent on each kind of kernel in one call, streams added up."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+    found: Counter[str] = Counter()
+    other: Counter[str] = Counter()
+    for event in profiler.key_averages():
+        seconds = event.self_device_time_total / 1e6
+        kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, event.key)),
+                    "other")
+        found[kind] += seconds
+        if kind in ("other", "elementwise"):
+            other[event.key[:110]] += seconds
+    return {kind: round(value, 3) for kind, value in found.most_common()} | {
+        f"* {name}": round(value, 3) for name, value in other.most_common(12)}
 
 
 def main() -> int:
     args = parse()
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    lengths = [parse_length(text) for text in args.lengths.split(",")]
+    changes = json.loads(args.configs.read_text()) if args.configs else [{}]
     with join_processes() as processes:
-        options = make_options(args, max(lengths))
-        module, memory, config = build(args, options, processes)
-        trained = [p for p in module.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=processes.device.type == "cuda")
         rows = []
-        for length in lengths:
-            try:
-                row = measure(length, module, memory, config, args, processes, optimizer)
-            except torch.OutOfMemoryError as error:
-                row = {"length": length, "error": str(error)[:200]}
-            rows.append(row)
+        for change in changes:
+            rows += run(argparse.Namespace(**{**vars(args), **change}), processes)
             if processes.is_main:
-                print(json.dumps(row), flush=True)
-            if "error" in row:
-                break
+                write(args, rows, processes)
         if processes.is_main:
-            write(args, config, rows, processes)
+            show(rows)
     return 0
 
 
-def write(args: argparse.Namespace, config: LlamaConfig, rows: list[dict[str, Any]],
-          processes: Processes) -> None:
+def run(args: argparse.Namespace, processes: Processes) -> list[dict[str, Any]]:
+    """The rows of one configuration, ended by one that did not fit."""
+    lengths = [parse_length(text) for text in args.lengths.split(",")]
+    module, memory, config = build(args, make_options(args, max(lengths)), processes)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=processes.device.type == "cuda")
+    rows = []
+    for length in lengths:
+        try:
+            row = measure(length, module, memory, config, args, processes, optimizer)
+        except torch.OutOfMemoryError as error:
+            row = {"length": length, "error": str(error)[:200],
+                   "settings": {key: getattr(args, key) for key in SETTINGS}}
+        rows.append(row)
+        if processes.is_main:
+            print(json.dumps(row), flush=True)
+        if "error" in row:
+            break
+    del module, memory, optimizer, trained
+    gc.collect()
+    if processes.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return rows
+
+
+def write(args: argparse.Namespace, rows: list[dict[str, Any]], processes: Processes) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     gpu = torch.cuda.get_device_name() if processes.device.type == "cuda" else "CPU"
     commit = args.commit or subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT,
                                            capture_output=True, text=True).stdout.strip()
     name = f"{args.shape}-{args.label or 'steps'}"
     (args.out / f"{name}.json").write_text(json.dumps({
-        "schema": 1, "command": " ".join(["bench_train.py", *sys.argv[1:]]), "commit": commit,
-        "gpu": f"{processes.world} x {gpu}", "torch": torch.__version__,
-        "layers": config.num_hidden_layers, "rows": rows}, indent=1))
-    print("| tokens | s a step | tokens/s/GPU | MFU | GiB a GPU | host GiB |")
+        "schema": 2, "command": " ".join(["bench_train.py", *sys.argv[1:]]), "commit": commit,
+        "gpu": f"{processes.world} x {gpu}", "torch": torch.__version__, "rows": rows}, indent=1))
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    print("| shape, layers | tokens | s a step | tokens/s/GPU | MFU | GiB a GPU | host GiB |")
     for row in rows:
         if "error" not in row:
-            print(f"| {row['length']:,} | {row['seconds']:.2f} | "
+            print(f"| {row['shape']} {row['layers']} | {row['length']:,} | {row['seconds']:.2f} | "
                   f"{row['tokens_per_second_gpu']:.0f} | {row['mfu']:.1%} | "
                   f"{row['peak_gib'] or 0:.1f} | {row['host_gib']:.1f} |")
 

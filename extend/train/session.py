@@ -12,6 +12,7 @@ from extend.documents import list_files
 from extend.manifest import Manifest
 from extend.model_config import ModelConfig, RopeSpec, read_config
 from extend.rope.schedule import Stage, composition_warnings, schedule_ropes
+from extend.train.compiled import compile_layers
 from extend.train.data import Rows, load_rows
 from extend.train.export import Exporter
 from extend.train.memory import LayerMemory, checkpoint_layers, make_memory, tile_layers
@@ -121,11 +122,12 @@ def prepare(options: TrainOptions, state: RunState) -> Run:
 
 def save_memory(model: PreTrainedModel, options: TrainOptions,
                 processes: Processes) -> LayerMemory | None:
-    """Let the layers keep what the options say; None where they keep everything as usual."""
+    """Let the layers compute and keep as the options say; None where they keep everything."""
     longest = max(phase.length // split_world(phase.batch_rows, processes.world)[1]
                   for phase in options.schedule)
     tile_layers(model, options, longest)
-    if not options.activation_checkpointing:
+    compile_layers(model, options, processes.device)
+    if options.recomputed_layers == 0:
         return None
     memory = make_memory(options, len(model.get_decoder().layers), processes.device,
                          processes.world)

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 from extend.errors import CompatibilityError
 from extend.ring.keep import Kept
 from extend.train.memory.store import Store
-from extend.train.memory.tiles import tile_module
+from extend.train.memory.tiles import is_tokenwise, tile_module
 from extend.train_options import TrainOptions
 
 _AUTO_TILE, _AUTO_FROM = 16384, 65536  # tokens
@@ -23,17 +22,19 @@ _AUTO_TILE, _AUTO_FROM = 16384, 65536  # tokens
 class LayerMemory:
     """What the layers of a model keep from their forward to their backward: a Keeper of the ring.
 
-    Every layer keeps its input, in `inputs`; the first `kept_attention` layers also what their
-    attention gave, in `attention`, so that it is not computed again.
+    Every layer that is computed again keeps its input, in `inputs`; the first `kept_attention`
+    layers also what their attention gave, in `attention`, so that it is not computed again. The
+    layers after the first `recomputed` keep all that autograd saves: they are needed first, and
+    have given their memory back when the others compute again.
     """
 
-    def __init__(self, inputs: Store, attention: Store, num_layers: int, kept_attention: int):
-        self.inputs, self._rooms = inputs, [
-            Kept(attention.put, attention.take) if layer < kept_attention else None
-            for layer in range(num_layers)]
+    def __init__(self, inputs: Store, attention: Store, recomputed: int, kept_attention: int):
+        self.inputs, self.recomputed = inputs, recomputed
+        self._rooms = [Kept(attention.put, attention.take)
+                       for _ in range(min(recomputed, kept_attention))]
 
     def of(self, layer: int | None) -> Kept | None:
-        return None if layer is None else self._rooms[layer]
+        return None if layer is None or layer >= len(self._rooms) else self._rooms[layer]
 
     def run(self, layer: nn.Module, function: Callable[..., Any], *args: Any,
             **kwargs: Any) -> Any:
@@ -57,7 +58,7 @@ def _has_gradient(layer: nn.Module, inputs: tuple[Any, ...]) -> bool:
 
 
 def checkpoint_layers(model: PreTrainedModel, memory: LayerMemory) -> None:
-    """Let every decoder layer run through `memory`.
+    """Let the decoder layers that are computed again run through `memory`.
 
     Raises:
         CompatibilityError: layers that transformers cannot checkpoint.
@@ -66,8 +67,8 @@ def checkpoint_layers(model: PreTrainedModel, memory: LayerMemory) -> None:
               if hasattr(layer, "gradient_checkpointing")]
     if len(layers) != len(model.get_decoder().layers):
         raise CompatibilityError(f"{type(model).__name__}: its layers cannot be checkpointed; "
-                                 "train with activation_checkpointing false")
-    for layer in layers:
+                                 "train with recomputed_layers 0")
+    for layer in layers[:memory.recomputed]:
         layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = partial(memory.run, layer)
 
@@ -76,11 +77,13 @@ def make_memory(options: TrainOptions, num_layers: int, device: torch.device,
                 world: int) -> LayerMemory:
     """What the options ask for; the host's memory is shared evenly by its processes."""
     share = options.host_memory // int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    count = num_layers if options.kept_attention == "all" else options.kept_attention
+    kept = num_layers if options.kept_attention == "all" else options.kept_attention
+    recomputed = (num_layers if options.recomputed_layers in ("auto", "all")
+                  else min(options.recomputed_layers, num_layers))
     # One budget: inputs, which all layers keep, and attention outputs take turns in it.
     store = Store(device, share, options.kept_form)
     attention = Store(device) if options.kept_form == "fp8" else store
-    return LayerMemory(store, attention, num_layers, count)
+    return LayerMemory(store, attention, recomputed, kept)
 
 
 def tile_layers(model: PreTrainedModel, options: TrainOptions, local_len: int) -> None:
@@ -97,10 +100,3 @@ def tile_layers(model: PreTrainedModel, options: TrainOptions, local_len: int) -
     for module in model.get_decoder().modules():
         if is_tokenwise(module):
             tile_module(module, tile)
-
-
-def is_tokenwise(module: nn.Module) -> bool:
-    """Whether a module treats every token alone and takes nothing else: an MLP, or a norm of the
-    model's width. Norms of heads take [b, h, n, d] or [b, n, h, d] and are left whole.
-    """
-    return type(module).__name__.endswith(("MLP", "RMSNorm", "LayerNorm"))

@@ -10,6 +10,7 @@ no tile communicates.
 Source: the tiled MLP of ALST, arXiv:2506.13996, section 3.2.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -80,6 +81,19 @@ def tile_module(module: nn.Module, tile: int) -> None:
     The module keeps its parameters and their names; only its class is another, as with torch's
     `fully_shard`. Call it before sharding.
     """
-    kind = type(module)
-    module.__class__ = type(f"Tiled{kind.__name__}", (kind,), {
-        "forward": _tiled_forward, "plain_forward": kind.forward, "tile_tokens": tile})
+    module.__class__ = _tiled_class(type(module))
+    module.tile_tokens = tile
+
+
+@lru_cache
+def _tiled_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """One class for all modules of a kind, so that they are compiled once."""
+    return type(f"Tiled{kind.__name__}", (kind,), {
+        "forward": _tiled_forward, "plain_forward": kind.forward})
+
+
+def is_tokenwise(module: nn.Module) -> bool:
+    """Whether a module treats every token alone and takes nothing else: an MLP, or a norm of the
+    model's width. Norms of heads take [b, h, n, d] or [b, n, h, d] and are left whole.
+    """
+    return type(module).__name__.endswith(("MLP", "RMSNorm", "LayerNorm"))

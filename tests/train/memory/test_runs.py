@@ -17,7 +17,8 @@ from tests.spawn import spawn
 from tests.train.tiny import options, save_model, save_text
 
 MEMORY = {
-    "whole": {"activation_checkpointing": False},
+    "whole": {"recomputed_layers": 0},
+    "last": {"recomputed_layers": 1},
     "recompute": {"kept_attention": 0},
     "kept": {"kept_attention": "all"},
     "first": {"kept_attention": 1},
