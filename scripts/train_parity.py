@@ -368,10 +368,10 @@ def render(args: argparse.Namespace, result: dict[str, Any], how: str) -> str:
         "of the final weights, relative to the largest of each tensor.", "",
         "| | loss, first step | loss | gradient norm | learning rate | weights |",
         "| --- | --- | --- | --- | --- | --- |", *cases, "",
-        "In fp32 what is left is the order of sums. bf16 rounds each value by up to 2^-9 (0.002) of "
-        "it; which way depends on how a product is cut (documents in one call or under a mask, the "
-        "logits in chunks, tiles, parts of a row on other processes), so no two ways agree to the "
-        "bit. It is no more than what bf16 changes anyway: away from fp32 the loss is "
+        "In fp32 what is left is the order of sums. bf16 rounds each value by up to 2^-9 (0.002) "
+        "of it; which way depends on how a product is cut (documents in one call or under a mask, "
+        "the logits in chunks, tiles, parts of a row on other processes), so no two ways agree to "
+        "the bit. It is no more than what bf16 changes anyway: away from fp32 the loss is "
         f"{away['ours']['loss']:.1e} with ours, {away['theirs']['loss']:.1e} with the Trainer. "
         "Weights differ more where Adam divides a gradient that is all rounding by its own size.",
         "",
