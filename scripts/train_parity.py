@@ -114,11 +114,11 @@ def prepare() -> None:
     store._SMALLEST_BYTES = 1
 
 
-def make_model(directory: Path) -> Path:
-    """Three layers with grouped keys, tied embeddings, one token a byte."""
+def make_model(directory: Path, layers: int = 3) -> Path:
+    """A Llama with grouped keys, tied embeddings, one token a byte."""
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(
-        vocab_size=264, hidden_size=64, intermediate_size=160, num_hidden_layers=3,
+        vocab_size=264, hidden_size=64, intermediate_size=160, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
         tie_word_embeddings=True, initializer_range=0.1)).save_pretrained(directory)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
