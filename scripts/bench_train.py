@@ -219,10 +219,10 @@ def profile_step(run: Callable[[], Any]) -> dict[str, float]:
         kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, event.key)),
                     "other")
         found[kind] += seconds
-        if kind in ("other", "elementwise"):
-            other[event.key[:110]] += seconds
+        if kind in ("other", "elementwise", "attention", "copy"):
+            other[f"{event.key[:110]} x{event.count}"] += seconds
     return {kind: round(value, 3) for kind, value in found.most_common()} | {
-        f"* {name}": round(value, 3) for name, value in other.most_common(12)}
+        f"* {name}": round(value, 3) for name, value in other.most_common(16)}
 
 
 def main() -> int:
@@ -272,7 +272,7 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]], processes: Proce
                                            capture_output=True, text=True).stdout.strip()
     name = f"{args.shape}-{args.label or 'steps'}"
     (args.out / f"{name}.json").write_text(json.dumps({
-        "schema": 2, "command": " ".join(["bench_train.py", *sys.argv[1:]]), "commit": commit,
+        "schema": 2, "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit,
         "gpu": f"{processes.world} x {gpu}", "torch": torch.__version__, "rows": rows}, indent=1))
 
 

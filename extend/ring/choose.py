@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 # What one attention call may take of a GPU; the rest is for weights, activations and the kernel.
 MEMORY_SHARE = 0.25
 
+# Predictions differ from measured times by several per cent.
+NEARLY = 1.03
+
 
 class Choice(NamedTuple):
     """A strategy and the reason it was chosen for, one line."""
@@ -101,6 +104,9 @@ def _with_documents(
 def choose_among(predictions: dict, limit_bytes: float) -> Choice:
     """The fastest prediction under `limit_bytes`; the smallest one if none is.
 
+    Those within NEARLY of the fastest count as equal, and the one with the least memory is taken:
+    what it leaves keeps more activations.
+
     Raises:
         CompatibilityError: there is none to choose from.
     """
@@ -108,7 +114,9 @@ def choose_among(predictions: dict, limit_bytes: float) -> Choice:
         raise CompatibilityError("no strategy fits these heads and ranks")
     ranked = sorted(predictions, key=lambda name: predictions[name].seconds)
     fitting = [name for name in ranked if predictions[name].peak_bytes <= limit_bytes]
-    best = fitting[0] if fitting else min(ranked, key=lambda n: predictions[n].peak_bytes)
+    equal = [n for n in fitting
+             if predictions[n].seconds <= NEARLY * predictions[fitting[0]].seconds]
+    best = min(equal or ranked, key=lambda n: predictions[n].peak_bytes)
     others = ", ".join(
         f"{name} {1e3 * predictions[name].seconds:.2f} ms"
         + ("" if name in fitting else " but too much memory")

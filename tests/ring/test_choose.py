@@ -36,6 +36,13 @@ def test_the_fastest_is_chosen_and_the_reason_names_the_others():
     )
 
 
+def test_of_nearly_equal_ones_the_smallest_is_chosen():
+    close = {"fast": prediction(1e-3, 9), "small": prediction(1.02e-3, 4),
+             "other": prediction(1.01e-3, 5)}
+    assert choose_among(close, 9 * GIB).name == "small"
+    assert choose_among(close | {"small": prediction(1.04e-3, 4)}, 9 * GIB).name == "other"
+
+
 def test_what_needs_too_much_memory_is_left_out():
     assert choose_among(THREE, 9 * GIB - 1) == Choice(
         "middle", "takes 0.002 s; against fast 1.00 ms but too much memory, slow 3.00 ms"

@@ -1,0 +1,84 @@
+"""Compiled parts compute what plain ones do, and layers share their compilations."""
+
+import functools
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from extend.errors import CompatibilityError
+from extend.ring.hf_attention import RingSettings, register_ring_attention
+from extend.train import compiled
+from extend.train.memory import LayerMemory, checkpoint_layers, make_memory, tile_layers
+from extend.train.model import CausalLoss
+from extend.train_options import TrainOptions
+from tests.train.tiny import options
+
+CPU = torch.device("cpu")
+
+
+def make_model(layers: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2,
+        attn_implementation=register_ring_attention()))
+
+
+def loss_and_gradients(model: LlamaForCausalLM, memory: LayerMemory | None) -> list[torch.Tensor]:
+    ids = torch.arange(40)[None] % 64
+    ring = RingSettings(keeper=memory)
+    loss, _ = CausalLoss(model, 16)(ids, torch.arange(40)[None], ids, torch.ones(1, 40), ring)
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters())]
+
+
+@pytest.fixture
+def eager_backend(monkeypatch: pytest.MonkeyPatch):
+    """Traces and partitions as for a GPU, but needs no compiler."""
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(compiled.torch, "compile",
+                        functools.partial(torch.compile, backend="aot_eager"))
+    yield
+    torch._dynamo.reset()
+
+
+def compiled_model(layers: int, settings: TrainOptions) -> tuple[LlamaForCausalLM, LayerMemory]:
+    model = make_model(layers).train()
+    tile_layers(model, settings, 40)
+    compiled.compile_layers(model, settings, CPU)
+    memory = make_memory(settings, layers, CPU, 1)
+    checkpoint_layers(model, memory)
+    return model, memory
+
+
+def test_compiled_layers_equal_plain_ones_and_share_their_compilations(eager_backend: None):
+    settings = options("model", [{"kind": "retrieval"}], compile=True, tile_tokens=8,
+                       recomputed_layers=1)
+    found = loss_and_gradients(*compiled_model(2, settings))
+    expected = loss_and_gradients(make_model(2).train(), None)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-6)  # fp32, sums in other order
+    graphs = counters["stats"]["unique_graphs"]
+    loss_and_gradients(*compiled_model(5, settings))
+    assert counters["stats"]["unique_graphs"] == graphs > 0
+
+
+def test_what_is_compiled_follows_option_and_device(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+    monkeypatch.setattr(compiled, "_compile", asked.append)
+    monkeypatch.setattr(compiled, "find_spec", lambda name: None)
+    model, cuda = make_model(1), torch.device("cuda")
+    for choice, device in (("auto", CPU), (False, CPU), ("auto", cuda), (False, cuda)):
+        compiled.compile_layers(model, options("model", [{"kind": "retrieval"}], compile=choice),
+                                device)
+    assert not asked
+    with pytest.raises(CompatibilityError, match="triton is not installed"):
+        compiled.compile_layers(model, options("model", [{"kind": "retrieval"}], compile=True),
+                                cuda)
+    monkeypatch.setattr(compiled, "find_spec", lambda name: True)
+    compiled.compile_layers(model, options("model", [{"kind": "retrieval"}]), cuda)
+    names = sorted(type(module).__name__ for module in asked)
+    assert names == ["LlamaAttention", "LlamaMLP", *["LlamaRMSNorm"] * 3]
