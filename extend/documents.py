@@ -46,8 +46,8 @@ def read_documents(path: Path | str, *, column: str = "text") -> Iterator[str]:
 
 
 def read_json_lines(file: Path) -> Iterator[tuple[str, dict]]:
-    """Yield (`file:line`, object) of each non-empty line."""
-    for number, line in enumerate(_read_text(file).splitlines(), start=1):
+    """Yield (`file:line`, object) of each non-empty line, holding one line at a time."""
+    for number, line in enumerate(_read_lines(file), start=1):
         if not line.strip():
             continue
         try:
@@ -57,6 +57,20 @@ def read_json_lines(file: Path) -> Iterator[tuple[str, dict]]:
         if not isinstance(row, dict):
             raise DataError(f"{file}:{number}: a JSON {type(row).__name__}, not an object")
         yield f"{file}:{number}", row
+
+
+def _read_lines(file: Path) -> Iterator[str]:
+    """The lines of a file; what else some take for the end of a line may stand in JSON as it is."""
+    begin = 0
+    try:
+        with file.open("rb") as lines:
+            for line in lines:
+                yield line.decode("utf-8")
+                begin += len(line)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 at byte {begin + error.start}") from None
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from None
 
 
 def _read_text(file: Path) -> str:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from extend.data_options import DataSource
+from extend.data_options import DataSource, Mix, check_sources, source_weights
 from extend.option_types import Bytes, FloatDtype, InputPath, Length, Number, Options, RopeChoice
 
 STRATEGIES = {"auto": False, "ring": False, "all-gather": False, "ulysses": False, "usp": True,
@@ -48,6 +48,9 @@ class Phase(Options):
     one keeps that of the phase before, in the first phase the model's own."""
     rope_to: Length | None = None
     """Length the RoPE is made for, not below `length`, which it is unless given."""
+    mix: Mix | None = None
+    """Name of a source, or its place in `data` from 0 on, to its share of this phase's rows;
+    sources that are not named give none. Without a mix the sources' own weights hold."""
 
     @model_validator(mode="after")
     def _rope_for_the_rows(self) -> "Phase":
@@ -79,6 +82,9 @@ class TrainOptions(Options):
     """RoPE of each phase that has none of its own, made from the model's own for the longest length
     so far (`rope_to` or `length`). A phase within the native length keeps the model's own."""
     data: Annotated[list[DataSource], Field(min_length=1)]
+    token_cache: str | None = None
+    """Directory that keeps the tokens of text for other runs; unless given, `$EXTEND_CACHE/tokens`
+    or `extend/tokens` in the user's cache home."""
     mode: Literal["full", "lora"] = "full"
     lora_rank: Annotated[int, Field(ge=1)] = 32
     trainable: list[str] = []
@@ -132,6 +138,16 @@ class TrainOptions(Options):
         lengths = [phase.length for phase in self.schedule]
         if lengths != sorted(lengths):
             raise ValueError(f"schedule: lengths must not shrink, they are {lengths}")
+        return self
+
+    @model_validator(mode="after")
+    def _sources_fit(self) -> "TrainOptions":
+        check_sources(self.data, self.document_mask)
+        for number, phase in enumerate(self.schedule):
+            try:
+                source_weights(self.data, phase.mix)
+            except ValueError as error:
+                raise ValueError(f"schedule: mix of phase {number + 1}: {error}") from None
         return self
 
     @model_validator(mode="after")

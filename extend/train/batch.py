@@ -7,7 +7,8 @@ A token's position is its place in the row it was cut as, wherever its document 
 with rotary embeddings depends on differences of positions only, so within a document it makes no
 difference. It does to RoPE types that choose their frequencies by the largest position of a call
 (dynamic, longrope): these then see the length of the row, the same in every step and the one that
-the phase is for, and not that of whichever document is the longest.
+the phase is for, and not that of whichever document is the longest. Rows that are read with the
+model's own RoPE count from each document's beginning: they are to be what the model was made for.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,9 +30,11 @@ class Batch:
         input_ids: int64.
         labels: int64, the token that follows each input token, or IGNORE.
         answers: bool, where `labels` is part of an answer.
-        position_ids: int64, positions in the whole row, before rows were laid side by side.
+        position_ids: int64, positions in the whole row, before rows were laid side by side; under
+            `native_rope` in the document.
         cu_seqlens: (0, ..., length), where the documents of the whole row begin that do not see one
             another; r is 1 then. None: a document a row.
+        native_rope: whether it is read with the model's own RoPE, not that of the phase.
     """
 
     input_ids: Tensor
@@ -39,6 +42,7 @@ class Batch:
     answers: Tensor
     position_ids: Tensor
     cu_seqlens: tuple[int, ...] | None = None
+    native_rope: bool = False
 
     def to(self, device: torch.device) -> "Batch":
         return self._map(lambda t: t.to(device, non_blocking=True))
@@ -76,7 +80,8 @@ def build_batch(rows: Sequence[Row], *, layout: str, rank: int, world: int,
 
     With `document_mask`, rows of which one has several documents are laid side by side as one row,
     which the ranks then share; so short rows are computed together however many documents they
-    hold. Without, and where each row is one document, they stay rows.
+    hold. Without, and where each row is one document, they stay rows. All rows are read with the
+    same RoPE.
 
     Raises:
         LayoutError: the length does not divide over the ranks.
@@ -87,7 +92,7 @@ def build_batch(rows: Sequence[Row], *, layout: str, rank: int, world: int,
     ids = np.stack([row.input_ids for row in rows])
     labels = np.stack([labels for labels, _ in shifted])
     answers = np.stack([answers for _, answers in shifted])
-    places = np.tile(np.arange(length), (len(rows), 1))
+    places = np.stack([number_tokens(row) for row in rows])
     columns, bounds = [ids, labels, answers, places], None
     if document_mask and any(len(row.cu_seqlens) > 2 for row in rows):
         columns = [column.reshape(1, -1) for column in columns]
@@ -95,7 +100,15 @@ def build_batch(rows: Sequence[Row], *, layout: str, rank: int, world: int,
     held = LAYOUTS[layout].positions(columns[0].shape[1], rank, world).numpy()
     # Cut by numpy: torch would start a second set of threads in the thread that builds rows.
     parts = [torch.from_numpy(np.ascontiguousarray(column[:, held])) for column in columns]
-    return Batch(*parts, cu_seqlens=bounds)
+    return Batch(*parts, cu_seqlens=bounds, native_rope=rows[0].native_rope)
+
+
+def number_tokens(row: Row) -> np.ndarray:
+    """Position of each token, int64 [length]: in its row, or in its document."""
+    places = np.arange(len(row.input_ids))
+    if not row.native_rope:
+        return places
+    return places - np.repeat(row.cu_seqlens[:-1], np.diff(row.cu_seqlens))
 
 
 def join_boundaries(rows: Sequence[Row]) -> tuple[int, ...]:

@@ -6,22 +6,24 @@ message, and a run resumes exactly by remembering its step.
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from extend.data_options import ExampleData, RetrievalData, TextData
+from extend.data_options import (
+    ExampleData,
+    RetrievalData,
+    TextData,
+    source_weights,
+)
 from extend.errors import DataError
 from extend.haystack import Haystack, prefix_ids
 from extend.retrieval.rows import RetrievalRows
-from extend.train.text import (
-    Documents,
-    PackedStream,
-    as_haystack,
-    tokenize_examples,
-    tokenize_text,
-)
+from extend.train.stream import ExampleStream, PackedStream
+from extend.train.text import TokenSource, as_haystack
+from extend.train.token_cache import TokenCache
 from extend.train_options import TrainOptions
 
 IGNORE = -100  # label of a token that is not predicted
@@ -38,6 +40,7 @@ class Row:
         answers: bool [length], tokens that recall a fact or answer an example.
         cu_seqlens: int32, where documents begin, from 0, and `length` at the end.
         source: path or kind of the data it was drawn from, for messages.
+        native_rope: whether it is read with the model's own RoPE, not that of the phase.
     """
 
     input_ids: np.ndarray
@@ -45,26 +48,38 @@ class Row:
     answers: np.ndarray
     cu_seqlens: np.ndarray
     source: str
+    native_rope: bool = False
 
 
 @dataclass(frozen=True)
-class PackedRows:
-    """Rows cut from a stream of documents; `mask_prompt` leaves the loss on answers only."""
+class DocumentRows:
+    """Rows of documents or examples; `mask_prompt` leaves the loss on answers only."""
 
-    stream: PackedStream
+    stream: PackedStream | ExampleStream
     mask_prompt: bool
+    native_rope: bool
 
     def check(self, length: int) -> None:
         self.stream.check(length)
 
+    def check_native(self, native_len: int) -> None:
+        """Raise DataError when documents are longer than the model's own RoPE is made for."""
+        if self.native_rope and self.stream.longest > native_len:
+            raise DataError(
+                f"{self.stream.documents.source}: rope: native reads documents with the model's "
+                f"own RoPE, which is made for {native_len} tokens, but the longest has "
+                f"{self.stream.longest}; set document_length to {native_len} at most, or leave "
+                "rope out")
+
+    def bounds(self, phase: int, draw: int, length: int) -> np.ndarray:
+        return self.stream.bounds(phase, draw, length)
+
     def row(self, phase: int, index: int, draw: int, length: int) -> Row:
         stretch = self.stream.cut(phase, draw, length)
-        labels = stretch.ids.copy()
-        labels[stretch.starts] = IGNORE  # nothing before it says what a document begins with
-        if self.mask_prompt:
-            labels[~stretch.answers] = IGNORE
-        bounds = np.asarray([*{0: None, **dict.fromkeys(stretch.starts)}, length], dtype=np.int32)
-        return Row(stretch.ids, labels, stretch.answers, bounds, self.stream.documents.source)
+        predicted = stretch.labels & (stretch.answers | (not self.mask_prompt))
+        labels = np.where(predicted, stretch.ids, IGNORE)
+        return Row(stretch.ids, labels, stretch.answers, stretch.bounds,
+                   self.stream.documents.source, self.native_rope)
 
 
 @dataclass(frozen=True)
@@ -73,13 +88,20 @@ class QuizRows:
 
     builder: RetrievalRows
     seed: int
+    native_rope: bool = False
 
     def check(self, length: int) -> None:
         self.builder.check(length)
 
+    def check_native(self, native_len: int) -> None:
+        """They are never read with the model's own RoPE."""
+
+    def bounds(self, phase: int, draw: int, length: int) -> np.ndarray:
+        return np.asarray([0, length], dtype=np.int32)
+
     def row(self, phase: int, index: int, draw: int, length: int) -> Row:
         ids, answers = self.builder.build(length, random.Random(f"{self.seed}/{phase}/{index}"))
-        return Row(ids, ids.copy(), answers, np.asarray([0, length], dtype=np.int32),
+        return Row(ids, ids.copy(), answers, self.bounds(phase, draw, length),
                    f"retrieval in {self.builder.haystack.source}")
 
 
@@ -94,13 +116,15 @@ class Rows:
         DataError: a source from which a row of some phase cannot be built.
     """
 
-    def __init__(self, sources: list[PackedRows | QuizRows], options: TrainOptions):
+    def __init__(self, sources: list[DocumentRows | QuizRows], options: TrainOptions):
         self.sources, self.seed, self.schedule = sources, options.seed, options.schedule
-        weights = np.asarray([data.weight for data in options.data], dtype=np.float64)
-        self._bounds = np.cumsum(weights / weights.sum())
+        self._weights = [np.asarray(source_weights(options.data, phase.mix))
+                         for phase in options.schedule]
         self._draws = [self._plan(number) for number in range(len(options.schedule))]
-        for length in sorted({phase.length for phase in options.schedule}):
-            for source in sources:
+        for place, source in enumerate(sources):
+            used = {phase.length for phase, weights in zip(self.schedule, self._weights,
+                                                           strict=True) if weights[place]}
+            for length in sorted(used):
                 source.check(length)
 
     def _plan(self, phase: int) -> tuple[np.ndarray, np.ndarray]:
@@ -110,60 +134,91 @@ class Rows:
         even a phase of a few rows has its sources in the proportion of their weights.
         """
         count = self.schedule[phase].num_steps * self.schedule[phase].batch_rows
+        used = np.flatnonzero(self._weights[phase])
+        weights = self._weights[phase][used]
         start = random.Random(f"{self.seed}/{phase}/sources").random()
         points = (start + np.arange(count) * _GOLDEN) % 1.0
-        chosen = np.minimum(np.searchsorted(self._bounds, points, side="right"),
-                            len(self.sources) - 1)
+        places = np.searchsorted(np.cumsum(weights / weights.sum()), points, side="right")
+        chosen = used[np.minimum(places, len(used) - 1)]
         draws = np.zeros(count, dtype=np.int64)
-        for source in range(len(self.sources)):
+        for source in used:
             mine = chosen == source
             draws[mine] = np.arange(mine.sum())
         return chosen, draws
 
+    def _source(self, phase: int, index: int) -> tuple[DocumentRows | QuizRows, int]:
+        chosen, draws = self._draws[phase]
+        return self.sources[chosen[index]], int(draws[index])
+
+    def native_rope(self, phase: int, index: int) -> bool:
+        """Whether a row is read with the model's own RoPE."""
+        return self._source(phase, index)[0].native_rope
+
+    def documents(self, phase: int, index: int) -> list[int]:
+        """Tokens of each document of a row, which is not built for it."""
+        source, draw = self._source(phase, index)
+        return np.diff(source.bounds(phase, draw, self.schedule[phase].length)).tolist()
+
     def row(self, phase: int, index: int) -> Row:
         """Row `index` of phase number `phase`."""
-        chosen, draws = self._draws[phase]
-        source = self.sources[chosen[index]]
+        source, draw = self._source(phase, index)
         length = self.schedule[phase].length
-        row = source.row(phase, index, int(draws[index]), length)
+        row = source.row(phase, index, draw, length)
         if len(row.input_ids) != length:
             raise DataError(f"{row.source}: row {index} of phase {phase + 1} has "
                             f"{len(row.input_ids)} tokens, not {length}")
         return row
 
 
-def load_rows(options: TrainOptions, tokenizer: Any) -> Rows:
-    """Read and tokenise all data of a run.
+def load_rows(options: TrainOptions, tokenizer: Any, cache: TokenCache | None = None,
+              native_len: int | None = None) -> Rows:
+    """Find all data of a run in the cache, and tokenise what is not there.
+
+    Args:
+        cache: none keeps nothing.
+        native_len: tokens, the length of the model's own RoPE, if there is a model.
 
     Raises:
         DataError: missing, malformed or too little text, or a tokenizer without an EOS token.
+        CheckpointError: the cache cannot be written.
     """
     if tokenizer.eos_token_id is None:
         raise DataError(f"{options.model}: the tokenizer has no end-of-sequence token to put "
                         "between documents")
-    prefix, eos = prefix_ids(tokenizer), tokenizer.eos_token_id
-    texts: dict[tuple[str, str], Documents] = {}
+    tokens = TokenSource(tokenizer, cache or TokenCache())
+    sources = [_MAKE[data.kind](data, tokens, options) for data in options.data]
+    for source in sources:
+        if native_len is not None:
+            source.check_native(native_len)
+    return Rows(sources, options)
 
-    def read_text(path: str, column: str) -> Documents:
-        if (path, column) not in texts:  # tokenised once, whatever uses it
-            texts[path, column] = tokenize_text(tokenizer, path, column)
-        return texts[path, column]
 
-    def packed(documents: Documents, mask_prompt: bool) -> PackedRows:
-        stream = PackedStream(documents, prefix=prefix, eos=eos, seed=options.seed)
-        return PackedRows(stream, mask_prompt)
+def _text_rows(data: TextData, tokens: TokenSource, options: TrainOptions) -> DocumentRows:
+    stream = PackedStream(
+        tokens.text(data.path, data.column), prefix=prefix_ids(tokens.tokenizer),
+        eos=tokens.tokenizer.eos_token_id, seed=options.seed,
+        document_length=data.document_length, upsample=data.upsample)
+    return DocumentRows(stream, mask_prompt=False, native_rope=data.rope == "native")
 
-    def haystack(data: RetrievalData) -> Haystack:
-        if data.path is None:
-            return Haystack.filler(tokenizer, options.schedule[-1].length)
-        return as_haystack(tokenizer, read_text(data.path, data.column))
 
-    def make(data: TextData | RetrievalData | ExampleData) -> PackedRows | QuizRows:
-        if isinstance(data, TextData):
-            return packed(read_text(data.path, data.column), mask_prompt=False)
-        if isinstance(data, ExampleData):
-            return packed(tokenize_examples(tokenizer, data.path), mask_prompt=data.mask_prompt)
-        rows = RetrievalRows(tokenizer, haystack(data), prefix, data.facts, data.template)
-        return QuizRows(rows, options.seed)
+def _example_rows(data: ExampleData, tokens: TokenSource, options: TrainOptions) -> DocumentRows:
+    stream = ExampleStream(tokens.examples(data.path), eos=tokens.tokenizer.eos_token_id,
+                           seed=options.seed)
+    return DocumentRows(stream, data.mask_prompt, native_rope=data.rope == "native")
 
-    return Rows([make(data) for data in options.data], options)
+
+def _quiz_rows(data: RetrievalData, tokens: TokenSource, options: TrainOptions) -> QuizRows:
+    if data.path is None:
+        haystack = Haystack.filler(tokens.tokenizer, options.schedule[-1].length)
+    else:
+        haystack = as_haystack(tokens.tokenizer, tokens.text(data.path, data.column))
+    builder = RetrievalRows(tokens.tokenizer, haystack, prefix_ids(tokens.tokenizer), data.facts,
+                            data.template)
+    return QuizRows(builder, options.seed)
+
+
+_MAKE: dict[str, Callable[[Any, TokenSource, TrainOptions], DocumentRows | QuizRows]] = {
+    "text": _text_rows,
+    "examples": _example_rows,
+    "retrieval": _quiz_rows,
+}

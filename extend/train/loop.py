@@ -15,7 +15,6 @@ from extend.errors import CheckpointError, TrainingError
 from extend.model_config import write_rope
 from extend.options import input_paths
 from extend.output import atomic_directory, require_inputs_outside, write_json
-from extend.rope.live import set_rope
 from extend.train.launch import count_processes, launch
 from extend.train.mesh import join_processes, phase_mesh
 from extend.train.progress import Progress, peak_flops
@@ -115,11 +114,10 @@ def run_phase(run: Run, number: int, begin: int, done: int, progress: Progress |
     """
     phase, total = run.options.schedule[number], _total_steps(run)
     mesh = phase_mesh(phase, run.processes)
-    set_rope(run.module.model, run.config.raw, run.ropes[number], phase.length,
-             run.processes.device)
+    run.set_phase_rope(number)
     with prefetch(run, number, mesh, begin) as batches:
-        for local_step, batch in enumerate(batches, start=begin):
-            metrics, flops, stop = train_step(run, number, mesh, local_step, batch, stopped)
+        for local_step, work in enumerate(batches, start=begin):
+            metrics, flops, stop = train_step(run, number, mesh, local_step, work, stopped)
             step = done + local_step + 1
             if progress is not None:
                 progress.tell({"step": step, "steps": total} | metrics, flops=flops,

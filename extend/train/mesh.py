@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,13 @@ class Processes:
         if self.mesh is not None:
             dist.all_reduce(tensor)
         return tensor
+
+    def share(self, value: Any) -> Any:
+        """What the main process has, in all; it is pickled."""
+        held = [value]
+        if self.mesh is not None:
+            dist.broadcast_object_list(held, src=0, device=self.device)
+        return held[0]
 
     def barrier(self) -> None:
         if self.mesh is not None:

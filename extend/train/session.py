@@ -1,7 +1,11 @@
 """What a run needs in one process, checked and put together."""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,8 +13,10 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from extend.checkpoint import Checkpoint
 from extend.documents import list_files
+from extend.errors import RecipeError
 from extend.manifest import Manifest
 from extend.model_config import ModelConfig, RopeSpec, read_config
+from extend.rope.live import RotaryModules, make_rotary, place_rotary
 from extend.rope.schedule import Stage, composition_warnings, schedule_ropes
 from extend.train.compiled import compile_layers
 from extend.train.data import Rows, load_rows
@@ -22,13 +28,14 @@ from extend.train.optim import build_optimizer
 from extend.train.shard import shard_model
 from extend.train.size import ModelSize, model_size
 from extend.train.state import RunState
+from extend.train.token_cache import TokenCache, default_directory
 from extend.train.trained import trained_parameters
 from extend.train_options import TrainOptions
 
 logger = logging.getLogger(__name__)
 
 # They decide where and when the work is done, not what comes out of it.
-_NOT_RECORDED = {"nproc", "save_every", "model", "host_memory", "kept_attention"}
+_NOT_RECORDED = {"nproc", "save_every", "model", "host_memory", "kept_attention", "token_cache"}
 
 
 @dataclass
@@ -55,6 +62,22 @@ class Run:
     state: RunState
     manifest: Manifest | None
     first_step: int
+    _rotary: dict[bool, RotaryModules] = field(default_factory=dict)
+
+    def set_phase_rope(self, number: int) -> None:
+        """Make the RoPE of a phase, and the model's own if rows need it; put in the former."""
+        phase, own = self.options.schedule[number], self.config.max_position_embeddings
+        wanted = {False: (self.ropes[number], phase.length)}
+        if any(source.native_rope for source in self.rows.sources):
+            wanted[True] = (self.config.rope, own)
+        self._rotary = {native: make_rotary(self.module.model, self.config.raw, rope, length,
+                                            self.processes.device)
+                        for native, (rope, length) in wanted.items()}
+        self.use_rope(native=False)
+
+    def use_rope(self, *, native: bool) -> None:
+        """Read what follows with the model's own RoPE, or with that of the phase."""
+        place_rotary(self._rotary[native])
 
 
 def plan_ropes(options: TrainOptions, world: int) -> list[RopeSpec]:
@@ -67,6 +90,7 @@ def plan_ropes(options: TrainOptions, world: int) -> list[RopeSpec]:
     for data in options.data:
         if data.path is not None:
             list_files(data.path)
+            _require_outside(token_directory(options), data.path)
     Checkpoint(options.model)
     config = read_config(options.model)
     check_attention(options, config.num_heads, world)
@@ -98,7 +122,47 @@ def prepare(options: TrainOptions, state: RunState) -> Run:
     manifest = _start_manifest(options) if processes.is_main else None
     if manifest is not None:
         state.check(_fingerprint(manifest, processes))
-    rows = load_rows(options, AutoTokenizer.from_pretrained(options.model))
+    hashes = processes.share(_hash_data(options, manifest))
+    with start_rows(options, config, state, hashes) as rows:
+        return _put_together(options, config, ropes, state, manifest, rows)
+
+
+@contextmanager
+def start_rows(options: TrainOptions, config: ModelConfig, state: RunState,
+               hashes: Mapping[str, str]) -> Iterator["Future[Rows]"]:
+    """Tokenise in the background what the cache does not hold, until the block is left."""
+    # Where the cache cannot be written, tokens go where the run's checkpoints do.
+    cache = TokenCache([token_directory(options), state.directory / "tokens"], hashes,
+                       is_main=state.processes.is_main)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    with ThreadPoolExecutor(1, "rows") as pool:
+        try:
+            yield pool.submit(load_rows, options, tokenizer, cache, native_length(config))
+        finally:
+            cache.stopped.set()
+
+
+def token_directory(options: TrainOptions) -> Path:
+    """Where tokens are kept."""
+    return Path(options.token_cache).expanduser() if options.token_cache else default_directory()
+
+
+def _require_outside(cache: Path, data: str) -> None:
+    """Files that a run adds to its data would make them other data at the next start."""
+    if cache.resolve().is_relative_to(Path(data).resolve()):
+        raise RecipeError(f"token_cache {cache} lies in the data {data}, which would not be the "
+                          "same after it is written; choose another directory")
+
+
+def native_length(config: ModelConfig) -> int:
+    """Tokens up to which a model reads with one and the same RoPE, its own."""
+    rope = config.rope
+    return rope.original_len if rope.depends_on_length else config.max_position_embeddings
+
+
+def _put_together(options: TrainOptions, config: ModelConfig, ropes: list[RopeSpec],
+                  state: RunState, manifest: Manifest | None, rows: "Future[Rows]") -> Run:
+    processes = state.processes
     model = load_model(options, config)
     size = model_size(model, config)
     if processes.is_main:
@@ -108,6 +172,7 @@ def prepare(options: TrainOptions, state: RunState) -> Run:
     exporter = Exporter(Checkpoint(options.model), model, options.export_dtype)
     module = shard_model(CausalLoss(model, options.loss_chunk), processes)
     optimizer = build_optimizer(trained_parameters(module).values(), options)
+    found = rows.result()
     if manifest is not None:  # only now, so that bad data or a bad model leaves nothing behind
         state.open(_fingerprint(manifest, processes))
     processes.barrier()
@@ -116,7 +181,7 @@ def prepare(options: TrainOptions, state: RunState) -> Run:
         state.load(step, module, optimizer)
         if processes.is_main:
             logger.info("going on after step %d of %s", step, state.directory)
-    return Run(options, processes, config, ropes, rows, module, memory, optimizer, size, exporter,
+    return Run(options, processes, config, ropes, found, module, memory, optimizer, size, exporter,
                state, manifest, step)
 
 
@@ -169,6 +234,14 @@ def _start_manifest(options: TrainOptions) -> Manifest:
         if path is not None:
             inputs[f"data[{i}]"] = path
     return Manifest("train", inputs, settings, options.seed)
+
+
+def _hash_data(options: TrainOptions, manifest: Manifest | None) -> dict[str, str]:
+    """Path of every source -> hash of its content; none outside the main process."""
+    if manifest is None:
+        return {}
+    return {data.path: manifest.record["inputs"][f"data[{i}]"]["sha256"]
+            for i, data in enumerate(options.data) if data.path is not None}
 
 
 def _fingerprint(manifest: Manifest, processes: Processes) -> dict[str, Any]:

@@ -13,12 +13,25 @@ from torch import Tensor
 from extend.errors import TrainingError
 from extend.ring.hf_attention import RingSettings
 from extend.train.batch import Batch, build_batch, token_weights
+from extend.train.deal import deal, imbalance, join_turns
 from extend.train.mesh import PhaseMesh
 from extend.train.optim import clip_gradients, learning_rate, set_learning_rate
 from extend.train.progress import peak_memory_bytes
 from extend.train.session import Run
 
 _MICRO_TOKENS = 8192  # short rows are computed together, up to this many local tokens
+
+
+class StepWork(NamedTuple):
+    """What one process computes in a step.
+
+    Attributes:
+        batches: of its group's rows, its part of each.
+        imbalance: how unevenly the attention of the step is spread over the groups, 1.0 is evenly.
+    """
+
+    batches: list[Batch]
+    imbalance: float
 
 
 class StepResult(NamedTuple):
@@ -36,14 +49,14 @@ class StepResult(NamedTuple):
 
 
 @contextmanager
-def prefetch(run: Run, number: int, mesh: PhaseMesh, begin: int) -> Iterator[Iterator[list[Batch]]]:
+def prefetch(run: Run, number: int, mesh: PhaseMesh, begin: int) -> Iterator[Iterator[StepWork]]:
     """Yield the batches of every step of a phase from `begin` on.
 
     Those of the next step are built in a thread while this one computes.
     """
     num_steps = run.options.schedule[number].num_steps
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="rows") as pool:
-        def batches() -> Iterator[list[Batch]]:
+        def batches() -> Iterator[StepWork]:
             ahead = pool.submit(build_step, run, number, mesh, begin)
             for step in range(begin, num_steps):
                 now = ahead
@@ -54,26 +67,37 @@ def prefetch(run: Run, number: int, mesh: PhaseMesh, begin: int) -> Iterator[Ite
         yield batches()
 
 
-def build_step(run: Run, number: int, mesh: PhaseMesh, step: int) -> list[Batch]:
+def build_step(run: Run, number: int, mesh: PhaseMesh, step: int) -> StepWork:
     """This process's batches of one step: the rows of its group, and its part of each."""
     phase = run.options.schedule[number]
-    indices = range(step * phase.batch_rows + mesh.dp_rank, (step + 1) * phase.batch_rows, mesh.dp)
-    rows = [run.rows.row(number, index) for index in indices]
+    indices = range(step * phase.batch_rows, (step + 1) * phase.batch_rows)
+    costs = [attention_cost(run, number, index) for index in indices]
+    kinds = [run.rows.native_rope(number, index) for index in indices]
     at_once = max(1, _MICRO_TOKENS * mesh.cp // phase.length)
-    batches = [build_batch(rows[i:i + at_once], layout=run.options.layout, rank=mesh.cp_rank,
-                           world=mesh.cp, document_mask=run.options.document_mask)
-               for i in range(0, len(rows), at_once)]
-    return [b.pin() for b in batches] if run.processes.device.type == "cuda" else batches
+    dealt = join_turns(deal(costs, kinds, mesh.dp), kinds, at_once)
+    batches = [build_batch([run.rows.row(number, indices[turn[mesh.dp_rank]]) for turn in turns],
+                           layout=run.options.layout, rank=mesh.cp_rank, world=mesh.cp,
+                           document_mask=run.options.document_mask) for turns in dealt]
+    if run.processes.device.type == "cuda":
+        batches = [batch.pin() for batch in batches]
+    return StepWork(batches, imbalance(dealt, costs))
 
 
-def train_step(run: Run, number: int, mesh: PhaseMesh, step: int, batches: list[Batch],
+def attention_cost(run: Run, number: int, index: int) -> int:
+    """Twice the pairs of query and key in a row, over all layers."""
+    whole = [run.options.schedule[number].length]
+    return run.size.squares(run.rows.documents(number, index) if run.options.document_mask
+                            else whole)
+
+
+def train_step(run: Run, number: int, mesh: PhaseMesh, step: int, work: StepWork,
                stopped: threading.Event) -> StepResult:
     """Take one optimizer step.
 
     Raises:
         TrainingError: the loss or the gradient is not finite.
     """
-    phase, device = run.options.schedule[number], run.processes.device
+    phase, device, batches = run.options.schedule[number], run.processes.device, work.batches
     counts = torch.stack([batch.counts() for batch in batches]).sum(0)
     # All ranks of a ring have the same rows, so one of them counts their attention.
     squares = [run.size.squares(batch.documents(mesh.cp)) for batch in batches]
@@ -96,7 +120,7 @@ def train_step(run: Run, number: int, mesh: PhaseMesh, step: int, batches: list[
         "phase": number + 1, "length": phase.length, "loss": loss,
         "nll": nll / max(num_predicted, 1),
         "answer_nll": answer_nll / num_answers if num_answers else None,
-        "lr": lr, "grad_norm": grad_norm,
+        "lr": lr, "grad_norm": grad_norm, "attention_imbalance": round(work.imbalance, 4),
         "peak_memory_bytes": peak_memory_bytes(device)}
     flops = run.size.flops(phase.batch_rows * phase.length, num_squares)
     return StepResult(metrics, flops, num_told > 0)
@@ -112,6 +136,7 @@ def forward_backward(run: Run, mesh: PhaseMesh, batch: Batch, totals: Tensor) ->
     ring = RingSettings(mesh.ring, run.options.layout, run.options.kernel, run.options.strategy,
                         batch.cu_seqlens, run.memory)
     weights = token_weights(batch, totals, run.options.answer_weight)
+    run.use_rope(native=batch.native_rope)
     with torch.autocast(run.processes.device.type, torch.bfloat16, enabled=_mixed_precision(run)):
         loss, nll = run.module(batch.input_ids, batch.position_ids, batch.labels, weights, ring)
     loss.backward()

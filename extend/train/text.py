@@ -1,170 +1,137 @@
-"""Text and examples as token ids, and the endless stream of documents that rows are cut from.
+"""Text and examples as token ids, tokenised into the cache a few documents at a time."""
 
-Shapes: n documents, t tokens of all documents. Nothing here depends on the rank: a stretch of the
-stream is a function of (seed, phase, index) and the documents.
-"""
-
-import random
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
+import transformers
 
 from extend.documents import list_files, read_documents, read_json_lines
 from extend.encoding import encode_documents, find_lines
 from extend.errors import DataError
-from extend.haystack import Haystack, encode, split_answer
+from extend.haystack import Haystack, encode, prefix_ids, split_answer
+from extend.manifest import hash_content
+from extend.train.chat import encode_chat
+from extend.train.token_cache import Build, Documents, TokenCache, TokenWriter
 
 
-@dataclass(frozen=True)
-class Documents:
-    """Tokenised documents, one after the other, without special tokens.
+class TokenSource:
+    """Tokenises sources, each once whatever uses it.
 
-    Attributes:
-        ids: int32 [t].
-        offsets: int64 [n + 1]; document i is ids[offsets[i]:offsets[i + 1]].
-        answer_starts: int64 [n], where the answer begins inside its document; None for text.
-        source: where they come from, for messages.
+    Args:
+        cache: where the tokens are kept.
     """
 
-    ids: np.ndarray
-    offsets: np.ndarray
-    answer_starts: np.ndarray | None
-    source: str
+    def __init__(self, tokenizer: Any, cache: TokenCache):
+        self.tokenizer, self._cache = tokenizer, cache
+        self._mark = _describe(tokenizer)
+        self._texts: dict[tuple[str, str], Documents] = {}
+
+    def text(self, path: str, column: str) -> Documents:
+        """The documents of a file or folder, without special tokens; each ends with a line break.
+
+        Documents of white space alone are left out and counted.
+
+        Raises:
+            DataError: no text, or a tokenizer that cannot encode in parallel.
+        """
+        def build(writer: TokenWriter) -> None:
+            texts = _filled(read_documents(path, column=column), writer)
+            for ids in encode_documents(self.tokenizer, texts, path, "training text"):
+                writer.add(ids)
+
+        if (path, column) not in self._texts:
+            self._texts[path, column] = self._get(path, ["text", column], build)
+        return self._texts[path, column]
+
+    def examples(self, path: str) -> Documents:
+        """The examples of a JSON lines file or a folder of them, with their special tokens.
+
+        A line has the texts `prompt` and `answer`, which get the tokenizer's own prefix and end of
+        sequence, or `messages` (and perhaps `tools`), which its chat template writes as it does.
+
+        Raises:
+            DataError: a line with neither, or another kind of file.
+        """
+        eos = self.tokenizer.eos_token_id
+
+        def build(writer: TokenWriter) -> None:
+            prefix = prefix_ids(self.tokenizer)
+            for where, row in _example_lines(path):
+                if "messages" in row:
+                    coded = encode_chat(self.tokenizer, row["messages"], row.get("tools"), where)
+                else:
+                    coded = _encode_pair(self.tokenizer, row, where, prefix, eos)
+                writer.add(*map(np.asarray, coded))
+
+        return self._get(path, ["examples", eos, self.tokenizer.chat_template], build)
+
+    def _get(self, path: str, parts: list[Any], build: Build) -> Documents:
+        suffix = Path(path).suffix if Path(path).is_file() else None  # it says how to read a file
+        key = None if self._mark is None else [*parts, suffix, *self._mark]
+
+        def build_checked(writer: TokenWriter) -> None:
+            _require_same(path, self._cache.hashes.get(path))
+            build(writer)
+
+        documents = self._cache.get(path, key, build_checked)
+        if not len(documents.ids):
+            raise DataError(f"{path}: holds no text")
+        return documents
 
 
-def tokenize_text(tokenizer: Any, path: str, column: str) -> Documents:
-    """Tokenise every document of a file or folder; each ends with one line break.
-
-    Raises:
-        DataError: no text, or a tokenizer that cannot encode in parallel.
-    """
-    ids = list(encode_documents(tokenizer, read_documents(path, column=column), path,
-                                "training text"))
-    return _documents(ids, [len(some) for some in ids], None, path)
+def _require_same(path: str, known: str | None) -> None:
+    """Other hosts may have other files there, and files may have changed since they were hashed."""
+    found = None if known is None else hash_content(path)
+    if found != known:
+        raise DataError(f"{path}: has the sha256 {found[:12]}... here, but {known[:12]}... where "
+                        "the main process read it at the start; give all hosts the same files")
 
 
-def tokenize_examples(tokenizer: Any, path: str) -> Documents:
-    """Tokenise the prompt and answer pairs of a JSON lines file or a folder of them.
-
-    Raises:
-        DataError: a line without the text of `prompt` or `answer`, or another kind of file.
-    """
-    ids, sizes, answer_starts = [], [], []
-    for where, row in _example_lines(path):
-        if not all(isinstance(row.get(key), str) for key in ("prompt", "answer")):
-            raise DataError(f"{where}: an example needs the texts 'prompt' and 'answer'; it has "
-                            f"{', '.join(map(str, row))}")
-        prompt, answer = split_answer(tokenizer, row["prompt"], row["answer"])
-        if not answer:
-            raise DataError(f"{where}: the answer is empty")
-        ids.append(np.asarray(prompt + answer, dtype=np.int32))
-        sizes.append(len(prompt) + len(answer))
-        # White space that begins an answer is the model's to write, so it is trained too.
-        answer_starts.append(min(len(prompt), len(encode(tokenizer, row["prompt"]))))
-    return _documents(ids, sizes, np.asarray(answer_starts, dtype=np.int64), path)
+def _encode_pair(tokenizer: Any, row: dict, where: str, prefix: list[int],
+                 eos: int) -> tuple[list[int], list[bool]]:
+    """The end of sequence is part of the answer, so that a skill learns to stop."""
+    if not all(isinstance(row.get(key), str) for key in ("prompt", "answer")):
+        raise DataError(f"{where}: an example needs the texts 'prompt' and 'answer', or "
+                        f"'messages'; it has {', '.join(map(str, row))}")
+    prompt, answer = split_answer(tokenizer, row["prompt"], row["answer"])
+    if not answer:
+        raise DataError(f"{where}: the answer is empty")
+    ids = [*prefix, *prompt, *answer, eos]
+    # White space that begins an answer is the model's to write, so it is trained too.
+    begin = len(prefix) + min(len(prompt), len(encode(tokenizer, row["prompt"])))
+    return ids, [False] * begin + [True] * (len(ids) - begin)
 
 
-def _example_lines(path: str) -> Iterable[tuple[str, dict]]:
+def _example_lines(path: str) -> Iterator[tuple[str, dict]]:
     for file in list_files(path):
         if file.suffix != ".jsonl":
             raise DataError(f"{file}: examples are read from .jsonl files only")
         yield from read_json_lines(Path(file))
 
 
-def _documents(ids: list[np.ndarray], sizes: list[int], answer_starts: np.ndarray | None,
-               source: str) -> Documents:
-    if not sum(sizes):
-        raise DataError(f"{source}: holds no text")
-    offsets = np.concatenate(([0], np.cumsum(sizes))).astype(np.int64)
-    return Documents(np.concatenate(ids), offsets, answer_starts, source)
+def _filled(texts: Iterable[str], writer: TokenWriter) -> Iterator[str]:
+    for text in texts:
+        if text.strip():
+            yield text
+        else:
+            writer.num_empty += 1
+
+
+def _describe(tokenizer: Any) -> list[Any] | None:
+    """What decides the ids of a text; None where it cannot be told."""
+    if not getattr(tokenizer, "is_fast", False):
+        return None
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # they are no part of it
+    backend.no_padding()
+    mark = hashlib.sha256(backend.to_str().encode()).hexdigest()
+    return [mark, prefix_ids(tokenizer), tokenizers.__version__, transformers.__version__]
 
 
 def as_haystack(tokenizer: Any, documents: Documents) -> Haystack:
     """The documents as one haystack whose passages may be cut at every line."""
     return Haystack(documents.ids, find_lines(tokenizer, documents.ids), documents.source)
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """A piece of the stream.
-
-    Attributes:
-        ids: int64 [length].
-        starts: indices in `ids` where a document begins.
-        answers: bool [length], tokens of answers whose prompt is in the stretch too.
-    """
-
-    ids: np.ndarray
-    starts: list[int]
-    answers: np.ndarray
-
-
-class PackedStream:
-    """All documents one after the other, in a new seeded order each time they are used up.
-
-    Each document carries `prefix` (a BOS, or nothing) before and the end-of-sequence token after
-    it; the latter counts as part of an answer, so that a skill learns to stop.
-    """
-
-    def __init__(self, documents: Documents, *, prefix: Sequence[int], eos: int, seed: int):
-        self.documents = documents
-        self.prefix, self.eos, self.seed = np.asarray(prefix, dtype=np.int64), eos, seed
-        self.sizes = np.diff(documents.offsets) + len(prefix) + 1
-        self._orders: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of one pass over all documents."""
-        return int(self.sizes.sum())
-
-    def check(self, length: int) -> None:
-        """Raise DataError when rows of `length` tokens cannot be cut from this stream."""
-        source = self.documents.source
-        if self.num_tokens < length:
-            raise DataError(f"{source}: has {self.num_tokens} tokens, too few for a row of "
-                            f"{length}; give more text or a shorter length")
-        if self.documents.answer_starts is not None and self.sizes.max() > length:
-            raise DataError(f"{source}: example {int(self.sizes.argmax()) + 1} has "
-                            f"{int(self.sizes.max())} tokens, more than a row of {length}")
-
-    def cut(self, phase: int, index: int, length: int) -> Stretch:
-        """The `index`-th stretch of `length` tokens of this phase."""
-        epoch, position = divmod(index * length, self.num_tokens)
-        ids, answers = np.empty(length, dtype=np.int64), np.zeros(length, dtype=bool)
-        starts, filled = [], 0
-        while filled < length:
-            order, ends = self._order(phase, epoch)
-            first = int(np.searchsorted(ends, position, side="right"))
-            for slot in range(first, len(order)):
-                skip = position - (int(ends[slot - 1]) if slot else 0)
-                if skip == 0:
-                    starts.append(filled)
-                filled += self._copy(int(order[slot]), skip, ids[filled:], answers[filled:])
-                position = int(ends[slot])
-                if filled == length:
-                    break
-            epoch, position = epoch + 1, 0
-        return Stretch(ids, starts, answers)
-
-    def _copy(self, document: int, skip: int, ids: np.ndarray, answers: np.ndarray) -> int:
-        """Copy one document from its token `skip` on; return how many tokens fitted."""
-        low, high = self.documents.offsets[document:document + 2]
-        body = np.concatenate((self.prefix, self.documents.ids[low:high], [self.eos]))[skip:]
-        count = min(len(body), len(ids))
-        ids[:count] = body[:count]
-        if self.documents.answer_starts is not None and skip == 0:
-            answers[len(self.prefix) + int(self.documents.answer_starts[document]):count] = True
-        return count
-
-    def _order(self, phase: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Document numbers in the order of this pass, and where each ends in it."""
-        if (phase, epoch) not in self._orders:
-            order = list(range(len(self.sizes)))
-            random.Random(f"{self.seed}/{phase}/{epoch}/order").shuffle(order)
-            if len(self._orders) > 1:  # neighbouring rows need two passes at most
-                self._orders.clear()
-            self._orders[phase, epoch] = (np.asarray(order), np.cumsum(self.sizes[order]))
-        return self._orders[phase, epoch]

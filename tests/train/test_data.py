@@ -98,17 +98,20 @@ def test_first_token_of_each_document_is_not_predicted(tokenizer, files):
 
 
 def test_examples_take_the_loss_on_answers_only(tokenizer, files):
+    """And none is cut: what is left of the row is padded."""
     row = load(tokenizer, [kinds(files)["examples"]], length=200).row(0, 1)
     predicted = tokenizer.decode(row.input_ids[row.labels != IGNORE])
     np.testing.assert_array_equal(row.answers, row.labels != IGNORE)
     whole = tokenizer.decode(row.input_ids)
     answers = re.findall(r"After \d+ comes( \d+\.<\|end\|>)", whole)
     assert len(answers) >= 5
-    tail = predicted.removeprefix("".join(answers))  # an answer cut off by the end of the row
-    assert predicted.startswith("".join(answers)) and "<|end|>" not in tail
+    assert predicted == "".join(answers)
+    padding = int(row.cu_seqlens[-2])
+    assert set(row.input_ids[padding:]) == {tokenizer.eos_token_id} and 200 - padding < 20
     unmasked = {**kinds(files)["examples"], "mask_prompt": False}
     everything = load(tokenizer, [unmasked], length=200).row(0, 1)
-    assert (everything.labels == IGNORE).sum() <= len(everything.cu_seqlens)
+    ignored = np.flatnonzero(everything.labels == IGNORE)
+    np.testing.assert_array_equal(ignored, [*row.cu_seqlens[:-2], *range(padding, 200)])
 
 
 @pytest.mark.parametrize("kind", ["named", "filler"])
