@@ -64,25 +64,27 @@ CASES = {
     "bf16 autocast, LoRA of rank 8": LORA | BF16,
     "bf16 weights": {"weight_dtype": "bfloat16"},
 }
-# name -> processes, options; each against the same on one process with the defaults.
+RING_ROWS = 3  # of a step: 2 and 4 processes cannot have whole ones, and share each in a ring
+# name -> processes, rows of a step, options; each against the same rows on one process with the
+# defaults. No rows: those of the comparison with the Trainer, whole ones on each process.
 VARIANTS = {
-    "no layer computed again": (1, {"recomputed_layers": 0}),
-    "one layer computed again": (1, {"recomputed_layers": 1}),
-    "attention computed again": (1, {"kept_attention": 0}),
-    "attention of one layer kept": (1, {"kept_attention": 1}),
-    "kept on the host": (1, {"host_memory": "8GiB"}),
-    "kept on the host, 1 MiB": (1, {"host_memory": "1MiB"}),
-    "tiles of 70 tokens": (1, {"tile_tokens": 70}),
-    "logits of 100 tokens at once": (1, {"loss_chunk": 100}),
-    "kept in fp8": (1, {"kept_form": "fp8"}),
-    **{f"2 processes, {layout}": (2, {"layout": layout})
-       for layout in ("contiguous", "zigzag", "striped")},
-    **{f"2 processes, {strategy}": (2, {"strategy": strategy})
-       for strategy in ("ring", "all-gather", "ulysses")},
-    "2 processes, host and tiles": (2, {"host_memory": "8GiB", "tile_tokens": 70}),
-    "4 processes": (4, {}),
-    "4 processes, usp:2": (4, {"strategy": "usp:2"}),
-    "4 processes, double-ring:2": (4, {"strategy": "double-ring:2"}),
+    "no layer computed again": (1, RING_ROWS, {"recomputed_layers": 0}),
+    "one layer computed again": (1, RING_ROWS, {"recomputed_layers": 1}),
+    "attention computed again": (1, RING_ROWS, {"kept_attention": 0}),
+    "attention of one layer kept": (1, RING_ROWS, {"kept_attention": 1}),
+    "kept on the host": (1, RING_ROWS, {"host_memory": "8GiB"}),
+    "kept on the host, 1 MiB": (1, RING_ROWS, {"host_memory": "1MiB"}),
+    "tiles of 70 tokens": (1, RING_ROWS, {"tile_tokens": 70}),
+    "logits of 100 tokens at once": (1, RING_ROWS, {"loss_chunk": 100}),
+    "kept in fp8": (1, RING_ROWS, {"kept_form": "fp8"}),
+    "2 processes, whole rows": (2, None, {}),
+    "4 processes, whole rows": (4, None, {}),
+    **{f"ring of 2, {layout}, {strategy}": (2, RING_ROWS, {"layout": layout, "strategy": strategy})
+       for layout, strategy in (("zigzag", "ring"), ("contiguous", "ring"), ("striped", "ring"),
+                                ("zigzag", "all-gather"), ("zigzag", "ulysses"))},
+    "ring of 2, host and tiles": (2, RING_ROWS, {"host_memory": "8GiB", "tile_tokens": 70}),
+    **{f"ring of 4, {strategy}": (4, RING_ROWS, {"strategy": strategy})
+       for strategy in ("ring", "usp:2", "double-ring:2")},
 }
 
 
@@ -154,6 +156,7 @@ def make_options(args: argparse.Namespace, changes: dict[str, Any]) -> TrainOpti
 def train_ours(args: argparse.Namespace, runs: dict[str, dict[str, Any]], world: int,
                directory: Path) -> dict[str, Any]:
     """name -> steps and weights of every run, all of them in one group of processes."""
+    directory.mkdir(exist_ok=True)
     outs = {name: directory / f"ours-{world}-{i}" for i, name in enumerate(runs)}
     jobs = [(make_options(args, changes).model_dump(), str(outs[name]))
             for name, changes in runs.items()]
@@ -299,6 +302,7 @@ def compare(one: tuple[dict[str, list[float]], dict[str, Tensor]],
 
 def main() -> int:
     args = parse()
+    args.commit = read_commit()
     torch.set_num_threads(args.threads)
     prepare()
     with tempfile.TemporaryDirectory() as name:
@@ -319,26 +323,36 @@ def main() -> int:
 
 def run_variants(args: argparse.Namespace, ours: dict[str, Any],
                  directory: Path) -> dict[str, dict[str, Any]]:
-    """Every variant in fp32 and under bf16 autocast, against the plain run."""
+    """Every variant in fp32 and under bf16 autocast, against the plain run of the same rows."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else args.ranks
     most = min(args.ranks, gpus)
-    bases = {"fp32": "fp32, masks of documents", "bf16": "bf16 autocast"}
+    cases = {"fp32": "fp32, masks of documents", "bf16": "bf16 autocast"}
+    sizes = {None: args, RING_ROWS: argparse.Namespace(**vars(args) | {"rows": RING_ROWS})}
     found: dict[str, dict[str, Any]] = {}
-    for world in sorted({world for world, _ in VARIANTS.values() if world <= most}):
-        runs = {f"{kind} {name}": CASES[case] | changes for kind, case in bases.items()
-                for name, (ranks, changes) in VARIANTS.items() if ranks == world}
-        (directory / "variants").mkdir(exist_ok=True)
-        trained = train_ours(args, runs, world, directory / "variants")
-        for name, run in trained.items():
-            kind, _, variant = name.partition(" ")
-            found.setdefault(variant, {})[kind] = compare(ours[bases[kind]], run)
-    return found
+    for rows, size in sizes.items():
+        folder = directory / f"variants-{rows}"
+        folder.mkdir()
+        plain = {kind: ours[case] for kind, case in cases.items()} if rows is None else train_ours(
+            size, {kind: CASES[case] for kind, case in cases.items()}, 1, folder / "plain")
+        for world in sorted({world for world, _, _ in VARIANTS.values() if world <= most}):
+            runs = {f"{kind} {name}": CASES[case] | changes for kind, case in cases.items()
+                    for name, (ranks, own, changes) in VARIANTS.items()
+                    if (ranks, own) == (world, rows)}
+            for name, run in (train_ours(size, runs, world, folder) if runs else {}).items():
+                kind, _, variant = name.partition(" ")
+                found.setdefault(variant, {})[kind] = compare(plain[kind], run)
+    return {name: found[name] for name in VARIANTS if name in found}
+
+
+def read_commit() -> str:
+    """Of the code that runs; a plus sign where files are changed."""
+    git = ["git", "describe", "--always", "--exclude", "*", "--dirty=+"]
+    return subprocess.run(git, cwd=ROOT, text=True, capture_output=True).stdout.strip()
 
 
 def write(args: argparse.Namespace, result: dict[str, Any]) -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True,
-                            capture_output=True).stdout.strip()
+    commit = args.commit
     command = " ".join(["scripts/train_parity.py", *sys.argv[1:]])
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.with_suffix(".json").write_text(json.dumps({
@@ -376,7 +390,8 @@ def render(args: argparse.Namespace, result: dict[str, Any], how: str) -> str:
         "Weights differ more where Adam divides a gradient that is all rounding by its own size.",
         "",
         "## Against one process with the defaults", "",
-        "Largest difference of the losses and of the final weights.", "",
+        f"Largest difference of losses and of the final weights; {RING_ROWS} rows a step, which "
+        "a ring of processes shares; whole rows are those of the table above.", "",
         "| | fp32 | bf16 autocast |", "| --- | --- | --- |", *variants, "",
         "## Losses", "",
         "| step | fp32, ours | Trainer | bf16 autocast, ours | Trainer |",
