@@ -20,12 +20,12 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from extend.curves import METRICS_NAME, PICTURE_NAME
 from extend.errors import CheckpointError
 from extend.model_config import read_json
 from extend.output import FINISHED_NAME, finished_files, write_json
 
 MANIFEST_NAME = "manifest.json"
-METRICS_NAME = "metrics.jsonl"
 _MOST_HASHERS = 2  # of one input: more would run far ahead of the work, which reads the same
 _PACKAGES = ("torch", "transformers", "peft", "safetensors", "accelerate", "mergekit")
 
@@ -113,7 +113,7 @@ def _hash_all(jobs: "queue.SimpleQueue[tuple[Path, Future[str]]]",
 class _Content:
     """One sha256 for a file, or for a directory's names and contents, once it is asked for.
 
-    Left out is how a directory came about: its manifest, and the metrics beside it. Their times
+    Left out is how a directory came about: its manifest, its metrics and their picture. Their times
     are never the same twice, and what a stage makes of the directory does not depend on them.
 
     Raises:
@@ -127,7 +127,8 @@ class _Content:
         elif self._path.is_dir():
             self._files = _files_of(self._path)
             if (self._path / MANIFEST_NAME).is_file():
-                self._files.pop(METRICS_NAME, None)
+                for name in (METRICS_NAME, PICTURE_NAME):
+                    self._files.pop(name, None)
         else:
             raise CheckpointError(f"{path}: no such file or directory")
         self._hashes = Hashes(self._files.values() if self._path.is_dir() else [self._path])
@@ -225,7 +226,7 @@ def peak_memory() -> dict[str, int]:
     """Peak bytes of this process on the host, and per CUDA device that torch has used."""
     peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch is not None and torch.cuda.is_initialized():  # asking what is there starts a driver
         for device in range(torch.cuda.device_count()):
             peak[f"cuda:{device}"] = torch.cuda.max_memory_allocated(device)
     return peak

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from extend.option_types import Options
 from extend.options import input_paths, resolve_inputs
 from extend.output import remove_directory, write_json
 from extend.recipe import Recipe, Stage, load_recipe
+from extend.together import is_launched
 
 logger = logging.getLogger(__name__)
 RUN_RECORD = "run.json"
@@ -96,10 +98,14 @@ def run(recipe: Path | str, out: Path | str) -> Path:
     keeps one. The output of a stage stays until its successor is complete.
 
     Raises:
-        RecipeError: the recipe is not valid.
+        RecipeError: the recipe is not valid, or torchrun or the like started several of this.
         CheckpointError: `out` cannot be written, or holds something in the place of an output.
         ExtendError: whatever a stage raises.
     """
+    if is_launched():
+        raise RecipeError("extend run starts the processes of each stage itself, but a launcher "
+                          f"started {os.environ['WORLD_SIZE']} of it; start it alone, or for "
+                          "several hosts `extend train --stage NAME` (docs/launch.md)")
     loaded = load_recipe(recipe)
     out = Path(out).absolute()
     try:

@@ -87,9 +87,14 @@ class TrainOptions(Options):
     or `extend/tokens` in the user's cache home."""
     mode: Literal["full", "lora"] = "full"
     lora_rank: Annotated[int, Field(ge=1)] = 32
+    lora_alpha: Annotated[Number, Field(gt=0)] | None = None
+    """Adapters count lora_alpha / lora_rank times; lora_rank unless given."""
     trainable: list[str] = []
     """Regular expressions; only parameters whose name one of them matches are trained. With mode
     lora they choose the linear layers, by the names of their weights, that get an adapter."""
+    trained_beside: list[str] = []
+    """With mode lora: what is trained whole beside the adapters. `norms`, `embeddings`, or regular
+    expressions for the names of parameters."""
     answer_weight: Annotated[Number, Field(ge=0)] = 0.0
     """Adds this times the mean loss over answer tokens to the mean over all tokens."""
     layout: Literal["contiguous", "zigzag", "striped"] = "zigzag"
@@ -98,12 +103,22 @@ class TrainOptions(Options):
     """How attention over a row that several processes share is computed; auto is the fastest that
     fits in memory, `usp:N` splits heads over N processes, `double-ring:N` takes them for N hosts.
     """
+    tensor_parallel: Annotated[int, Field(ge=1)] = 1
+    """Processes, of one host, that compute the same tokens, each with its share of heads, channels
+    of the MLP and vocabulary. It divides their numbers."""
+    shard_over: Literal["all"] | Annotated[int, Field(ge=1)] = "all"
+    """So many processes, neighbours beside tensor_parallel, share parameters, gradients and the
+    optimizer's state between them; the others hold replicas. all: no replicas."""
     document_mask: bool = True
     """Tokens see only their own of the documents that are packed into one row."""
     weight_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the weights that the optimizer updates."""
-    autocast: Literal["auto", "bfloat16", "none"] = "auto"
-    """auto: bfloat16 on CUDA, none on the CPU."""
+    """Dtype of the weights that the optimizer updates. What is not trained has `compute_dtype`."""
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Dtype that layers compute in, and into which weights are gathered. auto: bfloat16 on CUDA or
+    where `weight_dtype` is, float32 else."""
+    linear_dtype: Literal["compute", "float8", "float8-rowwise"] = "compute"
+    """float8: linear layers multiply in 8 bits, with one scale a tensor, or one a row, through
+    torchao; weights, attention and the output head stay in `compute_dtype`."""
     export_dtype: FloatDtype | None = None
     """Dtype of the written checkpoint; that of the input unless given."""
     recomputed_layers: Literal["auto", "all"] | Annotated[int, Field(ge=0)] = "auto"
@@ -122,6 +137,12 @@ class TrainOptions(Options):
     65536 tokens of a row; none: on all."""
     compile: bool | Literal["auto"] = "auto"
     """Norms, MLPs and projections through torch.compile; auto: on GPUs."""
+    optimizer: Literal["adamw", "adamw-8bit", "adamw-offload"] = "adamw"
+    """adamw-8bit: moments in 8 bits, through torchao. adamw-offload: weights, gradients and moments
+    are in host memory, and updated there; layers' weights come to the device when they are due."""
+    stochastic_rounding: bool = False
+    """With weight_dtype bfloat16 and adamw-8bit: weights are rounded up or down by chance, so that
+    small updates are not lost."""
     betas: tuple[Number, Number] = (0.9, 0.95)
     weight_decay: Annotated[Number, Field(ge=0)] = 0.0
     clip_norm: Annotated[Number, Field(gt=0)] = 1.0
@@ -129,6 +150,17 @@ class TrainOptions(Options):
     """Tokens whose logits exist at once."""
     save_every: Annotated[int, Field(ge=1)] = 100
     """Optimizer steps between checkpoints."""
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """Told of every step beside metrics.jsonl; they need `extend-context[trackers]`."""
+    project: str | None = None
+    """Of the run in trackers; the name of the directory that holds the output unless given."""
+    run_name: str | None = None
+    """In trackers; the name of the output's directory unless given."""
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 1
+    """The last so many stay until the run is done."""
+    save_in_background: bool = False
+    """Checkpoints are copied to memory of the host, as large as they are, and written while
+    training goes on."""
     nproc: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Processes; auto is one per visible GPU, or one."""
     seed: int = 0
@@ -157,4 +189,23 @@ class TrainOptions(Options):
             if phase.rope_to is not None and phase.rope is None and self.rope is None:
                 raise ValueError(f"schedule: rope_to is {phase.rope_to} but no rope says how it "
                                  "is made; give rope, there or for all phases, or leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_parameters_beside_adapters(self) -> "TrainOptions":
+        if self.mode != "lora" and (self.trained_beside or self.lora_alpha is not None):
+            key = "trained_beside" if self.trained_beside else "lora_alpha"
+            raise ValueError(f"{key} is for mode lora, but mode is {self.mode}; leave it out, or "
+                             "set mode lora")
+        return self
+
+    @model_validator(mode="after")
+    def _dtypes_that_go_together(self) -> "TrainOptions":
+        if self.weight_dtype == "bfloat16" and self.compute_dtype == "float32":
+            raise ValueError("weight_dtype is bfloat16 but compute_dtype is float32; layers cannot "
+                             "compute in more bits than weights have; set weight_dtype float32")
+        if self.stochastic_rounding and (self.weight_dtype, self.optimizer) != ("bfloat16",
+                                                                                "adamw-8bit"):
+            raise ValueError("stochastic_rounding needs weight_dtype bfloat16 and optimizer "
+                             f"adamw-8bit, which are {self.weight_dtype} and {self.optimizer}")
         return self

@@ -140,7 +140,7 @@ def summarize(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         good = [row for row in rows if row["exit_code"] == 0]
         medians[name] = None if len(good) < len(rows) else {
             key: statistics.median(row[key] for row in good)
-            for key in ("seconds", "anonymous_bytes", "resident_bytes")}
+            for key in ("seconds", "cpu_seconds", "anonymous_bytes", "resident_bytes")}
     ratios = {}
     for name, over in (("mergekit extract", "extract"), ("extract", "read"),
                        ("extract", "read, all threads"), ("merge", "copy"),
@@ -156,12 +156,12 @@ def markdown(result: dict[str, Any]) -> str:
              "", f"Commit {result['commit']}, {result['date']}, {result['machine']}, torch "
              f"{result['torch']}, {result['threads']} threads, {result['rounds']} rounds"
              f"{', page cache emptied before each' if result['cold'] else ''}.", "",
-             "| command | seconds | peak GB, anonymous | with mapped files |",
-             "| --- | --- | --- | --- |"]
+             "| command | seconds | CPU seconds | peak GB, anonymous | with mapped files |",
+             "| --- | --- | --- | --- | --- |"]
     for name, row in result["medians"].items():
-        lines.append(f"| {name} | failed | | |" if row is None else
-                     f"| {name} | {row['seconds']:.2f} | {row['anonymous_bytes'] / 1e9:.2f} | "
-                     f"{row['resident_bytes'] / 1e9:.2f} |")
+        lines.append(f"| {name} | failed | | | |" if row is None else
+                     f"| {name} | {row['seconds']:.2f} | {row['cpu_seconds']:.2f} | "
+                     f"{row['anonymous_bytes'] / 1e9:.2f} | {row['resident_bytes'] / 1e9:.2f} |")
     lines += ["", "| ratio | |", "| --- | --- |"]
     lines += [f"| {name} | {value:.2f} |" for name, value in result["ratios"].items()]
     if result["accuracy"]:

@@ -117,7 +117,7 @@ def build(args: argparse.Namespace, options: TrainOptions,
     compile_layers(model, options, processes.device)
     memory = make_memory(options, config.num_hidden_layers, processes.device, processes.world)
     checkpoint_layers(model, memory)
-    module = shard_model(CausalLoss(model, 4096), processes)
+    module = shard_model(CausalLoss(model, 4096), processes, options)
     fill(model, config, processes.device)
     return module, memory, config
 

@@ -23,7 +23,8 @@ import torch.multiprocessing as mp
 TIMEOUT = timedelta(seconds=60)
 
 # What the processes would otherwise import one by one, part of it deep inside their first call.
-PRELOAD = ["torch", "torch._dynamo", "transformers.models.llama.modeling_llama", "extend.ring"]
+PRELOAD = ["torch", "torch._dynamo", "transformers.models.llama.modeling_llama", "peft",
+           "extend.ring"]
 
 
 def spawn(world: int, fn: Callable[..., Any], *args: Any) -> list[Any]:

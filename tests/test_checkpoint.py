@@ -341,3 +341,18 @@ def test_elements_behind_the_end_are_refused(tmp_path):
     save_file({"w": torch.zeros(3)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="'w' cannot be read .the file ends too early"):
         Checkpoint(tmp_path).stored("w").take(torch.tensor([3]))
+
+
+def test_one_row_of_a_stored_tensor_and_a_buffer_for_it(tmp_path):
+    whole = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    save_file({"a": torch.ones(7, dtype=torch.uint8), "w": whole}, tmp_path / "model.safetensors")
+    stored = Checkpoint(tmp_path).stored("w")
+    stored.fetch()
+    buffer = torch.zeros(100, dtype=torch.uint8)
+    for row in range(3):
+        part = stored.part(row)
+        assert part.info.shape == (4, 5)
+        assert torch.equal(part.read(), whole[row])
+        found = part.read(slice(1, 4), into=buffer)
+        assert torch.equal(found, whole[row, 1:4])
+        assert found.data_ptr() == buffer.data_ptr()

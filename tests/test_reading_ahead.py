@@ -1,5 +1,6 @@
 """Weights are fetched while the block runs, in order, and never more than memory is free for."""
 
+import gc
 import time
 
 import pytest
@@ -67,3 +68,26 @@ def test_what_is_not_there_is_not_its_business(tmp_path, fetched):
     with reading_ahead():
         pass
     assert fetched == []
+
+
+def test_advice_comes_in_pieces_that_linux_takes(tmp_path, monkeypatch):
+    """It drops what is beyond the disk's read_ahead_kb, which is 128 unless someone changed it."""
+    asked = []
+    monkeypatch.setattr(ahead.os, "posix_fadvise",
+                        lambda file, offset, size, advice: asked.append((offset, size)))
+    monkeypatch.setattr(ahead, "_advice_bytes", lambda device: 2**17)
+    ahead.will_need(0, 1000, 2**18 + 5)
+    assert asked == [(1000, 2**17), (1000 + 2**17, 2**17), (1000 + 2**18, 5)]
+
+
+def test_a_disk_that_is_not_known_takes_the_least():
+    assert ahead._advice_bytes.__wrapped__(2**40) == 2**17
+
+
+def test_garbage_waits_for_the_block_and_is_collected_afterwards(fetched, models):
+    with reading_ahead(*models):
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    with pytest.raises(KeyError), reading_ahead(*models):
+        raise KeyError("of the block")
+    assert gc.isenabled()

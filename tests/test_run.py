@@ -312,3 +312,11 @@ def test_record_that_cannot_be_written(fresh, monkeypatch):
     with pytest.raises(CheckpointError, match=r"run\.json: cannot be written \(No space left"):
         fresh.run()
     assert os.listdir(fresh.out) == []
+
+
+def test_several_processes_of_a_launcher_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match="a launcher started 2 of it; start it alone"):
+        run(tmp_path / "recipe.yaml", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -33,7 +33,7 @@ from extend.delta.pair import (
     is_unchanged,
     is_vocabulary,
     layer_of,
-    read_stored,
+    open_stored,
     residual_norm,
     subtract,
 )
@@ -126,7 +126,7 @@ class Extraction:
     def _work(self, matrices: list[Matrix], work: Callable[[Matrix, Difference], Any]) -> Iterator:
         """`work(matrix, its difference on a device)`, in order."""
         def read(matrix: Matrix) -> Stored:
-            return read_stored(self.pair, matrix.name, matrix.expert, pin=self.workers.pinned)
+            return open_stored(self.pair, matrix.name, matrix.expert, pin=self.workers.pinned)
 
         return self.workers.run(
             matrices, read,

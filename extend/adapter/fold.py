@@ -51,6 +51,14 @@ class ScaledTensor:
     def __getitem__(self, rows: Any) -> torch.Tensor:
         return self.read(rows)
 
+    def part(self, row: int) -> "ScaledTensor":
+        """See `StoredTensor.part`."""
+        return ScaledTensor(self.stored.part(row), self.ratio)
+
+    def fetch(self) -> None:
+        """See `StoredTensor.fetch`."""
+        self.stored.fetch()
+
     def read(self, rows: Any = ..., *, pin: bool = False) -> torch.Tensor:
         """Rows of it; see `StoredTensor.read`."""
         scaled = self.stored.read(rows).float() * self.ratio

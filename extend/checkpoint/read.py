@@ -17,6 +17,7 @@ from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING, NamedTuple
 
+from extend.checkpoint.ahead import will_need
 from extend.errors import CheckpointError
 from extend.model_config import read_json
 
@@ -133,10 +134,7 @@ def _check_header(header: object, path: Path,
 
 
 class StoredTensor:
-    """A tensor that stays on disk: each block of rows is read when it is asked for.
-
-    Not mapped into memory, so that what was read does not count as memory of the process. Several
-    threads may read at once.
+    """A tensor that stays on disk: threads read blocks of rows when they need them; see above.
 
     Attributes:
         info: its name, dtype and shape.
@@ -151,11 +149,23 @@ class StoredTensor:
         """See `read`."""
         return self.read(rows)
 
-    def read(self, rows: slice | EllipsisType = ..., *, pin: bool = False) -> "torch.Tensor":
+    def part(self, row: int) -> "StoredTensor":
+        """One row of the tensor, such as one expert's matrix, that stays on disk too."""
+        one = self.info._replace(shape=self.info.shape[1:])
+        return StoredTensor(self._path, one, self._begin + row * one.num_bytes)
+
+    def fetch(self) -> None:
+        """Let the system read all of it ahead; does not wait."""
+        with self._reading() as file:
+            will_need(file, self._begin, self.info.num_bytes)
+
+    def read(self, rows: slice | EllipsisType = ..., *, pin: bool = False,
+             into: "torch.Tensor | None" = None) -> "torch.Tensor":
         """Rows `start:stop` of the tensor, or all of it; in its dtype, a tensor of its own.
 
         Args:
             pin: into pinned memory, from which a GPU copies faster and while others work.
+            into: a buffer of bytes, large enough, in place of memory of its own; `fetch` first.
 
         Raises:
             CheckpointError: the file cannot be read, or became shorter.
@@ -169,8 +179,8 @@ class StoredTensor:
             start, stop, _ = rows.indices(shape[0])
             shape = (max(0, stop - start), *shape[1:])
         size = math.prod(shape) * DTYPE_BYTES[self.info.dtype]
-        data = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
-        self._fill(memoryview(data.numpy()), self._begin + start * row_bytes)
+        data = torch.empty(size, dtype=torch.uint8, pin_memory=pin) if into is None else into[:size]
+        self._fill(memoryview(data.numpy()), self._begin + start * row_bytes, ahead=into is None)
         return data.view(torch_dtype(self.info.dtype)).view(shape)
 
     def take(self, index: "torch.Tensor") -> "torch.Tensor":
@@ -186,14 +196,15 @@ class StoredTensor:
         view, places = memoryview(data.numpy()), (self._begin + index * size).tolist()
         with self._reading() as file:
             for place in places:  # so that a disk fetches them side by side
-                _read_ahead(file, place, size)
+                will_need(file, place, size)
             for number, place in enumerate(places):
                 _fill(file, view[number * size:(number + 1) * size], place)
         return data.view(torch_dtype(self.info.dtype))
 
-    def _fill(self, data: memoryview, offset: int) -> None:
+    def _fill(self, data: memoryview, offset: int, *, ahead: bool) -> None:
         with self._reading() as file:
-            _read_ahead(file, offset + len(data), len(data))
+            if ahead:
+                will_need(file, offset + len(data), len(data))
             _fill(file, data, offset)
 
     @contextlib.contextmanager
@@ -219,12 +230,6 @@ def _fill(file: int, data: memoryview, offset: int) -> None:
         if not count:
             raise OSError(None, "the file ends too early")
         filled += count
-
-
-def _read_ahead(file: int, offset: int, num_bytes: int) -> None:
-    """Let the system fetch what will be asked for next, where it takes such advice."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file, offset, num_bytes, os.POSIX_FADV_WILLNEED)
 
 
 class Checkpoint:

@@ -9,6 +9,7 @@ from extend.cli import (  # noqa: F401  (each registers its subcommands with `ma
     doctor,
     eval_prompt,
     evaluation,
+    export,
     lineage,
     plan,
     search,

@@ -2,6 +2,7 @@
 
 import click
 
+from extend.capacity.rates import GPUS
 from extend.cli.group import main, overwrite_option, reporting
 from extend.cli.types import LENGTH, ListType, NameType, parse_pairs
 from extend.rope.methods import METHODS
@@ -23,36 +24,65 @@ from extend.rope.methods import METHODS
 @click.option("-o", "--option", multiple=True, metavar="KEY=VALUE", help="Option of --method.")
 @click.option("--schedule", type=ListType(LENGTH), default="", metavar="LENGTHS",
               help="Lengths of training stages, 32k,128k,1m: show theta for each.")
+@click.option("--gpus", type=click.IntRange(min=1), default=None, metavar="N",
+              help="Plan training on so many GPUs, of all hosts together.")
+@click.option("--gpu", type=NameType(GPUS), default="h200",
+              help=f"Their kind: {', '.join(GPUS)} (h200 unless given).")
+@click.option("--gpu-memory", type=float, default=None, metavar="GIB",
+              help="Memory of a GPU; that of its kind unless given.")
+@click.option("--host-memory", type=float, default=0.0, metavar="GIB",
+              help="Memory of a host that training may use.")
+@click.option("--hosts", type=click.IntRange(min=1), default=1, metavar="N")
+@click.option("--rows", type=click.IntRange(min=1), default=None, metavar="N",
+              help="Rows of an optimizer step; as many as are fastest unless given.")
+@click.option("--trained", type=NameType(("all", "lora", "lora+")), default="all",
+              help="all weights, adapters, or lora+: adapters, norms and embeddings.")
+@click.option("--weight-dtype", type=NameType(("float32", "bfloat16")), default="float32")
+@click.option("--optimizer", type=NameType(("adamw", "adamw-8bit", "adamw-offload")),
+              default="adamw")
 @click.option("--out", default=None, metavar="DIR",
               help="Write plan.json and frequencies.png there.")
 @overwrite_option
 @reporting
-def plan(model, to, head_dim, theta, from_len, method, option, schedule, out, overwrite):
+def plan(model, to, head_dim, theta, from_len, method, option, schedule, gpus, gpu, gpu_memory,
+         host_memory, hosts, rows, trained, weight_dtype, optimizer, out, overwrite):
     """Compare the RoPE methods that could take MODEL to a length; no weights are read.
 
-    MODEL is a checkpoint directory or a config.json.
+    MODEL is a checkpoint directory or a config.json. With --gpus, also choose how training at that
+    length is laid out on them: what a recipe must say, memory at the peak, seconds of a step; where
+    it does not fit, by how much, and what would.
 
     \b
     extend plan ./llama --to 128k
     extend plan ./llama --to 128k --method yarn -o beta_fast=16
     extend plan ./llama --schedule 32k,128k,1m --out ./plan
+    extend plan ./llama --to 1m --gpus 8 --gpu h200 --host-memory 1000
+    extend plan ./llama --to 64k --gpus 2 --gpu h100 --weight-dtype bfloat16 --json
     extend plan --head-dim 128 --theta 500000 --from 8k --to 1m --json
     """
     from extend.plan import plan as stage
     from extend.plan import write_plan
+    from extend.plan.capacity import capacity_tables
     from extend.plan.report import methods_table, pairs_table, schedule_table
     from extend.plan.rope import DEFAULT_METHOD
 
     _check_usage(model, to, (head_dim, theta, from_len), method, option, schedule)
+    machine = None if gpus is None else {
+        "gpus": gpus, "gpu": gpu, "hosts": hosts, "rows": rows, "trained": trained,
+        "gpu_memory": None if gpu_memory is None else int(gpu_memory * 2**30),
+        "host_memory": int(host_memory * 2**30), "weight_dtype": weight_dtype,
+        "optimizer": optimizer}
     found = stage(model, target_len=to or schedule[-1], head_dim=head_dim, rope_theta=theta,
                   from_len=from_len, method=method or DEFAULT_METHOD, options=parse_pairs(option),
-                  schedule=schedule)
+                  schedule=schedule, machine=machine)
     results = found.to_json()
     tables = [methods_table(found.rope)]
     if method:
         tables.append(pairs_table(found.rope))
     if schedule:
         tables.append(schedule_table(found.rope))
+    if found.capacity is not None:
+        tables.append(capacity_tables(found.capacity))
     tables += found.notes
     if out:
         results["output"] = str(write_plan(found, out, overwrite=overwrite))

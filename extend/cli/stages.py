@@ -54,6 +54,13 @@ def train(recipe, stage, nproc, out, overwrite):
     extend train recipes/my.yaml --out runs/long --nproc 2
     torchrun --nproc_per_node 2 -m extend train recipes/my.yaml --out runs/long
     """
+    from extend.together import failing_together
+
+    with failing_together():
+        return {"output": str(_train(recipe, stage, nproc, Path(out), overwrite))}
+
+
+def _train(recipe, stage, nproc, out, overwrite):
     from extend.errors import RecipeError
     from extend.options import resolve_inputs
     from extend.recipe import load_recipe
@@ -74,7 +81,7 @@ def train(recipe, stage, nproc, out, overwrite):
         return str((loaded.path.parent / value).resolve())
 
     options = resolve_inputs(found[0].options, resolve)
-    return {"output": str(run_stage(options, Path(out), nproc=nproc, overwrite=overwrite))}
+    return run_stage(options, out, nproc=nproc, overwrite=overwrite)
 
 
 @main.command()

@@ -32,6 +32,7 @@ from extend.checkpoint import torch_dtype
 
 _BLOCK = {"cpu": 2**20, "cuda": 2**24}  # elements that are looked at together
 _FP32_EXPONENT = 0x7F800000
+_NO_SQUARE = 2.0 ** -75  # and below: squares are zero in fp32
 _GROUPS = 32  # of rows or columns, by size; each of the largest is one of its own
 _SINGLE = 16
 _POINTS = 24  # values of t that are tried together
@@ -147,5 +148,7 @@ def _solve(sizes: np.ndarray, counts: np.ndarray, t: np.ndarray) -> np.ndarray:
 
 def _square_power(x: torch.Tensor, tiny: float) -> torch.Tensor:
     """The square of the largest power of two in |x|, and of `tiny` at the least."""
-    bits = x.float().view(torch.int32) & _FP32_EXPONENT
-    return bits.view(torch.float32).clamp_(min=tiny).square_()
+    powers = (x.float().view(torch.int32) & _FP32_EXPONENT).view(torch.float32)
+    if tiny > _NO_SQUARE:
+        powers.clamp_(min=tiny)
+    return powers.square_()

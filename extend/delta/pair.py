@@ -3,7 +3,7 @@
 import math
 import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from extend.adapter_format.sidecar import (
     ModelIdentity,
     parameter_infos,
 )
-from extend.checkpoint import FLOAT_DTYPES, Checkpoint, TensorInfo
+from extend.checkpoint import DTYPE_BYTES, FLOAT_DTYPES, Checkpoint, StoredTensor, TensorInfo
 from extend.delta.noise import Noise, UlpSums
 from extend.delta.svd import frobenius_squared
 from extend.errors import CheckpointError, CompatibilityError
@@ -25,7 +25,7 @@ from extend.model_config import ModelConfig, read_config
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _EXPERTS = re.compile(r"\.experts\b")
 _ROUTER_SUFFIXES = (".gate.weight", ".router.weight")
-_CACHED_ELEMENTS = 2**17  # of a block that a CPU works on while it is in its caches
+_CACHED_ELEMENTS = 2**18  # of a block that a CPU works on while it is in its caches
 _THREAD = threading.local()
 _BLOCK_BYTES = 2**26  # of fp32, where a parameter is taken in blocks of rows
 _LEAST_LEFT = 0.03  # of ||delta||_F^2, of which fp32 products leave an error of about 1e-8
@@ -70,10 +70,10 @@ def open_pair(base: Path | str, tuned: Path | str) -> ModelPair:
 
 
 class Stored(NamedTuple):
-    """A matrix of both models as it is stored, on the CPU; of equal shape."""
+    """A matrix of both models as it is stored; of equal shape, in memory or still on disk."""
 
-    base: torch.Tensor
-    tuned: torch.Tensor
+    base: torch.Tensor | StoredTensor
+    tuned: torch.Tensor | StoredTensor
 
 
 class Difference(NamedTuple):
@@ -92,46 +92,67 @@ class Difference(NamedTuple):
     noise: Noise
 
 
-def read_stored(pair: ModelPair, name: str, expert: int | None = None, *,
+def open_stored(pair: ModelPair, name: str, expert: int | None = None, *,
                 pin: bool = False) -> Stored:
-    """Read a parameter of both models, or one expert's matrix [rows, columns] of it.
+    """A parameter of both models, or one expert's matrix [rows, columns] of it.
 
     Args:
-        pin: into pinned memory, from which a GPU copies faster and while others work.
+        pin: read it into pinned memory, from which a GPU copies faster and while others work;
+            otherwise the system is told that it will be read.
     """
-    rows = ... if expert is None else slice(expert, expert + 1)
-    both = (checkpoint.stored(name).read(rows, pin=pin) for checkpoint in (pair.base, pair.tuned))
-    return Stored(*(x if expert is None else x[0] for x in both))
+    both = [files.stored(name) for files in (pair.base, pair.tuned)]
+    if expert is not None:
+        both = [stored.part(expert) for stored in both]
+    if pin:
+        return Stored(*(stored.read(pin=True) for stored in both))
+    for stored in both:
+        stored.fetch()
+    return Stored(*both)
 
 
 def subtract(pair: ModelPair, name: str, stored: Stored, device: str = "cpu") -> Difference:
     """The difference of a 2-D parameter, or of one expert's matrix, on a device.
 
-    On a CPU block by block, so that all but the delta stays in its caches, and the delta lies in
-    memory that the thread's next call uses again: fresh pages take longer than what is put there.
+    On a CPU block by block, so that all but the delta stays in its caches; and in memory that the
+    thread's next call uses again, because fresh pages take longer than what is put there.
 
     Raises:
         CheckpointError: an infinite or NaN value.
     """
-    base, tuned = stored
-    step = len(base) if device != "cpu" else max(1, _CACHED_ELEMENTS // base.shape[1])
-    delta = torch.empty(base.shape, device=device) if device != "cpu" else _own_memory(base.shape)
-    sums, norms = UlpSums(base.shape[1], pair.tuned.infos[name].dtype, device), []
-    for out, old, new in zip(*(x.split(step) for x in (delta, base, tuned)), strict=True):
-        old, new = _to_fp32(old, device), _to_fp32(new, device)
+    info = pair.infos[name]
+    rows, columns = info.shape[-2:]
+    on_cpu = device == "cpu"
+    step = max(1, _CACHED_ELEMENTS // columns) if on_cpu else rows
+    delta = _own("delta", rows, columns) if on_cpu else torch.empty(rows, columns, device=device)
+    sums, norms = UlpSums(columns, pair.tuned.infos[name].dtype, device), []
+    for start in range(0, rows, step):
+        block = slice(start, min(start + step, rows))
+        old, new = (_rows_on(x, block, device, key)
+                    for x, key in zip(stored, Stored._fields, strict=True))
         sums.add(old, new)
-        norms.append((frobenius(torch.sub(new, old, out=out)), frobenius(old)))
+        norms.append((frobenius(torch.sub(new, old, out=delta[block])), frobenius(old)))
     delta_norm, base_norm = (math.hypot(*column) for column in zip(*norms, strict=True))
     _require_finite(pair, name, base_norm, delta_norm)
     return Difference(delta, delta_norm, base_norm, sums.noise())
 
 
-def _own_memory(shape: Sequence[int]) -> torch.Tensor:
-    """An fp32 tensor in memory that belongs to the calling thread, and is used again by it."""
-    size = math.prod(shape)
-    if len(getattr(_THREAD, "memory", ())) < size:
-        _THREAD.memory = torch.empty(size)
-    return _THREAD.memory[:size].view(shape)
+def _rows_on(matrix: torch.Tensor | StoredTensor, rows: slice, device: str,
+             key: str) -> torch.Tensor:
+    """Rows of a matrix as fp32 on a device; those read from a disk in the thread's own memory."""
+    if not isinstance(matrix, StoredTensor):
+        return _to_fp32(matrix[rows], device)
+    columns = matrix.info.shape[1]
+    count = rows.stop - rows.start
+    space = _own(f"{key} as stored", count, columns * DTYPE_BYTES[matrix.info.dtype], torch.uint8)
+    return _own(key, count, columns).copy_(matrix.read(rows, into=space.view(-1)))
+
+
+def _own(key: str, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """[rows, columns], in memory that belongs to the calling thread and is used again by it."""
+    size, kept = rows * columns, _THREAD.__dict__
+    if len(kept.get(key, ())) < size:
+        kept[key] = torch.empty(size, dtype=dtype)
+    return kept[key][:size].view(rows, columns)
 
 
 def read_delta(pair: ModelPair, name: str, device: str = "cpu") -> tuple[torch.Tensor, float]:
@@ -140,7 +161,7 @@ def read_delta(pair: ModelPair, name: str, device: str = "cpu") -> tuple[torch.T
     Raises:
         CheckpointError: an infinite or NaN value.
     """
-    base, tuned = (_to_fp32(x, device) for x in read_stored(pair, name))
+    base, tuned = (_to_fp32(files.read(name), device) for files in (pair.base, pair.tuned))
     base_norm, delta = frobenius(base), tuned.sub_(base)
     _require_finite(pair, name, base_norm, frobenius(delta))
     return delta, base_norm

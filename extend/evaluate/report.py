@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from extend.curves import read_courses
 from extend.evaluate.comparison import (
     TableRow,
     build_differences,
@@ -13,7 +14,6 @@ from extend.evaluate.comparison import (
     grid_tasks,
     to_markdown,
 )
-from extend.evaluate.curve import read_curve
 from extend.evaluate.effective import OWN_RULE, RULER_RULE
 from extend.evaluate.heatmap import COLORS, Panel, build_panels, draw_heatmap
 from extend.evaluate.plots import Plot, draw_plot, loss_plots, score_plots
@@ -44,7 +44,7 @@ def report(results: Mapping[str, Path | str], out: Path | str, *, title: str = "
         RecipeError: no results.
     """
     read = [_refresh(result) for result in read_results(results)]
-    curve = None if training is None else read_curve(training)
+    courses = [] if training is None else read_courses(training)
     paths = {f"results.{r.label}": r.path for r in read}
     if training is not None:
         paths["training"] = Path(training)
@@ -60,7 +60,7 @@ def report(results: Mapping[str, Path | str], out: Path | str, *, title: str = "
         write_json(partial / "report.json", _to_json(read, table, maps, plots, title))
         page = _render(title=title, results=read, labels=labels, table=_by_section(table),
                        differences=differences, maps=maps, plots=[plot for plot, _ in plots],
-                       curve=curve)
+                       courses=courses)
         (partial / "index.html").write_text(page, encoding="utf-8")
         manifest.write(partial)
     return Path(out)

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from extend.adapter_format.peft_files import stored_dtype
 from extend.adapter_format.serving_files import checkpoint_serving, write_serving
 from extend.adapter_format.sidecar import RopeChange
 from extend.checkpoint import copy_side_files, write_checkpoint
-from extend.errors import RecipeError
+from extend.errors import ExtendError, RecipeError
 from extend.manifest import Manifest, versions
 from extend.merge.dry_run import preview
 from extend.merge.prepare import Plan, Problems, prepare
@@ -66,7 +66,8 @@ def merge(adapter: Paths, target: Path | str, out: Path | str, *, weight: Weight
         dtype: float32, bfloat16 or float16 for all floating-point weights; None keeps each
             tensor's own.
         rope_from: for adapters without a sidecar, the model whose RoPE and lengths to write.
-        device: cpu, cuda, or auto (cuda where there is one).
+        device: cpu, cuda, or auto: cuda, where there is one, for methods that decompose matrices.
+            The others do less for a value than it costs to bring it to a GPU and back.
         overwrite: replace `out` if it exists.
         dry_run: only check, from headers and configs, and log what would be written; raises one
             CompatibilityError with every problem that `preview` finds.
@@ -89,17 +90,18 @@ def merge(adapter: Paths, target: Path | str, out: Path | str, *, weight: Weight
         found.raise_if_any()
         log.info("%s", found.text())
         return Path(out)
-    request, device = Request.of(adapter, target, out, **given), _pick_device(device)
+    request = Request.of(adapter, target, out, **given)
     plan = prepare(request, Problems(collect=False))
-    related = require_related([path for path, weight in zip(request.adapters, request.weights)
-                               if weight], request.base, plan.files, plan.infos)
+    device = _pick_device(device, decomposes=not plan.method.by_rows)
     for line in plan.vocabulary_lines():
         log.info("%s", line)
     with atomic_directory(out, overwrite=overwrite, inputs=request.inputs(),
                           mark=_mark(request, device)) as partial:
         manifest = Manifest("merge", request.inputs(), request.settings(),
                             getattr(plan.method, "seed", None))
-        _write_weights(partial, plan, device)
+        with _looking(request, plan) as looking:
+            _write_weights(partial, plan, device, looking)
+            related = looking.result()
         write_json(partial / "config.json", _config(plan.config.raw, plan.change, dtype))
         copy_side_files(plan.files.directory, partial,
                         max_len=plan.change.max_position_embeddings_after)
@@ -110,6 +112,26 @@ def merge(adapter: Paths, target: Path | str, out: Path | str, *, weight: Weight
              "differences into %(tensors)d tensors; context %(max_position_embeddings)d tokens",
              summary)
     return Path(out)
+
+
+@contextlib.contextmanager
+def _looking(request: Request, plan: Plan) -> Iterator[Future[dict[str, Any]]]:
+    """`require_related` in the background: a disk takes seconds for its reads here and there.
+
+    What it raises goes before an error of the block, which may well follow from it.
+    """
+    adapters = [path for path, weight in zip(request.adapters, request.weights) if weight]
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(1, "lineage", torch.set_num_threads, (-(-before // 2),)) as pool:
+            looking = pool.submit(require_related, adapters, request.base, plan.files, plan.infos)
+            try:
+                yield looking
+            except ExtendError:
+                looking.result()
+                raise
+    finally:
+        torch.set_num_threads(before)
 
 
 def _write_serving(directory: Path, plan: Plan) -> None:
@@ -125,14 +147,21 @@ def _mark(request: Request, device: str) -> str:
                       sort_keys=True, default=str)
 
 
-def _write_weights(partial: Path, plan: Plan, device: str) -> None:
+def _write_weights(partial: Path, plan: Plan, device: str, looking: Future) -> None:
+    """Write all of them, unless `looking` fails meanwhile: its error ends the work."""
     file_of = plan.files.file_of
     shards = len({file_of[info.name] for info in plan.written})
     writers = max(1, min(shards, _MOST_SHARDS_AT_ONCE, (os.cpu_count() or 1) // 2))
     with _pool(plan, writers) as (pool, threads):
         total = Total(plan, {info.name: info for info in plan.written}, pool, device,
                       ahead=-(-threads // writers))
-        write_checkpoint(partial, plan.written, total.read, file_of=file_of, threads=writers)
+
+        def read(name: str) -> Iterator[torch.Tensor]:
+            if looking.done():
+                looking.result()
+            return total.read(name)
+
+        write_checkpoint(partial, plan.written, read, file_of=file_of, threads=writers)
 
 
 @contextlib.contextmanager
@@ -150,13 +179,13 @@ def _pool(plan: Plan, writers: int) -> Iterator[tuple[Executor, int]]:
         torch.set_num_threads(before)
 
 
-def _pick_device(device: str) -> str:
-    available = torch.cuda.is_available()
+def _pick_device(device: str, *, decomposes: bool) -> str:
+    """What `device` asks for; CUDA takes seconds to start, so it is left alone where it can be."""
     if device == "auto":
-        return "cuda" if available else "cpu"
+        return "cuda" if decomposes and torch.cuda.is_available() else "cpu"
     if device.split(":")[0] not in ("cpu", "cuda"):
         raise RecipeError(f"device: unknown {device!r}; choose one of auto, cpu, cuda")
-    if device.startswith("cuda") and not available:
+    if device.startswith("cuda") and not torch.cuda.is_available():
         raise RecipeError(f"device is {device!r} but torch sees no CUDA device; choose cpu or auto")
     return device
 

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from extend.capacity import CapacityPlan
 from extend.errors import CheckpointError, RecipeError
 from extend.manifest import Manifest
 from extend.model_config import ModelConfig, RopeSpec, parse_config, read_json
 from extend.output import atomic_directory, write_json
+from extend.plan.capacity import capacity_json, plan_capacity
 from extend.plan.report import to_json
 from extend.plan.rope import DEFAULT_METHOD, RopePlan, plan_rope
 from extend.rope.rescale import starting_rope
@@ -24,22 +26,27 @@ class Plan:
     Attributes:
         config: of the model; None when only a head size was given.
         notes: what the RoPE alone does not show.
+        capacity: of a training step; None where no machine was given.
     """
 
     rope: RopePlan
     config: ModelConfig | None
     notes: Sequence[str]
+    capacity: CapacityPlan | None = None
 
     def to_json(self) -> dict[str, Any]:
         model = None if self.config is None else str(self.config.path)
-        return {"model": model, "notes": list(self.notes), "rope": to_json(self.rope)}
+        return {"model": model, "notes": list(self.notes), "rope": to_json(self.rope),
+                **capacity_json(self.capacity)}
 
 
 def plan(model: Path | str | None = None, *, target_len: int, head_dim: int | None = None,
          rope_theta: float | None = None, from_len: int | None = None,
          method: str = DEFAULT_METHOD, options: Mapping[str, Any] | None = None,
-         schedule: Sequence[int] = ()) -> Plan:
+         schedule: Sequence[int] = (), machine: Mapping[str, Any] | None = None) -> Plan:
     """Compare all RoPE methods for a model, or for plain RoPE with the given numbers.
+
+    With a machine, also choose how a step of training at that length is laid out on it.
 
     Args:
         model: checkpoint directory, or its config.json; no weights are read.
@@ -47,6 +54,7 @@ def plan(model: Path | str | None = None, *, target_len: int, head_dim: int | No
         head_dim, rope_theta, from_len: rotated channels per head, theta and native length, in place
             of a model. With a model, `from_len` alone starts again from plain RoPE at that length.
         method, options, schedule: as `plan_rope`.
+        machine: keywords of `plan_capacity`: gpus, gpu, gpu_memory, host_memory, hosts, and so on.
 
     Raises:
         RecipeError: neither a model nor the three numbers, or both; a target below the native
@@ -63,7 +71,9 @@ def plan(model: Path | str | None = None, *, target_len: int, head_dim: int | No
         config = _read_model(Path(model))
         native = starting_rope(config, from_len)
     rope = plan_rope(native, target_len, method=method, options=options, schedule=schedule)
-    return Plan(rope, config, [] if config is None else _notes(config, target_len))
+    notes = [] if config is None else _notes(config, target_len)
+    capacity = plan_capacity(config, target_len, **machine) if machine else None
+    return Plan(rope, config, notes, capacity)
 
 
 def write_plan(found: Plan, out: Path | str, *, overwrite: bool = False) -> Path:

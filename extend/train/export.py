@@ -1,15 +1,16 @@
 """Write the trained model as an HF checkpoint, tensor by tensor.
 
 The file has exactly the tensors of the input checkpoint, by the same names: tied heads stay tied,
-and what was not trained is copied from the input. Adapters are added to their weight in fp32 and
-rounded once.
+and what was not trained is copied from the input. Adapters are added to their weight in fp32, some
+rows at a time, and rounded once.
 """
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from extend.checkpoint import (
     FLOAT_DTYPES,
@@ -20,8 +21,12 @@ from extend.checkpoint import (
     write_checkpoint,
 )
 from extend.errors import CompatibilityError
+from extend.model_config import ModelConfig, RopeSpec, write_rope
+from extend.train.gather import Gather, make_gather
 from extend.train.mesh import Processes
 from extend.train.trained import ADAPTER
+from extend.train.weights import plain_parameters, read_rows
+from extend.train_options import Phase
 
 _STALE_SUFFIX = "rotary_emb.inv_freq"  # old files store it; it would contradict the new config
 
@@ -31,25 +36,25 @@ class Exporter:
 
     Args:
         source: the checkpoint that was loaded.
-        model: with adapters or without, sharded or whole.
+        model: with adapters or without, sharded or whole, or without values yet.
         dtype: of the floating-point tensors written; None keeps each one's own.
 
     Raises:
-        CompatibilityError: names of the model and of the checkpoint do not line up.
+        CompatibilityError: names or shapes of the model and of the checkpoint do not line up.
     """
 
     def __init__(self, source: Checkpoint, model: nn.Module, dtype: str | None):
-        self.source, self.model = source, model
-        self.tensors = _by_plain_name(model)
-        self.infos = [self._info(name, dtype) for name in source.names
+        self.source, self.model, self.dtype = source, model, dtype
+        self.tensors = plain_parameters(model)
+        self.infos = [self._info(name) for name in source.names
                       if not name.endswith(_STALE_SUFFIX)]
         self._check_names()
 
-    def _info(self, name: str, dtype: str | None) -> TensorInfo:
+    def _info(self, name: str) -> TensorInfo:
         info = self.source.infos[name]
-        if dtype is None or info.dtype not in FLOAT_DTYPES:
+        if self.dtype is None or info.dtype not in FLOAT_DTYPES:
             return info
-        return info._replace(dtype=dtype_name(getattr(torch, dtype)))
+        return info._replace(dtype=dtype_name(getattr(torch, self.dtype)))
 
     def _check_names(self) -> None:
         written = {info.name for info in self.infos}
@@ -63,44 +68,72 @@ class Exporter:
                 f"{self.source.directory}: the file and the model disagree about tensor "
                 f"{(strange or lost)[0]!r}; checkpoints that transformers converts while loading "
                 "cannot be trained yet")
+        for info in self.infos:
+            wanted = tuple(self.tensors[info.name].shape)
+            if info.shape != wanted:
+                raise CompatibilityError(
+                    f"{self.source.directory}: tensor {info.name!r} has shape {info.shape} in the "
+                    f"file, but {wanted} in the model; the weights are not those of this config")
 
-    def write(self, directory: Path, processes: Processes) -> None:
-        """Gather every tensor on all processes, and write it in the main one."""
-        self.tensors = _by_plain_name(self.model)  # sharding has put others in their place
+    def config(self, config: ModelConfig, rope: RopeSpec, max_len: int) -> dict[str, Any]:
+        """The keys of config.json that go with the tensors, under `rope` and for `max_len`."""
+        keys = write_rope(config.raw, rope, max_len)
+        if self.dtype is not None:
+            keys["dtype" if "dtype" in keys else "torch_dtype"] = self.dtype
+        return keys
+
+    def write(self, directory: Path, processes: Processes, whole: Gather | None = None) -> None:
+        """Write every tensor in the main process; all processes must call it.
+
+        Args:
+            whole: where the whole of what was trained comes from; its shards unless given.
+        """
+        self.tensors = plain_parameters(self.model)  # sharding has put others in their place
+        whole = whole or make_gather(processes)
         if processes.is_main:
             read = {info.name: info for info in self.infos}
-            write_checkpoint(directory, self.infos, lambda name: self.value(read[name]))
+            write_checkpoint(directory, self.infos, lambda name: self._blocks(read[name], whole))
         else:
             for info in self.infos:
-                self.value(info)
+                self._gather(info, whole)
+
+    def _gather(self, info: TensorInfo, whole: Gather) -> list[Tensor | None]:
+        """What was trained of a tensor: lora_A and lora_B, or the tensor, or nothing."""
+        parameter, adapter = self.tensors[info.name], _adapter(self.model, info.name)
+        if adapter is not None:
+            return [whole(factor, factor.dtype) for factor in adapter[:2]]
+        return [whole(parameter, torch_dtype(info.dtype))] if parameter.requires_grad else []
 
     @torch.no_grad()
-    def value(self, info: TensorInfo) -> Tensor:
-        """The tensor to write; all processes must ask for the same ones in the same order."""
-        dtype = torch_dtype(info.dtype)
-        parameter = self.tensors[info.name]
-        adapter = _adapter(self.model, info.name)
-        if adapter is None and not parameter.requires_grad:
-            return self.source.read(info.name).to(dtype)
-        weight = _whole(parameter)
-        if adapter is not None:
-            lora_a, lora_b, scaling = adapter
-            weight = self.source.read(info.name).to(weight.device, torch.float32)
-            weight = weight + scaling * (_whole(lora_b).float() @ _whole(lora_a).float())
-        return weight.to(dtype).cpu()
+    def _blocks(self, info: TensorInfo, whole: Gather) -> Iterator[Tensor]:
+        """The tensor to write, in blocks of rows."""
+        dtype, stored = torch_dtype(info.dtype), self.source.stored(info.name)
+        trained = self._gather(info, whole)
+        if len(trained) == 1:
+            yield trained[0]
+        elif not trained:
+            yield from (rows.to(dtype) for rows in read_rows(stored))
+        else:
+            scaling, device = _adapter(self.model, info.name)[2], self._device
+            lora_a, lora_b = (factor.to(device, torch.float32) for factor in trained)
+            done = 0
+            for rows in read_rows(stored):
+                weight = rows.to(device, torch.float32)
+                weight = weight + scaling * (lora_b[done:done + len(rows)] @ lora_a)
+                yield weight.to(dtype).cpu()
+                done += len(rows)
+
+    @property
+    def _device(self) -> torch.device:
+        """Where the model is; the CPU if it has no weights."""
+        device = next(self.model.parameters()).device
+        return torch.device("cpu") if device.type == "meta" else device
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _by_plain_name(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by the names they have without adapters, aliases included."""
-    found = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if ".lora_" not in name:
-            found[name.replace(".base_layer.", ".")] = parameter
-    return found
+def made_for(phases: Sequence[Phase], config: ModelConfig) -> int:
+    """Tokens that a model trained in these phases is made for."""
+    return max(config.max_position_embeddings,
+               *(phase.rope_to or phase.length for phase in phases))
 
 
 def _adapter(model: nn.Module, name: str) -> tuple[Tensor, Tensor, float] | None:

@@ -64,6 +64,8 @@ def launch(job: Job, options: TrainOptions, out: Path, *, overwrite: bool, world
 
 
 def _start(world: int, ticket: Path) -> None:
+    # One that is told to stop finishes its step and saves it, which takes minutes at 1M tokens.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "900")
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=world, run_id=uuid.uuid4().hex,
         rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1)

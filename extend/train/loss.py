@@ -1,14 +1,17 @@
 """Linear layer and cross-entropy in chunks of tokens: the logits of a row never exist at once.
 
-Shapes: n tokens, d hidden, v vocabulary, c <= chunk tokens.
+Shapes: n tokens, d hidden, v vocabulary, c <= chunk tokens. Where processes hold parts of the
+vocabulary, v is what this one holds: they exchange three numbers for each token, never logits.
 """
 
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from extend.train.data import IGNORE
+from extend.train.vocabulary import VocabularyPart
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -16,7 +19,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor,
-                chunk: int) -> tuple[Tensor, Tensor]:
+                chunk: int, vocabulary: VocabularyPart | None) -> tuple[Tensor, Tensor]:
         dtype = _compute_dtype(hidden)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         matrix = weight.to(dtype)
@@ -30,12 +33,14 @@ class _ChunkedLoss(torch.autograd.Function):
                 part = slice(begin, begin + chunk)
                 inputs = hidden[part].to(dtype)
                 logits = (inputs @ matrix.t()).float()
-                nll[part] = _nll_and_gradient(logits, labels[part], weights[part])
+                nll[part] = _nll_and_gradient(logits, labels[part], weights[part], vocabulary)
                 gradient = logits.to(dtype)
                 if needs_hidden:
                     grad_hidden[part] = gradient @ matrix
                 if needs_weight:
                     grad_weight += gradient.t() @ inputs
+        if needs_hidden and vocabulary is not None:
+            dist.all_reduce(grad_hidden, group=vocabulary.group)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(nll)
@@ -48,7 +53,7 @@ class _ChunkedLoss(torch.autograd.Function):
             grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -56,25 +61,44 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
-def _nll_and_gradient(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+def _nll_and_gradient(logits: Tensor, labels: Tensor, weights: Tensor,
+                      vocabulary: VocabularyPart | None) -> Tensor:
     """Losses fp32 [c] (0 where ignored); `logits` fp32 [c, v] turns into their gradient in place.
 
     In place because a chunk of logits is the largest tensor of a step.
     """
     ignored = labels == IGNORE
-    targets = labels.masked_fill(ignored, 0).unsqueeze(1)
-    logits -= logits.amax(dim=1, keepdim=True)
-    target_logits = logits.gather(1, targets)
+    targets, here = _targets(labels, logits.shape[1], vocabulary)
+    top = logits.amax(dim=1, keepdim=True)
+    if vocabulary is not None:
+        dist.all_reduce(top, dist.ReduceOp.MAX, group=vocabulary.group)
+    logits -= top
+    target_logits = logits.gather(1, targets).masked_fill(~here, 0.0)
     sums = logits.exp_().sum(dim=1, keepdim=True)
+    if vocabulary is not None:
+        both = torch.stack((sums, target_logits))
+        dist.all_reduce(both, group=vocabulary.group)
+        sums, target_logits = both
     nll = sums.log() - target_logits
     scale = weights.masked_fill(ignored, 0.0).unsqueeze(1)
     logits *= scale / sums
-    logits.scatter_add_(1, targets, -scale)
+    logits.scatter_add_(1, targets, (-scale).masked_fill(~here, 0.0))
     return nll.squeeze(1).masked_fill(ignored, 0.0)
 
 
+def _targets(labels: Tensor, num_rows: int,
+             vocabulary: VocabularyPart | None) -> tuple[Tensor, Tensor]:
+    """Columns of the labels among `num_rows` here, int64 [c, 1], and whether they are, bool [c, 1].
+
+    A label that is ignored or elsewhere is given column 0.
+    """
+    columns = labels.unsqueeze(1) - (0 if vocabulary is None else vocabulary.begin)
+    here = (labels.unsqueeze(1) != IGNORE) & (columns >= 0) & (columns < num_rows)
+    return columns.masked_fill(~here, 0), here
+
+
 def chunked_loss(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, *,
-                 chunk: int) -> tuple[Tensor, Tensor]:
+                 chunk: int, vocabulary: VocabularyPart | None = None) -> tuple[Tensor, Tensor]:
     """Weighted sum of the cross-entropy of `hidden @ weight.T` against `labels`.
 
     Matrix products run in the autocast dtype if there is one, everything else in fp32.
@@ -85,8 +109,10 @@ def chunked_loss(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor
         labels: int64 [n]; IGNORE where there is nothing to predict.
         weights: fp32 [n], weight of each token; of no effect where it is ignored.
         chunk: tokens whose logits exist at once.
+        vocabulary: which rows of the head `weight` is, all processes of its group having the same
+            `hidden`, `labels` and `weights`; None: all rows.
 
     Returns:
         The loss, fp32 [], and each token's own loss, fp32 [n] (0 where ignored, no gradient).
     """
-    return _ChunkedLoss.apply(hidden, weight, labels, weights, chunk)
+    return _ChunkedLoss.apply(hidden, weight, labels, weights, chunk, vocabulary)

@@ -1,10 +1,14 @@
-"""Who computes what: all processes as data-parallel groups of context-parallel ranks.
+"""Who computes what: all processes as data-parallel groups of context- and tensor-parallel ranks.
 
-A phase with b rows a step on w processes has dp = gcd(b, w) groups; each group of cp = w / dp
-processes shares its rows, token by token, in one ring. Parameters are sharded over all w.
+With tensor parallelism tp processes, neighbours in rank, compute the same tokens, each with its
+share of heads, channels and vocabulary. A phase with b rows a step on w x tp processes has
+dp = gcd(b, w) groups; each group of cp = w / dp such teams shares its rows, token by token, in tp
+rings, one of each team's first members, one of the second ones, and so on. Parameters are sharded
+over all w, or over neighbouring ones with replicas in the others (HSDP).
 """
 
 import contextlib
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -16,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from extend.errors import CompatibilityError
+from extend.errors import CompatibilityError, TrainingError
 from extend.registry import lookup
 from extend.ring.kernels import KERNELS
 from extend.ring.layouts import check_length
@@ -26,16 +30,49 @@ from extend.train_options import Phase, TrainOptions
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all; `mesh` is flat over them and None where there is only one."""
+    """This process among all.
+
+    `mesh` is None where there is only one. Its dimensions are replicate (where there are replicas
+    of parameters), shard, and tp (where tensor_parallel is not 1).
+    """
 
     rank: int
     world: int
     device: torch.device
     mesh: DeviceMesh | None
+    tensor_parallel: int = 1
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def local_world(self) -> int:
+        """Processes of a host; their ranks follow one another."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The tensors [n, ...] of all processes as one [world * n, ...], in their order."""
+        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        dist.all_gather(parts, tensor)
+        return torch.cat(parts)
+
+    @property
+    def tp_rank(self) -> int:
+        return self.rank % self.tensor_parallel
+
+    @property
+    def tp_mesh(self) -> DeviceMesh | None:
+        """Those that compute the same tokens; None where each has tokens of its own."""
+        return self.mesh["tp"] if self.mesh is not None and self.tensor_parallel > 1 else None
+
+    @property
+    def data_mesh(self) -> DeviceMesh | None:
+        """Those that compute other tokens with the same heads: what gradients are summed over."""
+        if self.mesh is None:
+            return None
+        names = tuple(name for name in self.mesh.mesh_dim_names if name != "tp")
+        return self.mesh[names]
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum `tensor` over all processes, in place."""
@@ -60,7 +97,7 @@ class PhaseMesh:
     """How the rows of one phase are dealt out.
 
     Attributes:
-        dp, cp: number of groups, and of ranks in each.
+        dp, cp: number of groups, and of ranks in each that have tokens of their own.
         dp_rank, cp_rank: of this process.
         ring: the ranks that share this process's rows; None in a run of one process.
     """
@@ -72,20 +109,40 @@ class PhaseMesh:
     ring: dist.ProcessGroup | None
 
 
-def split_world(batch_rows: int, world: int) -> tuple[int, int]:
+def split_world(batch_rows: int, world: int, tensor_parallel: int = 1) -> tuple[int, int]:
     """dp and cp of a phase."""
-    dp = math.gcd(batch_rows, world)
-    return dp, world // dp
+    teams = world // tensor_parallel
+    dp = math.gcd(batch_rows, teams)
+    return dp, teams // dp
 
 
-def check_schedule(schedule: list[Phase], layout: str, world: int) -> None:
+def check_world(options: TrainOptions, world: int) -> None:
+    """Check that the processes divide as `tensor_parallel` and `shard_over` say.
+
+    Raises:
+        TrainingError: they do not, or a team would be spread over hosts.
+    """
+    tp, per_host = options.tensor_parallel, int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    for count, where in ((world, "there are"), (per_host, "each host has")):
+        if count % tp:
+            raise TrainingError(f"tensor_parallel is {tp}, but {where} {count} processes; choose a "
+                                "number that divides them")
+    if options.shard_over != "all" and (world // tp) % options.shard_over:
+        raise TrainingError(
+            f"shard_over is {options.shard_over}, but there are {world} processes with "
+            f"tensor_parallel {tp}; choose a number that divides {world // tp}, or all")
+
+
+def check_schedule(schedule: list[Phase], layout: str, world: int,
+                   tensor_parallel: int = 1) -> None:
     """Check that every phase divides over its ranks.
 
     Raises:
         LayoutError: a length that does not.
     """
     for phase in schedule:
-        check_length(phase.length, layout, split_world(phase.batch_rows, world)[1])
+        check_length(phase.length, layout,
+                     split_world(phase.batch_rows, world, tensor_parallel)[1])
 
 
 def check_attention(options: TrainOptions, num_heads: int, world: int) -> None:
@@ -98,8 +155,9 @@ def check_attention(options: TrainOptions, num_heads: int, world: int) -> None:
     if options.kernel != "auto":
         lookup(KERNELS, options.kernel, "kernel")
     family, number = parse_strategy(options.strategy)
+    num_heads //= options.tensor_parallel
     for i, phase in enumerate(options.schedule):
-        cp = split_world(phase.batch_rows, world)[1]
+        cp = split_world(phase.batch_rows, world, options.tensor_parallel)[1]
         parts = cp if family == "ulysses" else number
         if cp == 1 or parts is None:
             continue
@@ -112,33 +170,63 @@ def check_attention(options: TrainOptions, num_heads: int, world: int) -> None:
 
 def phase_mesh(phase: Phase, processes: Processes) -> PhaseMesh:
     """The groups of a phase. Every process must call this for every phase, in order."""
-    dp, cp = split_world(phase.batch_rows, processes.world)
+    tp = processes.tensor_parallel
+    dp, cp = split_world(phase.batch_rows, processes.world, tp)
     if processes.mesh is None:
         return PhaseMesh(1, 1, 0, 0, None)
-    mesh = init_device_mesh(processes.device.type, (dp, cp), mesh_dim_names=("dp", "cp"))
-    return PhaseMesh(dp, cp, processes.rank // cp, processes.rank % cp, mesh["cp"].get_group())
+    sizes = {"dp": dp, "cp": cp} | ({"tp": tp} if tp > 1 else {})
+    mesh = init_device_mesh(processes.device.type, tuple(sizes.values()),
+                            mesh_dim_names=tuple(sizes))
+    dp_rank, cp_rank = divmod(processes.rank // tp, cp)
+    return PhaseMesh(dp, cp, dp_rank, cp_rank, mesh["cp"].get_group())
+
+
+def mesh_of_one(device: torch.device) -> DeviceMesh:
+    """A mesh for what needs one where there is one process; `join_processes` ends its group."""
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                store=dist.HashStore(), rank=0, world_size=1)
+    return init_device_mesh(device.type, (1,))
 
 
 @contextlib.contextmanager
-def join_processes() -> Iterator[Processes]:
+def join_processes(options: TrainOptions | None = None) -> Iterator[Processes]:
     """Set up this process from the environment of the launcher, or as the only one.
 
-    A process group that the caller has set up already is used and left as it is.
+    A process group that the caller has set up already is used and left as it is. Without `options`
+    parameters are sharded over all processes, each with tokens of its own.
+
+    Raises:
+        TrainingError: as `check_world`.
     """
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else None
     if on_gpu:
         torch.cuda.set_device(device)
     device = device or torch.device("cpu")
-    ours = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if ours:
+    theirs = dist.is_initialized()
+    if not theirs and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # gloo beside NCCL: host tensors, such as the state of a checkpoint, need it.
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo",
                                 device_id=device if on_gpu else None)
     try:
         world = dist.get_world_size() if dist.is_initialized() else 1
-        mesh = init_device_mesh(device.type, (world,)) if world > 1 else None
-        yield Processes(dist.get_rank() if world > 1 else 0, world, device, mesh)
+        tp = 1 if options is None else options.tensor_parallel
+        mesh = _build_mesh(device, world, options) if world > 1 else None
+        yield Processes(dist.get_rank() if world > 1 else 0, world, device, mesh, tp)
     finally:
-        if ours:
+        if dist.is_initialized() and not theirs:
             dist.destroy_process_group()
+
+
+def _build_mesh(device: torch.device, world: int, options: TrainOptions | None) -> DeviceMesh:
+    tp, shards = 1, world
+    if options is not None:
+        check_world(options, world)
+        tp = options.tensor_parallel
+        shards = world // tp if options.shard_over == "all" else options.shard_over
+    sizes = {"replicate": world // (tp * shards), "shard": shards, "tp": tp}
+    used = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
+    if tp > 1:  # torch would tell, in each process, that it gathers a matrix in two steps
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    return init_device_mesh(device.type, tuple(used.values()), mesh_dim_names=tuple(used))

@@ -1,16 +1,31 @@
 """The model of a run: weights, ring attention, loss."""
 
+import logging
+
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from extend.checkpoint import Checkpoint
 from extend.errors import CompatibilityError
 from extend.model_config import ModelConfig, RopeSpec
 from extend.ring.hf_attention import RingSettings, register_ring_attention
 from extend.train.loss import chunked_loss
+from extend.train.low_bits import use_float8
 from extend.train.supported import check_config, check_layers
-from extend.train.trained import choose_trained
+from extend.train.trained import choose_trained, init_adapters
+from extend.train.vocabulary import split_head
+from extend.train.weights import (
+    fill_weights,
+    is_same,
+    place_module,
+    replace_parameter,
+    shared_names,
+)
 from extend.train_options import TrainOptions
+
+logger = logging.getLogger(__name__)
 
 
 class CausalLoss(nn.Module):
@@ -26,26 +41,76 @@ class CausalLoss(nn.Module):
         hidden = self.model.get_decoder()(
             input_ids=input_ids, position_ids=position_ids, use_cache=False, ring=ring,
         ).last_hidden_state
-        head = self.model.get_output_embeddings().weight
+        head, vocabulary = split_head(self.model.get_output_embeddings().weight)
         return chunked_loss(hidden.flatten(0, 1), head, labels.flatten(), weights.flatten(),
-                            chunk=self.chunk)
+                            chunk=self.chunk, vocabulary=vocabulary)
+
+
+def build_model(options: TrainOptions, config: ModelConfig) -> PreTrainedModel:
+    """The model with the ring as attention, and what is trained of it chosen, before any weights.
+
+    Parameters are on the meta device; buffers have their values. `place_module` and `fill_weights`
+    give it weights once it is sharded.
+
+    Raises:
+        CompatibilityError: a model that asks for what training does not compute, or that cannot be
+            made without its weights.
+        RecipeError: an expression in `trainable` or `trained_beside` that matches nothing or is
+            none.
+    """
+    check_config(str(config.path), AutoConfig.from_pretrained(options.model).to_dict())
+    model = _without_weights(options, config)
+    check_layers(model)
+    model.config.use_cache = False
+    use_float8(model, options)
+    choose_trained(model, options)
+    return model.train()
+
+
+def _without_weights(options: TrainOptions, config: ModelConfig) -> PreTrainedModel:
+    """What `from_pretrained` makes, but with parameters on the meta device."""
+    dtype = getattr(torch, options.weight_dtype)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(options.model), dtype=dtype,
+            attn_implementation=register_ring_attention())
+    model.tie_weights()  # each parameter was moved alone
+    _untie_what_differs(model, Checkpoint(options.model), dtype)
+    strange = [name for name, p in model.named_parameters() if not p.is_meta or p.dtype != dtype]
+    strange += [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    if dtype != torch.float32:
+        strange += [name for name, _ in model.named_parameters() if any(k in name for k in kept)]
+    if strange:
+        raise CompatibilityError(f"{config.path}: {strange[0]} of {type(model).__name__} cannot be "
+                                 f"made in {options.weight_dtype} before it is read; such models "
+                                 "cannot be trained yet")
+    return model
+
+
+def _untie_what_differs(model: PreTrainedModel, source: Checkpoint, dtype: torch.dtype) -> None:
+    """As transformers does: what the file holds twice, with different values, is not tied."""
+    for names in shared_names(model):
+        first, *others = [name for name in names if name in source.infos] or [""]
+        for name in others:
+            if not is_same(source.stored(first), source.stored(name), dtype):
+                logger.warning("%s: %s and %s should be tied, but differ in the file; they are "
+                               "trained as two", source.directory, first, name)
+                twin = torch.empty_like(model.get_parameter(name))
+                replace_parameter(model, name, nn.Parameter(twin))
 
 
 def load_model(options: TrainOptions, config: ModelConfig) -> PreTrainedModel:
-    """Load the weights on the CPU with the ring as attention, and choose what is trained.
+    """The whole model in this process, on the CPU and with its weights; see `build_model`.
 
     Raises:
-        CompatibilityError: a model that asks for what training does not compute.
-        RecipeError: an expression in `trainable` that matches nothing or is none.
+        CompatibilityError, RecipeError, CheckpointError: as `build_model` and `fill_weights`.
     """
-    check_config(str(config.path), AutoConfig.from_pretrained(options.model).to_dict())
-    model = AutoModelForCausalLM.from_pretrained(
-        options.model, dtype=getattr(torch, options.weight_dtype),
-        attn_implementation=register_ring_attention())
-    check_layers(model)
-    model.config.use_cache = False
-    choose_trained(model, options)
-    return model.train()
+    model = build_model(options, config)
+    place_module(model, torch.device("cpu"))
+    fill_weights(model, Checkpoint(options.model))
+    init_adapters(model, options.seed)
+    return model
 
 
 def check_rope(rope: RopeSpec, cp: int) -> None:

@@ -1,4 +1,4 @@
-"""What a run tells about each step: one line for people, one JSON line for machines."""
+"""What a run tells about each step: one line for people, one JSON line for machines, trackers."""
 
 import json
 import logging
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from extend.errors import CheckpointError
+from extend.train.mesh import Processes
+from extend.train.trackers import Trackers
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +31,22 @@ def peak_flops(device: torch.device) -> float | None:
     return next((PEAK_FLOPS[key] for key in longest_first if name.startswith(key)), None)
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak bytes allocated on the GPU, or of the whole process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def memory_peaks(processes: Processes) -> dict[str, int]:
+    """Peak memory so far; all processes call it.
+
+    Returns:
+        `peak_memory_bytes`: allocated on the GPU of the process that has most, or on the CPU its
+        whole memory. `host_memory_bytes`: of all processes of the host that has most.
+    """
+    own_host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    device = processes.device
+    own = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else own_host
+    peaks = torch.tensor([[own, own_host]], device=device)
+    if processes.mesh is not None:
+        peaks = processes.gather(peaks)
+    most, hosts = peaks[:, 0].max().item(), peaks[:, 1].split(processes.local_world)
+    return {"peak_memory_bytes": int(most),
+            "host_memory_bytes": max(int(host.sum()) for host in hosts)}
 
 
 class Progress:
@@ -44,9 +57,13 @@ class Progress:
         step: steps done before.
         total_tokens: of the whole run.
         done_tokens: of the steps done before.
+        world: processes, each with a GPU of its own where there are any.
+        trackers: told of each step too, and closed at the end.
     """
 
-    def __init__(self, file: Path, *, step: int, total_tokens: int, done_tokens: int):
+    def __init__(self, file: Path, *, step: int, total_tokens: int, done_tokens: int,
+                 world: int = 1, trackers: Trackers | None = None):
+        self._world, self._trackers = world, trackers
         _truncate(file, step)
         self._file = file.open("a", encoding="utf-8")
         self._total, self._done = total_tokens, done_tokens
@@ -67,7 +84,8 @@ class Progress:
         self._done += tokens
         self._seconds, self._tokens = self._seconds + seconds, self._tokens + tokens
         record |= {"tokens": self._done, "seconds": round(seconds, 4),
-                   "tokens_per_second": round(tokens / seconds, 1)}
+                   "tokens_per_second": round(tokens / seconds, 1),
+                   "tokens_per_second_per_gpu": round(tokens / seconds / self._world, 1)}
         if peak is not None:
             record["mfu"] = round(flops / seconds / peak, 4)
         record["eta_seconds"] = round((self._total - self._done) * self._seconds / self._tokens, 1)
@@ -79,13 +97,20 @@ class Progress:
                                   "space, and the same command goes on from the last "
                                   "checkpoint") from None
         logger.info("%s", progress_line(record))
+        if self._trackers is not None:
+            self._trackers.log(record)
 
     def pause(self) -> None:
         """Leave the time since the last step (writing a checkpoint) out of the speed."""
         self._last = time.monotonic()
 
-    def close(self) -> None:
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
 
 def progress_line(record: dict[str, Any]) -> str:
@@ -96,10 +121,13 @@ def progress_line(record: dict[str, Any]) -> str:
         parts.append(f"answers {record['answer_nll']:.4f}")
     parts += [f"lr {record['lr']:.2e}", f"grad {record['grad_norm']:.3f}",
               f"{record['tokens_per_second']:,.0f} tok/s"]
+    if record["tokens_per_second_per_gpu"] != record["tokens_per_second"]:
+        parts.append(f"{record['tokens_per_second_per_gpu']:,.0f} each")
     if "mfu" in record:
         parts.append(f"MFU {record['mfu']:.1%}")
     eta = math.ceil(record["eta_seconds"])
     parts += [f"{record['peak_memory_bytes'] / 2**30:.1f} GiB",
+              f"host {record['host_memory_bytes'] / 2**30:.1f} GiB",
               f"ETA {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}"]
     return " | ".join(parts)
 

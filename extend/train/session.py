@@ -20,22 +20,35 @@ from extend.rope.live import RotaryModules, make_rotary, place_rotary
 from extend.rope.schedule import Stage, composition_warnings, schedule_ropes
 from extend.train.compiled import compile_layers
 from extend.train.data import Rows, load_rows
+from extend.train.equality import check_equal
 from extend.train.export import Exporter
+from extend.train.low_bits import check_low_bits
 from extend.train.memory import LayerMemory, checkpoint_layers, make_memory, tile_layers
-from extend.train.mesh import Processes, check_attention, check_schedule, split_world
-from extend.train.model import CausalLoss, check_rope, load_model
-from extend.train.optim import build_optimizer
+from extend.train.mesh import (
+    Processes,
+    check_attention,
+    check_schedule,
+    check_world,
+    split_world,
+)
+from extend.train.model import CausalLoss, build_model, check_rope
+from extend.train.optim import build_optimizer, tell_lost_updates
+from extend.train.precision import compute_dtype
 from extend.train.shard import shard_model
 from extend.train.size import ModelSize, model_size
 from extend.train.state import RunState
+from extend.train.tensor_parallel import check_tensor_parallel
 from extend.train.token_cache import TokenCache, default_directory
-from extend.train.trained import trained_parameters
+from extend.train.trained import init_adapters, trained_parameters
+from extend.train.weights import fill_weights
 from extend.train_options import TrainOptions
 
 logger = logging.getLogger(__name__)
 
 # They decide where and when the work is done, not what comes out of it.
-_NOT_RECORDED = {"nproc", "save_every", "model", "host_memory", "kept_attention", "token_cache"}
+_NOT_RECORDED = {"nproc", "save_every", "keep_checkpoints", "save_in_background", "model",
+                 "host_memory", "kept_attention", "token_cache", "trackers", "project", "run_name",
+                 "shard_over", "tensor_parallel"}
 
 
 @dataclass
@@ -84,19 +97,23 @@ def plan_ropes(options: TrainOptions, world: int) -> list[RopeSpec]:
     """Check all that needs no weights, and return the RoPE of every phase.
 
     Raises:
-        LayoutError, DataError, CheckpointError, CompatibilityError, RecipeError: as `train`.
+        LayoutError, DataError, CheckpointError, CompatibilityError, RecipeError, TrainingError: as
+            `train`.
     """
-    check_schedule(options.schedule, options.layout, world)
+    check_world(options, world)
+    check_schedule(options.schedule, options.layout, world, options.tensor_parallel)
     for data in options.data:
         if data.path is not None:
             list_files(data.path)
             _require_outside(token_directory(options), data.path)
     Checkpoint(options.model)
     config = read_config(options.model)
+    check_tensor_parallel(options, config)
     check_attention(options, config.num_heads, world)
+    check_low_bits(options, compute_dtype(options), world)
     ropes = schedule_ropes(config.rope, rope_stages(options, config.rope))
     for phase, rope in zip(options.schedule, ropes):
-        check_rope(rope, split_world(phase.batch_rows, world)[1])
+        check_rope(rope, split_world(phase.batch_rows, world, options.tensor_parallel)[1])
     return ropes
 
 
@@ -116,12 +133,12 @@ def rope_stages(options: TrainOptions, native: RopeSpec) -> list[Stage | None]:
 
 
 def prepare(options: TrainOptions, state: RunState) -> Run:
-    """Read data and model, shard it, and go back to the last checkpoint if there is one."""
+    """Read data and model, sharded, and go back to the last checkpoint if there is one."""
     processes, config = state.processes, read_config(options.model)
     ropes = plan_ropes(options, processes.world)
     manifest = _start_manifest(options) if processes.is_main else None
     if manifest is not None:
-        state.check(_fingerprint(manifest, processes))
+        state.check(_fingerprint(manifest, options, processes))
     hashes = processes.share(_hash_data(options, manifest))
     with start_rows(options, config, state, hashes) as rows:
         return _put_together(options, config, ropes, state, manifest, rows)
@@ -163,18 +180,22 @@ def native_length(config: ModelConfig) -> int:
 def _put_together(options: TrainOptions, config: ModelConfig, ropes: list[RopeSpec],
                   state: RunState, manifest: Manifest | None, rows: "Future[Rows]") -> Run:
     processes = state.processes
-    model = load_model(options, config)
+    model, source = build_model(options, config), Checkpoint(options.model)
+    exporter = Exporter(source, model, options.export_dtype)
     size = model_size(model, config)
     if processes.is_main:
         _tell_windows(options, size)
         _tell_ropes(options, config)
+        tell_lost_updates(options)
     memory = save_memory(model, options, processes)
-    exporter = Exporter(Checkpoint(options.model), model, options.export_dtype)
-    module = shard_model(CausalLoss(model, options.loss_chunk), processes)
+    module = shard_model(CausalLoss(model, options.loss_chunk), processes, options)
+    fill_weights(model, source)
+    init_adapters(model, options.seed)
+    check_equal(trained_parameters(module), processes)
     optimizer = build_optimizer(trained_parameters(module).values(), options)
     found = rows.result()
     if manifest is not None:  # only now, so that bad data or a bad model leaves nothing behind
-        state.open(_fingerprint(manifest, processes))
+        state.open(_fingerprint(manifest, options, processes))
     processes.barrier()
     step = state.last_step()
     if step:
@@ -188,8 +209,9 @@ def _put_together(options: TrainOptions, config: ModelConfig, ropes: list[RopeSp
 def save_memory(model: PreTrainedModel, options: TrainOptions,
                 processes: Processes) -> LayerMemory | None:
     """Let the layers compute and keep as the options say; None where they keep everything."""
-    longest = max(phase.length // split_world(phase.batch_rows, processes.world)[1]
-                  for phase in options.schedule)
+    longest = max(
+        phase.length // split_world(phase.batch_rows, processes.world, options.tensor_parallel)[1]
+        for phase in options.schedule)
     tile_layers(model, options, longest)
     compile_layers(model, options, processes.device)
     if options.recomputed_layers == 0:
@@ -244,7 +266,16 @@ def _hash_data(options: TrainOptions, manifest: Manifest | None) -> dict[str, st
             for i, data in enumerate(options.data) if data.path is not None}
 
 
-def _fingerprint(manifest: Manifest, processes: Processes) -> dict[str, Any]:
-    """What must be the same for a run to go on from a checkpoint."""
+def _fingerprint(manifest: Manifest, options: TrainOptions,
+                 processes: Processes) -> dict[str, Any]:
+    """What the run is; its `options` and `inputs` must be the same for a run to go on.
+
+    Moments in 8 bits have one scale for each 256 of a shard, so they fit the same shards only.
+    """
+    settled = dict(manifest.record["options"])
+    if options.optimizer == "adamw-8bit":
+        settled["processes with adamw-8bit"] = processes.world
     hashes = {role: entry["sha256"] for role, entry in manifest.record["inputs"].items()}
-    return {"processes": processes.world, "options": manifest.record["options"], "inputs": hashes}
+    model = str(Path(options.model).absolute())
+    return {"processes": processes.world, "options": settled, "inputs": hashes,
+            "settings": options.model_copy(update={"model": model}).model_dump(mode="json")}

@@ -1,8 +1,9 @@
 """Resumable checkpoints of a run: `<out>.state/step-N` and what the run was started with.
 
-A checkpoint is written under a temporary name and renamed when complete; the one before it goes
-only then. Data order, learning rate and adapters follow from the options and the step, so weights,
-optimizer moments and the step are all there is to remember.
+A checkpoint is written under a temporary name and renamed when complete; older ones go only then.
+Data order, learning rate and adapters follow from the options and the step, so weights, optimizer
+moments and the step are all there is to remember. None of it depends on how many processes there
+are: a run may go on with others, which read their shards out of those that were written.
 """
 
 import contextlib
@@ -21,27 +22,40 @@ from torch import nn
 from extend.errors import CheckpointError, TrainingError
 from extend.model_config import read_json
 from extend.output import remove_directory, require_space, write_json
+from extend.train.background import BackgroundWriter
 from extend.train.mesh import Processes
+from extend.train.optim import create_state
 
 logger = logging.getLogger(__name__)
 
-_FINGERPRINT = "run.json"
+RUN_FILE = "run.json"
 _LOCK = "lock"
 _PREFIX = "step-"
+_DECISIVE = ("options", "inputs")  # of the fingerprint: what must not change between steps
 
 
 class RunState:
-    """The working directory of a run; a context, in which no other run may use it."""
+    """The working directory of a run; a context, in which no other run may use it.
 
-    def __init__(self, out: Path, processes: Processes):
+    Args:
+        out: what the run writes in the end; the directory lies beside it.
+        keep: checkpoints that stay.
+        background: a checkpoint is copied to the host's memory, and written while training goes on.
+    """
+
+    def __init__(self, out: Path, processes: Processes, *, keep: int = 1, background: bool = False):
         self.directory = out.with_name(out.name + ".state")
         self.processes = processes
+        self.keep = keep
         self._lock: IO[str] | None = None
+        self._background = BackgroundWriter(processes) if background else None
 
     def __enter__(self) -> "RunState":
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._background is not None:
+            self._background.close()
         if self._lock is not None:
             self._lock.close()
 
@@ -52,17 +66,23 @@ class RunState:
     def check(self, fingerprint: dict[str, Any]) -> None:
         """Raise TrainingError when the directory holds steps of a run with another `fingerprint`.
 
-        The message names what differs. Without a checkpoint there is nothing to lose.
+        The message names what differs. Without a checkpoint there is nothing to lose. Another
+        number of processes is told, and accepted.
         """
-        known = self.directory / _FINGERPRINT
+        known = self.directory / RUN_FILE
         if not known.is_file() or not self.last_step():
             return
-        changed = _differences(read_json(known), fingerprint)
+        old = read_json(known)
+        changed = _differences(*({key: record.get(key) for key in _DECISIVE}
+                                 for record in (old, fingerprint)))
         if changed:
             raise TrainingError(
                 f"{self.directory}: holds an unfinished run with other settings: "
                 f"{'; '.join(changed)}. Put them back to go on with it, delete the directory to "
                 "start afresh, or choose another --out")
+        if old.get("processes") != fingerprint.get("processes"):
+            logger.info("%s: going on with %s processes; the steps before ran on %s",
+                        self.directory, fingerprint.get("processes"), old.get("processes"))
 
     def open(self, fingerprint: dict[str, Any]) -> None:
         """Create the directory and lock it; call it in the main process only.
@@ -75,7 +95,7 @@ class RunState:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock = (self.directory / _LOCK).open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            write_json(self.directory / _FINGERPRINT, fingerprint)
+            write_json(self.directory / RUN_FILE, fingerprint)
         except BlockingIOError:
             raise TrainingError(f"{self.directory}: another run is at work in it; wait for its "
                                 "end, or stop it") from None
@@ -85,36 +105,61 @@ class RunState:
 
     def last_step(self) -> int:
         """The step of the newest complete checkpoint, or 0."""
-        steps = [int(p.name.removeprefix(_PREFIX)) for p in self.directory.glob(f"{_PREFIX}*")
-                 if (p / ".metadata").is_file()]
-        return max(steps, default=0)
+        return max(saved_steps(self.directory), default=0)
 
     def save(self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Write the checkpoint after `step` steps; all processes call it."""
-        final = self.directory / f"{_PREFIX}{step}"
+        """Write the checkpoint after `step` steps, or begin to; all processes call it.
+
+        Raises:
+            CheckpointError: it cannot be written, or the one before, in the background, could not.
+        """
+        self.finish()
         partial = self.directory / f".{_PREFIX}{step}.partial"
         tensors = _tensors(module, optimizer)
         if self.processes.is_main:
             shutil.rmtree(partial, ignore_errors=True)
             require_space(self.directory, _count_bytes(tensors))
         self.processes.barrier()
+        if self._background is not None:
+            self._background.begin(tensors, partial, lambda: self._keep(step))
+            return
+        with self._telling(partial), quiet_alone():
+            dcp.save(tensors, checkpoint_id=partial, no_dist=self.processes.mesh is None)
+        self._keep(step)
+        self.processes.barrier()
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that is being written is complete.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        if self._background is not None and self._background.partial is not None:
+            with self._telling(self._background.partial):
+                self._background.wait()
+
+    @contextlib.contextmanager
+    def _telling(self, partial: Path) -> Iterator[None]:
+        """Turn a failure to write `partial` into an error of ours, and leave nothing of it."""
         try:
-            with self._quiet():
-                dcp.save(tensors, checkpoint_id=partial, no_dist=self.processes.mesh is None)
+            yield
         except (OSError, dcp.api.CheckpointException) as error:
             if self.processes.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(f"{partial}: the training state cannot be written "
-                                  f"({_cause(error)}); see that the disk is not full, and the same "
-                                  "command goes on from the checkpoint before") from None
-        if self.processes.is_main:
-            older = [p for p in self.directory.glob(f"{_PREFIX}*") if p != final]
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            for path in older:
-                shutil.rmtree(path)
-            logger.info("saved step %d in %s", step, self.directory)
-        self.processes.barrier()
+                                  f"({describe_cause(error)}); see that the disk is not full, and "
+                                  "the same command goes on from the checkpoint before") from None
+
+    def _keep(self, step: int) -> None:
+        """Give the complete checkpoint of `step` its name, and delete those that are too old."""
+        if not self.processes.is_main:
+            return
+        final = step_directory(self.directory, step)
+        shutil.rmtree(final, ignore_errors=True)
+        (self.directory / f".{_PREFIX}{step}.partial").rename(final)
+        for old in sorted(saved_steps(self.directory))[:-self.keep]:
+            shutil.rmtree(step_directory(self.directory, old))
+        logger.info("saved step %d in %s", step, self.directory)
 
     def load(self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Put the checkpoint of `step` into the module and the optimizer, in place.
@@ -122,32 +167,44 @@ class RunState:
         Raises:
             CheckpointError: it is damaged.
         """
-        path = self.directory / f"{_PREFIX}{step}"
+        path = step_directory(self.directory, step)
         try:
-            with self._quiet():
+            with quiet_alone():
                 dcp.load(_tensors(module, optimizer), checkpoint_id=path,
                          no_dist=self.processes.mesh is None)
         except (OSError, ValueError, RuntimeError, dcp.api.CheckpointException) as error:
-            raise CheckpointError(f"{path}: the training state cannot be read ({_cause(error)}); "
-                                  f"delete {self.directory} to start afresh") from None
-
-    @contextlib.contextmanager
-    def _quiet(self) -> Iterator[None]:
-        """Hide torch's warning that there is one process: that is meant."""
-        with warnings.catch_warnings():
-            if self.processes.mesh is None:
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            yield
+            raise CheckpointError(f"{path}: the training state cannot be read "
+                                  f"({describe_cause(error)}); delete {self.directory} to start "
+                                  "afresh") from None
 
     def remove(self) -> None:
         """Delete the directory; the run is done."""
         remove_directory(self.directory)
 
 
+def saved_steps(directory: Path) -> list[int]:
+    """The steps of the complete checkpoints in the working directory of a run."""
+    return [int(p.name.removeprefix(_PREFIX)) for p in directory.glob(f"{_PREFIX}*")
+            if (p / ".metadata").is_file()]
+
+
+def step_directory(directory: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps lies."""
+    return directory / f"{_PREFIX}{step}"
+
+
+@contextlib.contextmanager
+def quiet_alone() -> Iterator[None]:
+    """Hide torch's warning that there is one process: that is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
 def _tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Every tensor that a step changes, by name; loading writes into these very tensors."""
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    _create_moments(optimizer)
+    create_state(optimizer)
     return {"model": {name: p.detach() for name, p in trained.items()},
             "optimizer": {name: optimizer.state[p] for name, p in trained.items()}}
 
@@ -158,22 +215,11 @@ def _count_bytes(tensors: dict[str, Any]) -> int:
                else value.numel() * value.element_size() for value in tensors.values())
 
 
-def _cause(error: BaseException) -> str:
+def describe_cause(error: BaseException) -> str:
     """What went wrong, without the traceback of every process that torch puts around it."""
     if isinstance(error, dcp.api.CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return str(error).strip()
-
-
-def _create_moments(optimizer: torch.optim.Optimizer) -> None:
-    """The moments that AdamW creates at its first step, so that there is a place to load into."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if not optimizer.state[p]:
-                device = p.device if group["fused"] else torch.device("cpu")
-                optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=device),
-                                      "exp_avg": torch.zeros_like(p),
-                                      "exp_avg_sq": torch.zeros_like(p)}
 
 
 def _differences(old: Any, new: Any, where: str = "") -> list[str]:

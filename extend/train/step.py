@@ -15,8 +15,12 @@ from extend.ring.hf_attention import RingSettings
 from extend.train.batch import Batch, build_batch, token_weights
 from extend.train.deal import deal, imbalance, join_turns
 from extend.train.mesh import PhaseMesh
-from extend.train.optim import clip_gradients, learning_rate, set_learning_rate
-from extend.train.progress import peak_memory_bytes
+from extend.train.optim import (
+    clip_gradients,
+    learning_rate,
+    seed_rounding,
+    set_learning_rate,
+)
 from extend.train.session import Run
 
 _MICRO_TOKENS = 8192  # short rows are computed together, up to this many local tokens
@@ -99,20 +103,26 @@ def train_step(run: Run, number: int, mesh: PhaseMesh, step: int, work: StepWork
     """
     phase, device, batches = run.options.schedule[number], run.processes.device, work.batches
     counts = torch.stack([batch.counts() for batch in batches]).sum(0)
-    # All ranks of a ring have the same rows, so one of them counts their attention.
+    # All ranks of a ring have the same rows, so one of them counts their attention; and of those
+    # that compute the same tokens, one counts them.
+    counts_tokens = run.processes.tp_rank == 0
     squares = [run.size.squares(batch.documents(mesh.cp)) for batch in batches]
-    own = torch.tensor([int(stopped.is_set()), sum(squares) if mesh.cp_rank == 0 else 0])
+    own = torch.tensor([int(stopped.is_set()),
+                        sum(squares) if mesh.cp_rank == 0 and counts_tokens else 0])
     # Over all processes: predicted tokens, answer tokens, processes told to stop, squares.
-    totals = run.processes.sum(torch.cat((counts, own)).to(device))
+    totals = run.processes.sum(torch.cat((counts * counts_tokens, own)).to(device))
     sums = torch.zeros(3, device=device)
     for batch in batches:
         sums += forward_backward(run, mesh, batch.to(device), totals[:2])
     norm = clip_gradients(run.module.parameters(), run.options.clip_norm)
-    loss, nll, answer_nll, grad_norm = *run.processes.sum(sums).tolist(), norm.item()
+    sums = run.processes.sum(sums if counts_tokens else torch.zeros_like(sums))
+    loss, nll, answer_nll, grad_norm = *sums.tolist(), norm.item()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise _not_finite(run, number, step, loss, grad_norm)
     lr = learning_rate(phase, step)
     set_learning_rate(run.optimizer, lr)
+    if run.options.stochastic_rounding:
+        seed_rounding(run.options.seed, number, step)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     num_predicted, num_answers, num_told, num_squares = totals.tolist()
@@ -120,8 +130,7 @@ def train_step(run: Run, number: int, mesh: PhaseMesh, step: int, work: StepWork
         "phase": number + 1, "length": phase.length, "loss": loss,
         "nll": nll / max(num_predicted, 1),
         "answer_nll": answer_nll / num_answers if num_answers else None,
-        "lr": lr, "grad_norm": grad_norm, "attention_imbalance": round(work.imbalance, 4),
-        "peak_memory_bytes": peak_memory_bytes(device)}
+        "lr": lr, "grad_norm": grad_norm, "attention_imbalance": round(work.imbalance, 4)}
     flops = run.size.flops(phase.batch_rows * phase.length, num_squares)
     return StepResult(metrics, flops, num_told > 0)
 
@@ -137,16 +146,9 @@ def forward_backward(run: Run, mesh: PhaseMesh, batch: Batch, totals: Tensor) ->
                         batch.cu_seqlens, run.memory)
     weights = token_weights(batch, totals, run.options.answer_weight)
     run.use_rope(native=batch.native_rope)
-    with torch.autocast(run.processes.device.type, torch.bfloat16, enabled=_mixed_precision(run)):
-        loss, nll = run.module(batch.input_ids, batch.position_ids, batch.labels, weights, ring)
+    loss, nll = run.module(batch.input_ids, batch.position_ids, batch.labels, weights, ring)
     loss.backward()
     return torch.stack((loss.detach(), nll.sum(), (nll * batch.answers.flatten()).sum()))
-
-
-def _mixed_precision(run: Run) -> bool:
-    if run.options.autocast == "auto":
-        return run.processes.device.type == "cuda"
-    return run.options.autocast == "bfloat16"
 
 
 def _not_finite(run: Run, number: int, step: int, loss: float, norm: float) -> TrainingError:

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from transformers.utils.logging import disable_progress_bar
 
+from extend.together import failing_together
 from extend.train.loop import run_process
 from extend.train_options import TrainOptions
 
@@ -34,11 +35,13 @@ def main(ticket: str) -> int:
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     logging.getLogger("extend").setLevel(job["log_level"])
     disable_progress_bar()
+    sys.stdout = sys.stderr  # the launcher alone prints results
     _follow_parent(job["launcher"])
     handler = get_error_handler()
     handler.initialize()
     try:
-        run_process(TrainOptions(**job["options"]), Path(job["out"]), job["overwrite"])
+        with failing_together():
+            run_process(TrainOptions(**job["options"]), Path(job["out"]), job["overwrite"])
     except Exception as error:  # of any kind: the launcher tells the first one of all processes
         handler.record_exception(error)
         return 1

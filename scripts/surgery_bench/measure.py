@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import resource
 import subprocess
 import threading
 import time
@@ -17,12 +18,13 @@ def run(command: Sequence[str], log: Path, *, environment: dict[str, str] | None
     """Run `command` with its output in `log`.
 
     Returns:
-        `seconds`, `exit_code` (None when it was stopped at the limit), and of the process itself
-        `anonymous_bytes` (peak of memory that no file backs) and `resident_bytes` (peak with mapped
-        files). Its children are not counted.
+        `seconds`, `cpu_seconds` (of all its threads, user and system; what others do on the same
+        machine changes them less), `exit_code` (None when it was stopped at the limit), and of the
+        process itself `anonymous_bytes` (peak of memory that no file backs) and `resident_bytes`
+        (peak with mapped files). Its children are not counted.
     """
     with log.open("wb") as file:
-        begin = time.perf_counter()
+        begin, busy = time.perf_counter(), _children_seconds()
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT,
                                    env={**os.environ, **(environment or {})})
         peak = {"anonymous_bytes": 0, "resident_bytes": 0}
@@ -37,7 +39,14 @@ def run(command: Sequence[str], log: Path, *, environment: dict[str, str] | None
             code = None
         seconds = time.perf_counter() - begin
         watcher.join()
-    return {"seconds": seconds, "exit_code": code, **peak}
+    return {"seconds": seconds, "cpu_seconds": _children_seconds() - busy, "exit_code": code,
+            **peak}
+
+
+def _children_seconds() -> float:
+    """Of CPU, by all children that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _watch(process: subprocess.Popen, peak: dict[str, int]) -> None:

@@ -298,7 +298,7 @@ def test_one_line_per_layer_and_a_summary(llama, tmp_path, caplog):
 
 
 def test_reads_a_few_tensors_ahead_and_no_more(llama, tmp_path, monkeypatch):
-    """Two pairs, that in work and the next, however many there are."""
+    """A pair of blocks in work, however many matrices there are: those ahead stay on the disk."""
     alive: list[weakref.ref] = []
     most = SimpleNamespace(count=0)
     lock, read_tensor = threading.Lock(), StoredTensor.read
@@ -312,7 +312,7 @@ def test_reads_a_few_tensors_ahead_and_no_more(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(StoredTensor, "read", counting)
     extract(llama.base, llama.tuned, tmp_path / "a", rank=4)
     # Two for the sidecar, which is written at the same time.
-    assert 4 <= most.count <= 2 * 2 + 2
+    assert 2 <= most.count <= 2 + 2
 
 
 @pytest.mark.parametrize("device", ["cpu", "cpu,cpu", "cpu,cpu,cpu"])

@@ -69,7 +69,10 @@ def cases(files: dict[str, Path]) -> dict[str, TrainOptions]:
         "layer-types": options(files["gemma"], mixed, schedule=[
             phase | {"rope": {"method": "yarn"}, "batch_rows": 3}]),
         "lora": options(files["model"], mixed, mode="lora", lora_rank=4,
+                        trained_beside=["norms", "embeddings"],
                         schedule=[phase, phase | {"batch_rows": 2}]),
+        "offload": options(files["untied"], mixed, answer_weight=0.3, weight_decay=0.1,
+                           schedule=[phase | {"batch_rows": 4}], optimizer="adamw-offload"),
     }
 
 
@@ -117,9 +120,14 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["cp", "dp", "crossing", "window", "layer-types",
-                                  "lora"])
+                                  "lora", "offload"])
 def test_two_processes_equal_one(name: str, single: Path, double: Path):
     assert_same_run(single / f"{name}-1", double / f"{name}-2")
+
+
+def test_offloaded_updates_equal_those_on_the_device(single: Path):
+    """`dp` is the same run with weights, gradients and moments in one place."""
+    assert_same_run(single / "dp-1", single / "offload-1")
 
 
 def test_four_processes_with_two_rings_equal_one(files: dict[str, Path]):

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
-from extend.errors import TrainingError
+from extend.errors import CheckpointError, TrainingError
 from extend.manifest import hash_file
 from extend.train import train
 from extend.train.mesh import Processes
@@ -88,9 +89,10 @@ def test_killed_and_started_again(run: TrainOptions, undisturbed: Path, tmp_path
     assert_same_run(out, undisturbed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_finishes_and_saves_the_step(number: signal.Signals, run: TrainOptions,
-                                            undisturbed: Path, tmp_path: Path):
+@pytest.mark.parametrize(("number", "background"), [(signal.SIGTERM, False), (signal.SIGINT, True)])
+def test_signal_finishes_and_saves_the_step(number: signal.Signals, background: bool,
+                                            run: TrainOptions, undisturbed: Path, tmp_path: Path):
+    run = run.model_copy(update={"save_in_background": background})
     before = signal.getsignal(number)
     with pytest.raises(TrainingError, match="stopped by a signal after step 5 of 8.*goes on"):
         train_until(run, tmp_path / "out", 4, number)
@@ -99,6 +101,27 @@ def test_signal_finishes_and_saves_the_step(number: signal.Signals, run: TrainOp
     assert not (tmp_path / "out").exists()
     train(run, tmp_path / "out")
     assert_same_run(tmp_path / "out", undisturbed)
+
+
+def test_a_write_that_fails_in_the_background_is_told(run: TrainOptions, tmp_path: Path,
+                                                      monkeypatch: pytest.MonkeyPatch):
+    """By the step that would write the next one; what was complete stays."""
+    plain, steps = dcp.save, []
+
+    def save(tensors: dict, checkpoint_id: Path, **options: object) -> None:
+        steps.append(checkpoint_id.name)
+        if len(steps) == 2:
+            (checkpoint_id / "half").parent.mkdir()
+            raise OSError(28, "No space left on device")
+        plain(tensors, checkpoint_id=checkpoint_id, **options)
+
+    monkeypatch.setattr(dcp, "save", save)
+    run = run.model_copy(update={"save_in_background": True})
+    with pytest.raises(CheckpointError, match=r"step-6.partial: the training state cannot be wr"):
+        train(run, tmp_path / "out")
+    assert steps == [".step-3.partial", ".step-6.partial"]
+    assert sorted(path.name for path in (tmp_path / "out.state").iterdir()) == [
+        "lock", "metrics.jsonl", "run.json", "step-3"]
 
 
 def test_two_runs_in_one_directory_are_refused(tmp_path: Path):

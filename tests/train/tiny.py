@@ -26,18 +26,18 @@ def save_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
 
 
 def save_model(directory: Path, *, tied: bool = True, seed: int = 0,
-               window: int | None = None) -> Path:
+               window: int | None = None, **shape: int) -> Path:
     """A Llama of two layers with grouped KV heads, native length 64, fp32.
 
-    With a sliding `window`, it is a Mistral.
+    With a sliding `window`, it is a Mistral. `shape` has other keys of the config.
     """
     torch.manual_seed(seed)
     make = LlamaForCausalLM if window is None else MistralForCausalLM
+    shape = {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 48} | shape
     config = make.config_class(
-        vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=NATIVE_LEN,
-        tie_word_embeddings=tied, initializer_range=0.2,
-        **({} if window is None else {"sliding_window": window}))
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=NATIVE_LEN, tie_word_embeddings=tied, initializer_range=0.2,
+        **({} if window is None else {"sliding_window": window}), **shape)
     make(config).save_pretrained(directory)
     save_tokenizer(directory)
     return directory

@@ -5,7 +5,7 @@ hold between forward and backward, and while they compute, is far more than thei
 module saves its input alone and computes each tile again for its backward. The gradients of its
 parameters are summed over the tiles and returned once, so whoever reduces them over processes sees
 one gradient, whatever the number of tiles; and tiles need no agreement between processes, because
-no tile communicates.
+no tile communicates: what a tensor-parallel module sums over processes, it sums around its tiles.
 
 Source: the tiled MLP of ALST, arXiv:2506.13996, section 3.2.
 """
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from extend.train.local import local_parameters
 
 
 class _Tiled(torch.autograd.Function):
@@ -38,22 +40,28 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        (x,), needs_x = ctx.saved_tensors, ctx.needs_input_grad[2]
-        # Those of the module, not saved ones: whoever gathers sharded ones puts them there.
-        parameters = list(ctx.module.parameters())
-        trained = [p for p in parameters if p.requires_grad]
-        dx, sums = torch.empty_like(x) if needs_x else None, [None] * len(trained)
-        with torch.enable_grad(), torch.autocast(x.device.type, *ctx.autocast):
-            for part, rows in _tiles(x.detach(), ctx.tile):
-                inputs = [part.requires_grad_()] if needs_x else []
-                y = ctx.module.plain_forward(part)
-                found = torch.autograd.grad(y, [*inputs, *trained], dout[..., rows, :].to(y.dtype))
-                if needs_x:
-                    dx[..., rows, :] = found[0]
-                sums = list(map(_add, sums, found[len(inputs):]))
-        totals = iter(sums)
-        return (None, None, dx, *(next(totals).to(p.dtype) if p.requires_grad else None
-                                  for p in parameters))
+        with torch.enable_grad(), local_parameters(ctx.module):
+            return _gradients(ctx, dout)
+
+
+def _gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    """Those of the arguments of `_Tiled.forward`."""
+    (x,), needs_x = ctx.saved_tensors, ctx.needs_input_grad[2]
+    # Those of the module, not saved ones: whoever gathers sharded ones puts them there.
+    parameters = list(ctx.module.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    dx, sums = torch.empty_like(x) if needs_x else None, [None] * len(trained)
+    with torch.autocast(x.device.type, *ctx.autocast):
+        for part, rows in _tiles(x.detach(), ctx.tile):
+            inputs = [part.requires_grad_()] if needs_x else []
+            y = ctx.module.plain_forward(part)
+            found = torch.autograd.grad(y, [*inputs, *trained], dout[..., rows, :].to(y.dtype))
+            if needs_x:
+                dx[..., rows, :] = found[0]
+            sums = list(map(_add, sums, found[len(inputs):]))
+    totals = iter(sums)
+    return (None, None, dx, *(next(totals).to(p.dtype) if p.requires_grad else None
+                              for p in parameters))
 
 
 def _tiles(x: Tensor, tile: int) -> list[tuple[Tensor, slice]]:

@@ -1,0 +1,170 @@
+"""Bytes a token that one decoder layer keeps and needs, exact for what transformers computes.
+
+Widths: D hidden, Q and K channels of all query and of all key heads, I inner of the MLP; with
+tensor parallelism a process holds its share of Q, K and I and the whole of D. Values are bf16 (2
+bytes) but for the fp32 copies in which plain norms work, `lse`, and one scale a norm.
+
+What autograd saves between a layer's forward and backward:
+
+                      plain                        compiled                tiled
+    norm of D         4 D + 2 D + 4                2 D + 4 (its input)     2 D (its input)
+    norm's output     2 D                          2 D                     2 D
+    q, k, v           2 (Q + 2 K)                  the same                the same
+    norm of heads     4 (Q+K) + 2 (Q+K) + 4 h      2 (Q+K) + 4 h           as without tiles
+    out and lse       2 Q + 4 heads                the same                the same
+    exchanged heads   2 Q more: out of some heads for all rows, and of all heads for some rows
+    gated MLP         2 * 4 I: gate, silu, up,     2 * 3 I: gate, up,      nothing: its input is
+                      product                      product                 the norm's output
+
+The output of a norm is saved once for all projections that read it. What a frozen matrix does not
+need is left out: its input; a frozen norm leaves out its 2 D.
+
+Source: read off torch's autograd with saved-tensor hooks, see tests/capacity/test_activations.py,
+where the table is held against real layers, plain and compiled.
+"""
+
+import math
+from dataclasses import dataclass
+
+from extend.capacity.setup import Setup
+from extend.capacity.shape import ModelShape
+
+VALUE = 2  # bytes of a value that layers compute with
+
+
+@dataclass(frozen=True, slots=True)
+class LayerBytes:
+    """Bytes a token of one layer.
+
+    Attributes:
+        input: its input, kept where it is computed again.
+        attention: what attention gave, out and lse.
+        saved: all that autograd saves, `attention` among it.
+        holds_input: whether `input` is part of `saved`.
+        mlp_extra: what the MLP's backward needs on top of `saved` when it is largest.
+        rotation: what is there while queries are rotated, when a layer is computed again.
+        attention_backward: what is there in attention's backward, without the ring's buffers.
+    """
+
+    input: float
+    attention: float
+    saved: float
+    holds_input: bool
+    mlp_extra: float
+    rotation: float
+    attention_backward: float
+
+    @property
+    def recomputed(self) -> float:
+        """All of a layer that was just computed again: `saved`, and its input beside it."""
+        return self.saved + (0.0 if self.holds_input else self.input)
+
+
+def layer_bytes(shape: ModelShape, setup: Setup) -> LayerBytes:
+    """Of the mean layer of a model."""
+    hidden, tp = shape.hidden, setup.tp
+    q, k, heads = shape.q_width / tp, shape.kv_width / tp, shape.num_heads / tp
+    attention = VALUE * q + 4 * heads
+    exchanged = exchanges_heads(shape, setup)
+    times = math.lcm(shape.num_kv_heads, setup.cp) / shape.num_kv_heads if exchanged else 1
+    qkv = VALUE * (q + 2 * k * times) + VALUE * q * exchanged
+    matrices = setup.trained != "norms"
+    norms = shape.num_norms * _norm(setup, hidden)
+    # Its input is the residual stream's value, which a plain norm does not save as it is.
+    holds_input = setup.compiled or setup.used_tile is not None
+    outputs = _norm_outputs(shape, setup, matrices)
+    inner = VALUE * shape.active_inner / tp
+    mlp = 0.0 if setup.used_tile else inner * _mlp_values(shape, setup, matrices)
+    saved = norms + outputs + qkv + _head_norms(shape, setup, q, k) + attention + mlp
+    normed = VALUE * hidden
+    rotating = VALUE * ((2 * q + 2 * k) if setup.compiled else (4 * q + 2 * k))
+    # Input, norm and its output, q, k, v, out; gradients of the residual and of out; dq, dk, dv.
+    before = saved - mlp - (norms + outputs) * (1 - 1 / shape.num_norms) - VALUE * q * exchanged
+    gradients = VALUE * hidden + VALUE * (2 * q + 2 * k)
+    own_input = VALUE * hidden
+    return LayerBytes(
+        input=VALUE * hidden, attention=attention, saved=saved, holds_input=holds_input,
+        mlp_extra=VALUE * hidden + _mlp_extra(shape, setup, inner, matrices),
+        rotation=own_input + normed * 2 + rotating,
+        attention_backward=before + gradients + (0 if holds_input else own_input))
+
+
+def exchanges_heads(shape: ModelShape, setup: Setup) -> bool:
+    """Whether attention exchanges rows for heads (Ulysses), which `auto` does where it divides.
+
+    Over several hosts `auto` seldom does: links between them are slow.
+    """
+    family = setup.strategy.partition(":")[0]
+    if setup.cp == 1 or family not in ("auto", "ulysses", "usp"):
+        return False
+    return family != "auto" or (setup.hosts == 1 and shape.num_heads // setup.tp % setup.cp == 0)
+
+
+def num_groups(shape: ModelShape, setup: Setup) -> int:
+    """Groups of heads that an exchange takes one after another, two at least and four at most."""
+    heads = math.lcm(shape.num_kv_heads // setup.tp or 1, setup.cp) // setup.cp
+    return next(n for n in (4, 3, 2, 1) if heads % n == 0)
+
+
+def _norm(setup: Setup, hidden: int) -> float:
+    if setup.used_tile:
+        return VALUE * hidden
+    if setup.compiled:
+        return VALUE * hidden + 4
+    trains = setup.trained in ("all", "lora+", "norms")
+    return (4 + VALUE * trains) * hidden + 4
+
+
+def _norm_outputs(shape: ModelShape, setup: Setup, matrices: bool) -> float:
+    """Outputs that projections save; a tiled MLP saves its input whatever it trains."""
+    attention, mlp = matrices, matrices or setup.used_tile is not None
+    return VALUE * shape.hidden * ((attention + mlp) if shape.num_norms > 1 else mlp)
+
+
+def _head_norms(shape: ModelShape, setup: Setup, q: float, k: float) -> float:
+    if shape.head_norm is None:
+        return 0.0
+    scales = shape.num_heads + shape.num_kv_heads if shape.head_norm == "head" else 2
+    if setup.compiled:
+        return VALUE * (q + k) + 4 * scales / setup.tp
+    trains = setup.trained in ("all", "lora+", "norms")
+    return (4 + VALUE * trains) * (q + k) + 4 * scales / setup.tp
+
+
+def _mlp_values(shape: ModelShape, setup: Setup, matrices: bool) -> float:
+    """Inner values that are saved for each of the MLP's inner channels."""
+    if shape.num_matrices == 2:
+        return 1 + matrices
+    return (2 if setup.compiled else 3) + matrices
+
+
+# Inner values that are there at once in the middle of an MLP's backward, plain and compiled, by its
+# matrices: of a gated one gate, silu, up, and the gradients of product, silu and up; where it is
+# compiled, one gradient is written over what is not needed any more.
+_INNER_BACKWARD = {3: (6, 4), 2: (3, 2)}
+
+
+def _inner_backward(shape: ModelShape, setup: Setup) -> int:
+    return _INNER_BACKWARD[shape.num_matrices][setup.compiled]
+
+
+def _mlp_extra(shape: ModelShape, setup: Setup, inner: float, matrices: bool) -> float:
+    """Of an MLP's backward, beside the gradient of its output and what was saved for it; beside
+    tiles, a whole gradient of their input.
+    """
+    if setup.used_tile:
+        return VALUE * shape.hidden
+    return inner * (_inner_backward(shape, setup) - _mlp_values(shape, setup, matrices))
+
+
+def tile_bytes(shape: ModelShape, setup: Setup) -> float:
+    """Bytes, not a token but at once, of a tile of an MLP and of its weights' fp32 sums."""
+    if not setup.used_tile:
+        return 0.0
+    inner = VALUE * shape.active_inner / setup.tp
+    values = _inner_backward(shape, setup)
+    of_tile = setup.used_tile * (values * inner + 2 * VALUE * shape.hidden)
+    if setup.trained != "all":
+        return of_tile
+    matrices = shape.mlp_matrix / setup.tp
+    return of_tile + (4 + VALUE) * matrices + VALUE * matrices / shape.num_matrices

@@ -1,0 +1,328 @@
+"""Bytes on a device at the fullest moment of a step, and on its host.
+
+A step holds its shards of weights and moments throughout. On top of them come, by moment:
+
+    head      end of the forward pass: all that layers keep; embedding and head gathered; logits of
+              a chunk; in fp32 the whole gradient of the head
+    backward  of each layer: what it and those before it keep, its gathered weights and the next
+              one's on their way; gradients of those after it, sharded, and one of them in fp32 on
+              its way to its shards
+    end       gradients of embedding and head, whole and once more in fp32
+
+Backward is largest at a layer's MLP, at its attention, or while a layer is computed again; all
+three are counted, for the last layer, the one before it and the last one that is computed again.
+
+Source: FSDP2 (`torch.distributed.fsdp`) as `extend.train.shard` uses it, the loss of
+`extend.train.loss` and the layers of `extend.train.memory`; held against a count of live bytes in
+tests/capacity/test_memory.py, and against GPUs in docs/planning.md.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from extend.capacity.activations import (
+    VALUE,
+    LayerBytes,
+    exchanges_heads,
+    layer_bytes,
+    num_groups,
+    tile_bytes,
+)
+from extend.capacity.setup import Setup
+from extend.capacity.shape import ModelShape
+
+CONTEXT_BYTES = 2 ** 26 + 2**22
+"""Workspaces of cuBLAS and the like, in torch's allocator: what a model of 22.43 GiB held on an
+H100 and an H200 between steps, less its tensors (0.07 GiB)."""
+SMALLEST_BYTES = 2**20
+"""Smaller tensors stay on the device; see `extend.train.memory.store`."""
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One moment of a step, and bytes on a device by what they are for."""
+
+    name: str
+    parts: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a step needs.
+
+    Attributes:
+        moments: all that were counted.
+        outside_bytes: of the device, beside torch's allocator: buffers that GPUs share.
+        host_bytes: of one process, page-locked, for what layers keep.
+        host_state_bytes: of one process, for weights, gradients and moments that are offloaded.
+    """
+
+    moments: tuple[Moment, ...]
+    outside_bytes: float
+    host_bytes: float
+    host_state_bytes: float
+
+    @property
+    def peak(self) -> Moment:
+        return max(self.moments, key=lambda moment: moment.total)
+
+    @property
+    def device_bytes(self) -> float:
+        """What `torch.cuda.max_memory_allocated` would say."""
+        return self.peak.total
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameters of one process before sharding: of a layer and of the rest, all and trained."""
+
+    layer: float
+    root: float
+    trained_layer: float
+    trained_root: float
+    head_trains: bool
+
+
+def count_parameters(shape: ModelShape, setup: Setup) -> Parameters:
+    layer, root = shape.layer_parameters / setup.tp, shape.root_parameters / setup.tp
+    adapters = setup.lora_rank * _adapter_width(shape) / setup.tp
+    embedding, norms = shape.embedding / setup.tp, shape.norm_values
+    head_trains = setup.trained == "all" or (shape.tied and setup.trained != "lora")
+    if setup.trained == "all":
+        return Parameters(layer, root, layer, root, head_trains)
+    if setup.trained == "norms":
+        return Parameters(layer, root, norms, embedding + shape.hidden, head_trains)
+    layer += adapters
+    if setup.trained == "lora":
+        return Parameters(layer, root, adapters, 0.0, head_trains)
+    return Parameters(layer, root, adapters + norms, embedding + shape.hidden, head_trains)
+
+
+def _adapter_width(shape: ModelShape) -> float:
+    """Inputs plus outputs of a layer's linear layers: parameters of adapters of rank 1."""
+    attention = 4 * shape.hidden + 2 * shape.q_width + 2 * shape.kv_width
+    return attention + shape.num_matrices * (shape.hidden + shape.dense_inner)
+
+
+def plan_memory(shape: ModelShape, setup: Setup) -> MemoryPlan:
+    """Bytes of a process at every moment that may be the fullest."""
+    step = _Step(shape, setup)
+    moments = (step.head(), *step.backward(), step.end(), step.update())
+    return MemoryPlan(moments, step.outside_bytes(), step.kept.hosted_bytes, step.host_state())
+
+
+class Kept:
+    """What the recomputed layers keep, in order, and where: (bytes, on the host) of each layer.
+
+    Items are placed as `extend.train.memory.store.Store` does: on the host as long as there is
+    room for an item, small ones never.
+    """
+
+    def __init__(self, shape: ModelShape, setup: Setup, layer: LayerBytes):
+        self._free, self.hosted_bytes = float(setup.host_share_bytes), 0.0
+        fp8 = setup.kept_form == "fp8"
+        whole = layer.input * setup.tokens
+        # 8 bits a value, and one fp32 scale a token.
+        held = setup.tokens * (layer.input / VALUE + _FP32) if fp8 else whole
+        lse = setup.tokens * _FP32 * shape.num_heads / setup.tp
+        out = layer.attention * setup.tokens - lse
+        self.device: list[float] = []
+        self._own: list[float] = []
+        for index in range(min(setup.recomputed, shape.num_layers)):
+            items = [(held, True)]
+            if index < setup.kept_attention:
+                items += [(out, not fp8), (lse, not fp8)]
+            stays = sum(size for size, may_go in items if not (may_go and self._host(size)))
+            self.device.append(stays)
+            self._own.append(whole + sum(size for size, _ in items[1:]))
+
+    def _host(self, size: float) -> bool:
+        if size < SMALLEST_BYTES or self._free < size:
+            return False
+        self._free -= size
+        self.hosted_bytes += size
+        return True
+
+    def below(self, layer: int) -> float:
+        """On the device, of all layers before `layer`."""
+        return sum(self.device[:layer])
+
+    def fetched(self, layer: int) -> float:
+        """Of a layer before `layer`, what is on its way back from the host."""
+        if layer == 0 or layer > len(self.device):
+            return 0.0
+        return max(0.0, self._own[layer - 1] - self.device[layer - 1])
+
+
+class _Step:
+    """The parts of which moments are made."""
+
+    def __init__(self, shape: ModelShape, setup: Setup):
+        self.shape, self.setup = shape, setup
+        self.layer = layer_bytes(shape, setup)
+        self.counts = count_parameters(shape, setup)
+        self.kept = Kept(shape, setup, self.layer)
+        self.is_sharded = setup.dp * setup.cp > 1
+        self.recomputed = min(setup.recomputed, shape.num_layers)
+
+    def fixed(self) -> dict[str, float]:
+        """Weights, moments, and what is there between steps."""
+        counts, setup = self.counts, self.setup
+        layers = self.shape.num_layers
+        total = counts.root + layers * counts.layer
+        trained = counts.trained_root + layers * counts.trained_layer
+        frozen = (total - trained) * VALUE
+        weights, moments = trained * setup.weight_bytes + frozen, trained * self._moment_bytes()
+        if setup.optimizer == "adamw-offload":
+            weights = moments = 0.0
+        return {"weights": weights / setup.shards, "optimizer": moments / setup.shards,
+                "workspaces": CONTEXT_BYTES}
+
+    def _moment_bytes(self) -> float:
+        """Of both moments of a parameter; 8 bits with one fp32 scale for 256 values."""
+        if self.setup.optimizer == "adamw-8bit":
+            return 2 * (1 + _FP32 / 256)
+        return 2 * self.setup.weight_bytes
+
+    def host_state(self) -> float:
+        if self.setup.optimizer != "adamw-offload":
+            return 0.0
+        counts, layers = self.counts, self.shape.num_layers
+        total = counts.root + layers * counts.layer
+        trained = counts.trained_root + layers * counts.trained_layer
+        each = 2 * self.setup.weight_bytes + self._moment_bytes()
+        return (trained * each + (total - trained) * VALUE) / self.setup.shards
+
+    def outside_bytes(self) -> float:
+        """Two lanes of a block of keys and values that the GPUs of a ring share."""
+        if self.setup.cp == 1:
+            return 0.0
+        block = 2 * VALUE * self.shape.kv_width / self.setup.tp * self.setup.tokens
+        return 2 * block
+
+    def _gathered_root(self) -> float:
+        return VALUE * self.counts.root if self.is_sharded else 0.0
+
+    def _gradient_bytes(self, layers: int) -> float:
+        """Sharded gradients of so many layers."""
+        if self.setup.optimizer == "adamw-offload":
+            return 0.0
+        return (layers * self.counts.trained_layer * self.setup.weight_bytes
+                / self.setup.shards)
+
+    def _rotations(self) -> float:
+        """cos and sin of every token."""
+        return 2 * VALUE * self.shape.head_dim * self.setup.tokens
+
+    def _whole_layers(self, count: int) -> float:
+        return count * self.layer.saved * self.setup.tokens
+
+    def head(self) -> Moment:
+        shape, setup = self.shape, self.setup
+        vocab = shape.vocab / setup.tp
+        chunk = min(setup.loss_chunk, setup.tokens)
+        # The logits and their gradient of one chunk are there while those of the next are made.
+        both = setup.tokens > chunk
+        logits = chunk * vocab * (_FP32 + VALUE) * (2 if both else 1)
+        hidden = VALUE * shape.hidden * setup.tokens
+        head = vocab * shape.hidden
+        return Moment("head", self.fixed() | {
+            "gathered weights": self._gathered_root()
+            + (VALUE * self.counts.layer if self.is_sharded else 0.0),
+            "kept by layers": self.kept.below(self.recomputed),
+            "whole layers": self._whole_layers(shape.num_layers - self.recomputed),
+            "logits": logits, "gradient of the head": head * _FP32 * self.counts.head_trains,
+            "last norm": self._last_norm(), "gradient of hidden states": hidden,
+            "rotations": self._rotations()})
+
+    def _last_norm(self) -> float:
+        """What the last norm saves, and its output."""
+        hidden = self.shape.hidden
+        plain = not self.setup.compiled and not self.setup.used_tile
+        trains = self.setup.trained != "lora"
+        own = (_FP32 + VALUE * trains) * hidden if plain else VALUE * hidden
+        return (own + VALUE * hidden) * self.setup.tokens
+
+    def backward(self) -> Iterator[Moment]:
+        layers = {self.shape.num_layers - 1, self.shape.num_layers - 2, self.recomputed - 1}
+        for index in sorted(index for index in layers if index >= 0):
+            base = self._backward_parts(index)
+            for name, own in self._own(index).items():
+                yield Moment(f"backward of layer {index + 1}, {name}", base | {"this layer": own})
+
+    def _backward_parts(self, index: int) -> dict[str, float]:
+        counts, shape, setup = self.counts, self.shape, self.setup
+        after = shape.num_layers - 1 - index
+        gathered = reducing = 0.0
+        if self.is_sharded:
+            gathered = self._gathered_root() + VALUE * counts.layer * (2 if index else 1)
+            reducing = _FP32 * counts.trained_layer if after else 0.0
+        whole = max(0, index - self.recomputed)
+        fetched = self.kept.fetched(min(index, self.recomputed))
+        return self.fixed() | {
+            "gathered weights": gathered,
+            "kept by layers": self.kept.below(min(index, self.recomputed)) + fetched,
+            "whole layers": self._whole_layers(whole),
+            "gradients of layers": self._gradient_bytes(after) + reducing,
+            "gradient of the head": VALUE * shape.embedding / setup.tp * counts.head_trains,
+            "rotations": self._rotations()}
+
+    def _own(self, index: int) -> dict[str, float]:
+        """Bytes of the layer that computes: by what it computes."""
+        layer, setup = self.layer, self.setup
+        again = index < self.recomputed
+        held = layer.recomputed if again else layer.saved
+        mlp = tile_bytes(self.shape, setup) if setup.used_tile else 0.0
+        if setup.trained == "all" and not setup.used_tile:  # down's gradient alone, by then
+            mlp += VALUE * self.counts.layer * _down_share(self.shape)
+        attention = layer.attention_backward * setup.tokens + self._exchanged()
+        if setup.trained == "all":
+            attention += VALUE * self.shape.mlp_matrix / setup.tp
+        found = {"MLP": (held + layer.mlp_extra) * setup.tokens + mlp, "attention": attention}
+        if again:
+            found["computed again"] = (
+                layer.rotation + (layer.attention if index < setup.kept_attention else 0)
+            ) * setup.tokens
+        return found
+
+    def _exchanged(self) -> float:
+        """What attention's backward holds beside its inputs and outputs: the kernel's fp32 sum of
+        dq; of a ring the keys of other ranks and the shares of their gradients; of an exchange of
+        heads dout of its own heads, and gradients on their way back.
+        """
+        shape, setup = self.shape, self.setup
+        q, k = shape.q_width / setup.tp, shape.kv_width / setup.tp
+        own = _FP32 * q
+        if exchanges_heads(shape, setup):
+            own = own / num_groups(shape, setup) + VALUE * (2 * q + 2 * k)
+        elif setup.cp > 1:
+            block = 2 * VALUE * k
+            own += 3 * block + VALUE * q + (_FP32 * q + 2 * _FP32 * k if setup.cp > 2 else 0)
+        return own * setup.tokens
+
+    def end(self) -> Moment:
+        counts = self.counts
+        parts = {"gradients of layers": self._gradient_bytes(self.shape.num_layers)}
+        root = counts.trained_root
+        parts["gradients of embedding and head"] = VALUE * root
+        if self.is_sharded:
+            parts["reduced"] = _FP32 * (root + counts.trained_layer)
+        return Moment("end of backward", self.fixed() | parts)
+
+    def update(self) -> Moment:
+        counts = self.counts
+        root = counts.trained_root * self.setup.weight_bytes / self.setup.shards
+        if self.setup.optimizer == "adamw-offload":
+            root = 0.0
+        return Moment("update", self.fixed() | {
+            "gradients": self._gradient_bytes(self.shape.num_layers) + root})
+
+
+def _down_share(shape: ModelShape) -> float:
+    """The last matrix of a dense MLP as a share of the layer; of experts all are gathered."""
+    return shape.mlp_matrix / shape.num_matrices / shape.layer_parameters
