@@ -13,6 +13,7 @@ several processes are tried where there are as many GPUs, or none.
 
 import argparse
 import json
+import logging
 import os
 import random
 import subprocess
@@ -55,14 +56,14 @@ from extend.train.memory import store  # noqa: E402
 from extend.train.model import load_model  # noqa: E402
 from extend.train_options import TrainOptions  # noqa: E402
 
-LORA, BF16 = {"mode": "lora", "lora_rank": 8}, {"autocast": "bfloat16"}
+LORA, BF16 = {"mode": "lora", "lora_rank": 8}, {"compute_dtype": "bfloat16"}
 CASES = {
     "fp32": {"document_mask": False},
     "fp32, masks of documents": {},
     "fp32, LoRA of rank 8": LORA,
-    "bf16 autocast": BF16,
-    "bf16 autocast, LoRA of rank 8": LORA | BF16,
-    "bf16 weights": {"weight_dtype": "bfloat16"},
+    "bf16": BF16,
+    "bf16, LoRA of rank 8": LORA | BF16,
+    "bf16 weights": {"weight_dtype": "bfloat16"} | BF16,
 }
 RING_ROWS = 3  # of a step: 2 and 4 processes cannot have whole ones, and share each in a ring
 # name -> processes, rows of a step, options; each against the same rows on one process with the
@@ -112,6 +113,8 @@ def prepare() -> None:
     """No noise; and what layers keep is moved about however small it is."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    for name in ("torch.utils._pytree", "torchao"):  # told on import, in every process
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     store._SMALLEST_BYTES = 1
 
@@ -148,7 +151,7 @@ def make_options(args: argparse.Namespace, changes: dict[str, Any]) -> TrainOpti
              "warmup_frac": 0.2}
     return TrainOptions(**{
         "model": args.model, "data": [{"kind": "text", "path": args.text}], "schedule": [phase],
-        "weight_decay": 0.1, "clip_norm": 1.0, "seed": 1} | {"autocast": "none"} | changes)
+        "weight_decay": 0.1, "clip_norm": 1.0, "seed": 1} | {"compute_dtype": "float32"} | changes)
 
 
 # --- extend train ---------------------------------------------------------------------------------
@@ -251,7 +254,8 @@ def train_theirs(args: argparse.Namespace, changes: dict[str, Any],
         warmup_steps=round(phase.warmup_frac * phase.num_steps), optim="adamw_torch",
         adam_beta1=options.betas[0], adam_beta2=options.betas[1], adam_epsilon=1e-8,
         weight_decay=options.weight_decay, max_grad_norm=options.clip_norm,
-        bf16=options.autocast == "bfloat16", use_cpu=not torch.cuda.is_available(),
+        bf16=options.compute_dtype == "bfloat16" != options.weight_dtype,
+        use_cpu=not torch.cuda.is_available(),
         logging_steps=1, save_strategy="no", disable_tqdm=True, dataloader_num_workers=0,
     ), train_dataset=RowSet([rows.row(0, i) for i in range(phase.num_steps * phase.batch_rows)],
                             options.document_mask))
@@ -312,7 +316,7 @@ def main() -> int:
         ours = train_ours(args, CASES, 1, directory)
         theirs = {case: train_theirs(args, changes, directory) for case, changes in CASES.items()}
         result = {"cases": {case: compare(ours[case], theirs[case]) for case in CASES},
-                  "to_fp32": {side: compare(ours["fp32, masks of documents"], runs["bf16 autocast"])
+                  "to_fp32": {side: compare(ours["fp32, masks of documents"], runs["bf16"])
                               for side, runs in (("ours", ours), ("theirs", theirs))},
                   "steps": {case: {"ours": ours[case][0], "theirs": theirs[case][0]}
                             for case in CASES},
@@ -323,10 +327,10 @@ def main() -> int:
 
 def run_variants(args: argparse.Namespace, ours: dict[str, Any],
                  directory: Path) -> dict[str, dict[str, Any]]:
-    """Every variant in fp32 and under bf16 autocast, against the plain run of the same rows."""
+    """Every variant in fp32 and under bf16, against the plain run of the same rows."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else args.ranks
     most = min(args.ranks, gpus)
-    cases = {"fp32": "fp32, masks of documents", "bf16": "bf16 autocast"}
+    cases = {"fp32": "fp32, masks of documents", "bf16": "bf16"}
     sizes = {None: args, RING_ROWS: argparse.Namespace(**vars(args) | {"rows": RING_ROWS})}
     found: dict[str, dict[str, Any]] = {}
     for rows, size in sizes.items():
@@ -370,7 +374,7 @@ def render(args: argparse.Namespace, result: dict[str, Any], how: str) -> str:
     variants = [f"| {name} | " + " | ".join(
         "the same bits" if row["same_bits"] else f"{row['loss']:.1e}, {row['weights']:.1e}"
         for row in kinds.values()) + " |" for name, kinds in result["variants"].items()]
-    fp32, bf16 = (result["steps"][case] for case in ("fp32, masks of documents", "bf16 autocast"))
+    fp32, bf16 = (result["steps"][case] for case in ("fp32, masks of documents", "bf16"))
     columns = [steps[side]["loss"] for steps in (fp32, bf16) for side in ("ours", "theirs")]
     losses = [f"| {i} | " + " | ".join(f"{value:.6f}" for value in row) + " |"
               for i, row in enumerate(zip(*columns, strict=True), 1)]
@@ -382,6 +386,8 @@ def render(args: argparse.Namespace, result: dict[str, Any], how: str) -> str:
         "of the final weights, relative to the largest of each tensor.", "",
         "| | loss, first step | loss | gradient norm | learning rate | weights |",
         "| --- | --- | --- | --- | --- | --- |", *cases, "",
+        "In bf16 ours computes all of a layer in it, the Trainer under autocast (norms and what is "
+        "added up between layers in fp32); the optimizer has fp32 weights in both. "
         "In fp32 what is left is the order of sums. bf16 rounds each value by up to 2^-9 (0.002) "
         "of it; which way depends on how a product is cut (documents in one call or under a mask, "
         "the logits in chunks, tiles, parts of a row on other processes), so no two ways agree to "
@@ -392,9 +398,9 @@ def render(args: argparse.Namespace, result: dict[str, Any], how: str) -> str:
         "## Against one process with the defaults", "",
         f"Largest difference of losses and of the final weights; {RING_ROWS} rows a step, which "
         "a ring of processes shares; whole rows are those of the table above.", "",
-        "| | fp32 | bf16 autocast |", "| --- | --- | --- |", *variants, "",
+        "| | fp32 | bf16 |", "| --- | --- | --- |", *variants, "",
         "## Losses", "",
-        "| step | fp32, ours | Trainer | bf16 autocast, ours | Trainer |",
+        "| step | fp32, ours | Trainer | bf16, ours | Trainer |",
         "| --- | --- | --- | --- | --- |", *losses, ""])
 
 

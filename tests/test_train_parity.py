@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))  # as when the sc
 
 import train_parity
 
-TESTED = ("fp32, masks of documents", "fp32, LoRA of rank 8", "bf16 autocast")
+TESTED = ("fp32, masks of documents", "fp32, LoRA of rank 8", "bf16")
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +40,8 @@ def test_fp32_follows_the_trainer(case: str, args: argparse.Namespace, ours: dic
 
 def test_bf16_is_no_further_from_fp32_than_the_trainer(args: argparse.Namespace, ours: dict):
     """Both round alike, but not the same values: documents in one call, logits in chunks."""
-    exact, mixed = ours["fp32, masks of documents"], ours["bf16 autocast"]
-    theirs = train_parity.train_theirs(args, train_parity.CASES["bf16 autocast"], args.directory)
+    exact, mixed = ours["fp32, masks of documents"], ours["bf16"]
+    theirs = train_parity.train_theirs(args, train_parity.CASES["bf16"], args.directory)
     found, wanted = (train_parity.compare(exact, run) for run in (mixed, theirs))
     # The largest of twenty differences, each a sum of roundings: by chance one is twice another.
     assert 1e-5 < found["loss"] < 2 * wanted["loss"] + 1e-3
@@ -49,7 +49,7 @@ def test_bf16_is_no_further_from_fp32_than_the_trainer(args: argparse.Namespace,
 
 
 def test_the_report_names_every_case(args: argparse.Namespace, ours: dict):
-    same = train_parity.compare(ours["bf16 autocast"], ours["bf16 autocast"])
+    same = train_parity.compare(ours["bf16"], ours["bf16"])
     assert same["same_bits"] and same["loss"] == 0
     steps = {case: {"ours": run[0], "theirs": run[0]} for case, run in ours.items()}
     text = train_parity.render(args, {

@@ -16,7 +16,7 @@ from extend.train_options import TrainOptions
 from tests.spawn import spawn
 from tests.train.tiny import options, save_examples, save_model, save_text
 
-BF16 = {"autocast": "bfloat16"}
+BF16 = {"compute_dtype": "bfloat16"}
 # By the number of processes; three of them divide no tensor evenly.
 RUNS = {
     1: {"chunks": {"loss_chunk": 7},
