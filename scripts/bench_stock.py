@@ -127,7 +127,8 @@ def main() -> int:
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--lengths", default="64k,128k,256k")
-    parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--steps", default="1", help="timed after one to warm up, at each length; "
+                        "0: the first one is timed")
     parser.add_argument("--label", default="stock")
     parser.add_argument("--commit", default="")
     parser.add_argument("--out", type=Path, required=True)
@@ -137,7 +138,10 @@ def main() -> int:
         module, config = build(args, processes)
         optimizer = torch.optim.AdamW(module.parameters(), lr=1e-6, fused=True)
         rows = []
-        for text in args.lengths.split(","):
+        lengths, counts = args.lengths.split(","), args.steps.split(",")
+        for text, steps in zip(lengths, counts * (len(lengths) if len(counts) == 1 else 1),
+                               strict=True):
+            args.steps = int(steps)
             rows.append(measure(args, parse_length(text), module, config, processes, optimizer))
             if processes.is_main:
                 print(json.dumps(rows[-1]), flush=True)

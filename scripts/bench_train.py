@@ -32,21 +32,23 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
+from extend.model_config import parse_config  # noqa: E402
 from extend.option_types import parse_bytes, parse_length  # noqa: E402
 from extend.ring import LAYOUTS  # noqa: E402
 from extend.ring.hf_attention import RingSettings, register_ring_attention  # noqa: E402
-from extend.train.compiled import compile_layers  # noqa: E402
-from extend.train.memory import checkpoint_layers, make_memory, tile_layers  # noqa: E402
+from extend.train.compiled import compiles  # noqa: E402
 from extend.train.mesh import Processes, join_processes, phase_mesh  # noqa: E402
 from extend.train.model import CausalLoss  # noqa: E402
-from extend.train.optim import clip_gradients  # noqa: E402
+from extend.train.optim import build_optimizer, clip_gradients  # noqa: E402
+from extend.train.session import save_memory  # noqa: E402
 from extend.train.shard import shard_model  # noqa: E402
+from extend.train.trained import choose_trained, init_adapters  # noqa: E402
 from extend.train_options import Phase, TrainOptions  # noqa: E402
 
 PEAK_FLOPS = 989e12
 THETA = 3580165449.0
 SETTINGS = ("recomputed", "compile", "kept", "host_memory", "form", "tile", "trained", "strategy",
-            "kernel")
+            "kernel", "optimizer", "linear")
 KINDS = {"communication": "nccl", "attention": "cudnn|flash|fmha|_attn|attention|cutlass_fl",
          "matmul": "gemm|nvjet|xmma|cublas|splitK", "copy": "[Mm]emcpy|[Mm]emset",
          "compiled": "^triton_", "optimizer": "adam|multi_tensor|foreach|_norm_kernel",
@@ -67,15 +69,19 @@ def parse() -> argparse.Namespace:
     add("--shape", choices=SHAPES, default="8b")
     add("--layers", type=int, help="only so many layers of the shape")
     add("--lengths", default="64k,128k,256k")
-    add("--steps", type=int, default=2, help="timed at each length, after one to warm up")
-    add("--recomputed", default="all", help="layers that are computed again: all or a number")
+    add("--steps", type=int, default=2,
+        help="timed at each length, after one to warm up; 0: the first one is timed")
+    add("--recomputed", default="all", help="layers that are computed again: "
+        "all, auto or a number")
     add("--compile", default="auto", choices=("auto", "yes", "no"))
     add("--kept", default="all", help="layers that keep their attention: all or a number")
     add("--host-memory", type=parse_bytes, default=0)
     add("--form", choices=("exact", "fp8"), default="exact")
     add("--tile", default="auto", help="tokens, auto or none")
-    add("--trained", choices=("all", "norms"), default="all",
-        help="norms: of norms and embeddings alone, as with LongLoRA+ without its adapters")
+    add("--trained", choices=("all", "lora+"), default="all",
+        help="lora+: adapters of rank 32, norms and embeddings")
+    add("--optimizer", default="adamw")
+    add("--linear", default="compute", help="linear_dtype: compute, float8 or float8-rowwise")
     add("--strategy", default="auto")
     add("--kernel", default="auto")
     add("--profile", action="store_true", help="one more step, with time by kind of kernel")
@@ -91,7 +97,10 @@ def make_options(args: argparse.Namespace, longest: int) -> TrainOptions:
     return TrainOptions(
         model=".", data=[{"kind": "retrieval"}],
         schedule=[Phase(length=longest, steps=1, lr=1e-6)],
-        recomputed_layers="all" if args.recomputed == "all" else int(args.recomputed),
+        recomputed_layers=int(args.recomputed) if args.recomputed.isdigit() else args.recomputed,
+        mode="full" if args.trained == "all" else "lora", optimizer=args.optimizer,
+        trained_beside=[] if args.trained == "all" else ["norms", "embeddings"],
+        linear_dtype=args.linear,
         compile={"auto": "auto", "yes": True, "no": False}[args.compile],
         kept_attention=args.kept if args.kept == "all" else int(args.kept),
         host_memory=args.host_memory, kept_form=args.form, weight_dtype="bfloat16",
@@ -110,15 +119,13 @@ def build(args: argparse.Namespace, options: TrainOptions,
         model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.config.use_cache = False
     model.train()
-    if args.trained == "norms":
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_("norm" in name or "embed" in name)
-    tile_layers(model, options, options.schedule[-1].length // processes.world)
-    compile_layers(model, options, processes.device)
-    memory = make_memory(options, config.num_hidden_layers, processes.device, processes.world)
-    checkpoint_layers(model, memory)
-    module = shard_model(CausalLoss(model, 4096), processes, options)
+    choose_trained(model, options)
+    read = parse_config(config.to_dict(), Path("config.json"))
+    memory = save_memory(model, options, read, processes)
+    loss = CausalLoss(model, options.loss_chunk, compiled=compiles(options, processes.device))
+    module = shard_model(loss, processes, options)
     fill(model, config, processes.device)
+    init_adapters(model, options.seed)
     return module, memory, config
 
 
@@ -200,7 +207,8 @@ def measure(length: int, module: CausalLoss, memory: Any, config: LlamaConfig,
     return {"length": length, "seconds": best, "first_seconds": seconds[0],
             "tokens_per_second_gpu": length / best / processes.world,
             "mfu": work / best / PEAK_FLOPS, "peak_gib": peak, "between_steps_gib": held,
-            "reserved_gib": reserved, "host_gib": memory.inputs._pinned_bytes / 2**30,
+            "reserved_gib": reserved, "recomputed": memory.recomputed if memory else 0,
+            "host_gib": memory.inputs._pinned_bytes / 2**30 if memory else 0.0,
             "loss_share": loss, "grad_norm": norm, "layers": config.num_hidden_layers,
             "shape": args.shape,
             "settings": {key: getattr(args, key) for key in SETTINGS},
@@ -243,9 +251,10 @@ def main() -> int:
 def run(args: argparse.Namespace, processes: Processes) -> list[dict[str, Any]]:
     """The rows of one configuration, ended by one that did not fit."""
     lengths = [parse_length(text) for text in args.lengths.split(",")]
-    module, memory, config = build(args, make_options(args, max(lengths)), processes)
+    options = make_options(args, max(lengths))
+    module, memory, config = build(args, options, processes)
     trained = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=processes.device.type == "cuda")
+    optimizer = build_optimizer(trained, options)
     rows = []
     for length in lengths:
         try:

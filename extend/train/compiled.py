@@ -17,21 +17,25 @@ from extend.train.memory.tiles import is_tokenwise
 from extend.train_options import TrainOptions
 
 
-def compile_layers(model: PreTrainedModel, options: TrainOptions, device: torch.device) -> None:
-    """Compile what the decoder's layers are made of, if the options and the device ask for it.
-
-    Call it after `tile_layers`. Results differ from plain ones by rounding only.
+def compiles(options: TrainOptions, device: torch.device) -> bool:
+    """Whether the options and the device ask for compiled code.
 
     Raises:
-        CompatibilityError: it was asked for, but there is no Triton.
+        CompatibilityError: the options do, but there is no Triton.
     """
-    has_triton = find_spec("triton") is not None
-    if options.compile is True and device.type == "cuda" and not has_triton:
+    lacks_triton = device.type == "cuda" and find_spec("triton") is None
+    if options.compile is True and lacks_triton:
         raise CompatibilityError("compile is true, but the package triton is not installed; "
                                  "install it, or write compile: false")
-    if not (options.compile is True or (device.type == "cuda" and has_triton
-                                        and options.compile == "auto")):
-        return
+    return options.compile is True or (
+        options.compile == "auto" and device.type == "cuda" and not lacks_triton)
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compile what the decoder's layers are made of.
+
+    Call it after `tile_layers`. Results differ from plain ones by rounding only.
+    """
     decoder = model.get_decoder()
     parts = [child for layer in decoder.layers for child in layer.children()]
     for module in [*parts, *decoder.children()]:

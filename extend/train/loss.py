@@ -4,6 +4,8 @@ Shapes: n tokens, d hidden, v vocabulary, c <= chunk tokens. Where processes hol
 vocabulary, v is what this one holds: they exchange three numbers for each token, never logits.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,7 +21,10 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor,
-                chunk: int, vocabulary: VocabularyPart | None) -> tuple[Tensor, Tensor]:
+                chunk: int, vocabulary: VocabularyPart | None,
+                compiled: bool) -> tuple[Tensor, Tensor]:
+        # Collectives are left to plain torch.
+        reduce = _compile() if compiled and vocabulary is None else _nll_and_gradient
         dtype = _compute_dtype(hidden)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         matrix = weight.to(dtype)
@@ -32,9 +37,8 @@ class _ChunkedLoss(torch.autograd.Function):
             for begin in range(0, len(labels), chunk):
                 part = slice(begin, begin + chunk)
                 inputs = hidden[part].to(dtype)
-                logits = (inputs @ matrix.t()).float()
-                nll[part] = _nll_and_gradient(logits, labels[part], weights[part], vocabulary)
-                gradient = logits.to(dtype)
+                nll[part], gradient = reduce(inputs @ matrix.t(), labels[part], weights[part],
+                                             vocabulary)
                 if needs_hidden:
                     grad_hidden[part] = gradient @ matrix
                 if needs_weight:
@@ -53,7 +57,7 @@ class _ChunkedLoss(torch.autograd.Function):
             grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, *[None] * 5
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -61,12 +65,18 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
-def _nll_and_gradient(logits: Tensor, labels: Tensor, weights: Tensor,
-                      vocabulary: VocabularyPart | None) -> Tensor:
-    """Losses fp32 [c] (0 where ignored); `logits` fp32 [c, v] turns into their gradient in place.
+@cache
+def _compile() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(_nll_and_gradient)
 
-    In place because a chunk of logits is the largest tensor of a step.
+
+def _nll_and_gradient(logits: Tensor, labels: Tensor, weights: Tensor,
+                      vocabulary: VocabularyPart | None) -> tuple[Tensor, Tensor]:
+    """Losses fp32 [c] (0 where ignored), and the gradient of `logits` [c, v] in their dtype.
+
+    Logits in fp32 are overwritten: a chunk of them is the largest tensor of a step.
     """
+    dtype, logits = logits.dtype, logits.float()
     ignored = labels == IGNORE
     targets, here = _targets(labels, logits.shape[1], vocabulary)
     top = logits.amax(dim=1, keepdim=True)
@@ -82,8 +92,9 @@ def _nll_and_gradient(logits: Tensor, labels: Tensor, weights: Tensor,
     nll = sums.log() - target_logits
     scale = weights.masked_fill(ignored, 0.0).unsqueeze(1)
     logits *= scale / sums
-    logits.scatter_add_(1, targets, (-scale).masked_fill(~here, 0.0))
-    return nll.squeeze(1).masked_fill(ignored, 0.0)
+    at_targets = logits.gather(1, targets) - scale.masked_fill(~here, 0.0)
+    gradient = logits.to(dtype).scatter_(1, targets, at_targets.to(dtype))
+    return nll.squeeze(1).masked_fill(ignored, 0.0), gradient
 
 
 def _targets(labels: Tensor, num_rows: int,
@@ -98,7 +109,8 @@ def _targets(labels: Tensor, num_rows: int,
 
 
 def chunked_loss(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, *,
-                 chunk: int, vocabulary: VocabularyPart | None = None) -> tuple[Tensor, Tensor]:
+                 chunk: int, vocabulary: VocabularyPart | None = None,
+                 compiled: bool = False) -> tuple[Tensor, Tensor]:
     """Weighted sum of the cross-entropy of `hidden @ weight.T` against `labels`.
 
     Matrix products run in the autocast dtype if there is one, everything else in fp32.
@@ -111,8 +123,9 @@ def chunked_loss(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor
         chunk: tokens whose logits exist at once.
         vocabulary: which rows of the head `weight` is, all processes of its group having the same
             `hidden`, `labels` and `weights`; None: all rows.
+        compiled: what follows the logits runs through torch.compile, where they are whole.
 
     Returns:
         The loss, fp32 [], and each token's own loss, fp32 [n] (0 where ignored, no gradient).
     """
-    return _ChunkedLoss.apply(hidden, weight, labels, weights, chunk, vocabulary)
+    return _ChunkedLoss.apply(hidden, weight, labels, weights, chunk, vocabulary, compiled)

@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 class CausalLoss(nn.Module):
     """A causal LM and its loss in one module, so that sharded head and embeddings are gathered."""
 
-    def __init__(self, model: PreTrainedModel, chunk: int):
+    def __init__(self, model: PreTrainedModel, chunk: int, *, compiled: bool = False):
         super().__init__()
-        self.model, self.chunk = model, chunk
+        self.model, self.chunk, self.compiled = model, chunk, compiled
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, weights: Tensor,
                 ring: RingSettings | None) -> tuple[Tensor, Tensor]:
@@ -43,7 +43,7 @@ class CausalLoss(nn.Module):
         ).last_hidden_state
         head, vocabulary = split_head(self.model.get_output_embeddings().weight)
         return chunked_loss(hidden.flatten(0, 1), head, labels.flatten(), weights.flatten(),
-                            chunk=self.chunk, vocabulary=vocabulary)
+                            chunk=self.chunk, vocabulary=vocabulary, compiled=self.compiled)
 
 
 def build_model(options: TrainOptions, config: ModelConfig) -> PreTrainedModel:

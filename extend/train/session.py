@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
+from extend.capacity import choose_recomputed_layers
 from extend.checkpoint import Checkpoint
 from extend.documents import list_files
 from extend.errors import RecipeError
@@ -18,7 +19,7 @@ from extend.manifest import Manifest
 from extend.model_config import ModelConfig, RopeSpec, read_config
 from extend.rope.live import RotaryModules, make_rotary, place_rotary
 from extend.rope.schedule import Stage, composition_warnings, schedule_ropes
-from extend.train.compiled import compile_layers
+from extend.train.compiled import compile_layers, compiles
 from extend.train.data import Rows, load_rows
 from extend.train.equality import check_equal
 from extend.train.export import Exporter
@@ -187,8 +188,9 @@ def _put_together(options: TrainOptions, config: ModelConfig, ropes: list[RopeSp
         _tell_windows(options, size)
         _tell_ropes(options, config)
         tell_lost_updates(options)
-    memory = save_memory(model, options, processes)
-    module = shard_model(CausalLoss(model, options.loss_chunk), processes, options)
+    memory = save_memory(model, options, config, processes)
+    loss = CausalLoss(model, options.loss_chunk, compiled=compiles(options, processes.device))
+    module = shard_model(loss, processes, options)
     fill_weights(model, source)
     init_adapters(model, options.seed)
     check_equal(trained_parameters(module), processes)
@@ -206,20 +208,38 @@ def _put_together(options: TrainOptions, config: ModelConfig, ropes: list[RopeSp
                state, manifest, step)
 
 
-def save_memory(model: PreTrainedModel, options: TrainOptions,
+def save_memory(model: PreTrainedModel, options: TrainOptions, config: ModelConfig,
                 processes: Processes) -> LayerMemory | None:
     """Let the layers compute and keep as the options say; None where they keep everything."""
     longest = max(
         phase.length // split_world(phase.batch_rows, processes.world, options.tensor_parallel)[1]
         for phase in options.schedule)
     tile_layers(model, options, longest)
-    compile_layers(model, options, processes.device)
-    if options.recomputed_layers == 0:
+    if compiles(options, processes.device):
+        compile_layers(model)
+    recomputed = count_recomputed(options, config, len(model.get_decoder().layers), processes)
+    if recomputed == 0:
         return None
-    memory = make_memory(options, len(model.get_decoder().layers), processes.device,
-                         processes.world)
+    memory = make_memory(options, recomputed, processes.device, processes.local_world)
     checkpoint_layers(model, memory)
     return memory
+
+
+def count_recomputed(options: TrainOptions, config: ModelConfig, num_layers: int,
+                     processes: Processes) -> int:
+    """Layers that are computed again; the same in all processes, of which each computes its part.
+
+    Without a GPU, `auto` is all of them.
+    """
+    wanted = options.recomputed_layers
+    if wanted == "auto" and processes.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(processes.device).total_memory
+        wanted = processes.share(choose_recomputed_layers(
+            config, options, world=processes.world, device_bytes=memory,
+            hosts=processes.world // processes.local_world))
+        if processes.is_main:
+            logger.info("%d of %d layers are computed again for their backward", wanted, num_layers)
+    return num_layers if wanted in ("auto", "all") else min(wanted, num_layers)
 
 
 def _tell_ropes(options: TrainOptions, config: ModelConfig) -> None:

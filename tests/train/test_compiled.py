@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from extend.errors import CompatibilityError
 from extend.ring.hf_attention import RingSettings, register_ring_attention
-from extend.train import compiled
+from extend.train import compiled, loss
 from extend.train.memory import LayerMemory, checkpoint_layers, make_memory, tile_layers
 from extend.train.model import CausalLoss
 from extend.train_options import TrainOptions
@@ -29,9 +29,10 @@ def make_model(layers: int) -> LlamaForCausalLM:
 def loss_and_gradients(model: LlamaForCausalLM, memory: LayerMemory | None) -> list[torch.Tensor]:
     ids = torch.arange(40)[None] % 64
     ring = RingSettings(keeper=memory)
-    loss, _ = CausalLoss(model, 16)(ids, torch.arange(40)[None], ids, torch.ones(1, 40), ring)
-    loss.backward()
-    return [loss.detach(), *(p.grad for p in model.parameters())]
+    module = CausalLoss(model, 16, compiled=memory is not None)
+    total, _ = module(ids, torch.arange(40)[None], ids, torch.ones(1, 40), ring)
+    total.backward()
+    return [total.detach(), *(p.grad for p in model.parameters())]
 
 
 @pytest.fixture
@@ -39,17 +40,19 @@ def eager_backend(monkeypatch: pytest.MonkeyPatch):
     """Traces and partitions as for a GPU, but needs no compiler."""
     torch._dynamo.reset()
     counters.clear()
+    loss._compile.cache_clear()
     monkeypatch.setattr(compiled.torch, "compile",
                         functools.partial(torch.compile, backend="aot_eager"))
     yield
     torch._dynamo.reset()
+    loss._compile.cache_clear()
 
 
 def compiled_model(layers: int, settings: TrainOptions) -> tuple[LlamaForCausalLM, LayerMemory]:
     model = make_model(layers).train()
     tile_layers(model, settings, 40)
-    compiled.compile_layers(model, settings, CPU)
-    memory = make_memory(settings, layers, CPU, 1)
+    compiled.compile_layers(model)
+    memory = make_memory(settings, 1, CPU, 1)
     checkpoint_layers(model, memory)
     return model, memory
 
@@ -66,19 +69,26 @@ def test_compiled_layers_equal_plain_ones_and_share_their_compilations(eager_bac
     assert counters["stats"]["unique_graphs"] == graphs > 0
 
 
-def test_what_is_compiled_follows_option_and_device(monkeypatch: pytest.MonkeyPatch):
+def test_what_is_compiled(monkeypatch: pytest.MonkeyPatch):
     asked = []
     monkeypatch.setattr(compiled, "_compile", asked.append)
-    monkeypatch.setattr(compiled, "find_spec", lambda name: None)
-    model, cuda = make_model(1), torch.device("cuda")
-    for choice, device in (("auto", CPU), (False, CPU), ("auto", cuda), (False, cuda)):
-        compiled.compile_layers(model, options("model", [{"kind": "retrieval"}], compile=choice),
-                                device)
-    assert not asked
-    with pytest.raises(CompatibilityError, match="triton is not installed"):
-        compiled.compile_layers(model, options("model", [{"kind": "retrieval"}], compile=True),
-                                cuda)
-    monkeypatch.setattr(compiled, "find_spec", lambda name: True)
-    compiled.compile_layers(model, options("model", [{"kind": "retrieval"}]), cuda)
+    compiled.compile_layers(make_model(1))
     names = sorted(type(module).__name__ for module in asked)
     assert names == ["LlamaAttention", "LlamaMLP", *["LlamaRMSNorm"] * 3]
+
+
+@pytest.mark.parametrize(("choice", "device", "triton", "expected"), [
+    ("auto", "cpu", True, False), ("auto", "cuda", True, True), ("auto", "cuda", False, False),
+    (False, "cuda", True, False), (True, "cpu", False, True), (True, "cuda", True, True)])
+def test_whether_to_compile(choice: bool | str, device: str, triton: bool, expected: bool,
+                            monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compiled, "find_spec", lambda name: "found" if triton else None)
+    settings = options("model", [{"kind": "retrieval"}], compile=choice)
+    assert compiled.compiles(settings, torch.device(device)) is expected
+
+
+def test_compiling_on_a_gpu_needs_triton(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compiled, "find_spec", lambda name: None)
+    with pytest.raises(CompatibilityError, match="triton is not installed"):
+        compiled.compiles(options("model", [{"kind": "retrieval"}], compile=True),
+                          torch.device("cuda"))

@@ -160,7 +160,7 @@ def train_split(case: Case, out: Path | None) -> dict[str, Any]:
         memory = LayerMemory(store, store, case.config.num_hidden_layers, 1)
         checkpoint_layers(model, memory)
     with join_processes(options) as processes:
-        module = shard_model(CausalLoss(model, 7), processes)
+        module = shard_model(CausalLoss(model, 7), processes, options)
         mesh = phase_mesh(options.schedule[0], processes)
         trained = [p for p in module.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(trained, lr=0.3, momentum=0.5)

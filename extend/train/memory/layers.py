@@ -1,6 +1,5 @@
 """Layers that keep little and compute the rest again, each with its own choice of what it keeps."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -91,13 +90,13 @@ def checkpoint_layers(model: PreTrainedModel, memory: LayerMemory) -> None:
         layer._gradient_checkpointing_func = partial(memory.run, layer)
 
 
-def make_memory(options: TrainOptions, num_layers: int, device: torch.device,
-                world: int) -> LayerMemory:
-    """What the options ask for; the host's memory is shared evenly by its processes."""
-    share = options.host_memory // int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    kept = num_layers if options.kept_attention == "all" else options.kept_attention
-    recomputed = (num_layers if options.recomputed_layers in ("auto", "all")
-                  else min(options.recomputed_layers, num_layers))
+def make_memory(options: TrainOptions, recomputed: int, device: torch.device,
+                local_world: int) -> LayerMemory:
+    """What the options ask for, of `recomputed` layers; a host's memory is shared evenly by its
+    `local_world` processes.
+    """
+    share = options.host_memory // local_world
+    kept = recomputed if options.kept_attention == "all" else options.kept_attention
     # One budget: inputs, which all layers keep, and attention outputs take turns in it.
     store = Store(device, share, options.kept_form)
     attention = Store(device) if options.kept_form == "fp8" else store
