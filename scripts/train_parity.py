@@ -386,13 +386,13 @@ def render(args: argparse.Namespace, result: dict[str, Any], how: str) -> str:
         "of the final weights, relative to the largest of each tensor.", "",
         "| | loss, first step | loss | gradient norm | learning rate | weights |",
         "| --- | --- | --- | --- | --- | --- |", *cases, "",
-        "In bf16 ours computes all of a layer in it, the Trainer under autocast (norms and what is "
-        "added up between layers in fp32); the optimizer has fp32 weights in both. "
         "In fp32 what is left is the order of sums. bf16 rounds each value by up to 2^-9 (0.002) "
         "of it; which way depends on how a product is cut (documents in one call or under a mask, "
         "the logits in chunks, tiles, parts of a row on other processes), so no two ways agree to "
-        "the bit. It is no more than what bf16 changes anyway: away from fp32 the loss is "
-        f"{away['ours']['loss']:.1e} with ours, {away['theirs']['loss']:.1e} with the Trainer. "
+        "the bit. Ours computes all of a layer in bf16; the Trainer computes under autocast, which "
+        "leaves norms and what is added up between layers in fp32. Both update fp32 weights. Away "
+        f"from fp32, the loss is {away['ours']['loss']:.1e} with ours and "
+        f"{away['theirs']['loss']:.1e} with the Trainer. "
         "Weights differ more where Adam divides a gradient that is all rounding by its own size.",
         "",
         "## Against one process with the defaults", "",
