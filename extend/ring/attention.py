@@ -155,7 +155,7 @@ class _Attention(torch.autograd.Function):
 def _run(
     strategy: Strategy, q: Tensor, k: Tensor, v: Tensor, kept: Kept | None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    if kept is not None and kept.is_full:
+    if kept is not None and kept.again:
         return strategy.resume(q, k, v, kept.take())
     out, saved = strategy.forward(q, k, v)
     if kept is not None:

@@ -5,6 +5,7 @@ Between the two its attention's out and lse are kept, so that the second run nee
 no keys of other ranks.
 """
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -14,28 +15,29 @@ from torch import Tensor
 class Kept:
     """Room for what the attention of one layer gave, from its first run to its second.
 
+    A layer may attend more than once; what it put first is taken first.
+
     Args:
         pack: turns a tensor into what is held, such as a place in another memory.
         unpack: gives the tensor back.
+
+    Attributes:
+        again: whether the layer runs for the second time.
     """
 
     def __init__(self, pack: Callable[[Tensor], Any] = lambda t: t,
                  unpack: Callable[[Any], Tensor] = lambda t: t):
         self._pack, self._unpack = pack, unpack
-        self._held: tuple[Any, ...] | None = None
-
-    @property
-    def is_full(self) -> bool:
-        return self._held is not None
+        self._held: deque[tuple[Any, ...]] = deque()
+        self.again = False
 
     def put(self, tensors: tuple[Tensor, ...]) -> None:
         # Without their history: what is returned from two runs must not be one tensor.
-        self._held = tuple(self._pack(t.detach()) for t in tensors)
+        self._held.append(tuple(self._pack(t.detach()) for t in tensors))
 
     def take(self) -> tuple[Tensor, ...]:
         """What was put, once."""
-        held, self._held = self._held, None
-        return tuple(self._unpack(t) for t in held)
+        return tuple(self._unpack(t) for t in self._held.popleft())
 
 
 class Keeper(Protocol):

@@ -13,6 +13,7 @@ from extend.model_config import ModelConfig, RopeSpec
 from extend.ring.hf_attention import RingSettings, register_ring_attention
 from extend.train.loss import chunked_loss
 from extend.train.low_bits import use_float8
+from extend.train.supported import check_config, check_layers
 from extend.train.trained import choose_trained, init_adapters
 from extend.train.vocabulary import split_head
 from extend.train.weights import (
@@ -25,9 +26,6 @@ from extend.train.weights import (
 from extend.train_options import TrainOptions
 
 logger = logging.getLogger(__name__)
-
-# Config keys of models whose logits are not simply hidden @ head.T.
-_LOGIT_KEYS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 class CausalLoss(nn.Module):
@@ -55,19 +53,14 @@ def build_model(options: TrainOptions, config: ModelConfig) -> PreTrainedModel:
     give it weights once it is sharded.
 
     Raises:
-        CompatibilityError: an output head that the chunked loss does not compute, or a model that
-            cannot be made without its weights.
+        CompatibilityError: a model that asks for what training does not compute, or that cannot be
+            made without its weights.
         RecipeError: an expression in `trainable` or `trained_beside` that matches nothing or is
             none.
     """
-    for key in _LOGIT_KEYS:
-        if config.raw.get(key) not in (None, 1, 1.0):
-            raise CompatibilityError(f"{config.path}: {key} is {config.raw[key]}; training "
-                                     "supports models with a plain output head only")
+    check_config(str(config.path), AutoConfig.from_pretrained(options.model).to_dict())
     model = _without_weights(options, config)
-    if getattr(model.get_output_embeddings(), "bias", None) is not None:
-        raise CompatibilityError(f"{config.path}: the output head has a bias; training supports "
-                                 "models without only")
+    check_layers(model)
     model.config.use_cache = False
     use_float8(model, options)
     choose_trained(model, options)

@@ -1,9 +1,12 @@
 """Layers that keep little and compute the rest again, each with its own choice of what it keeps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -28,18 +31,47 @@ class LayerMemory:
 
     def __init__(self, inputs: Store, attention: Store, recomputed: int, kept_attention: int):
         self.inputs, self.recomputed = inputs, recomputed
-        self._rooms = [Kept(attention.put, attention.take)
-                       for _ in range(min(recomputed, kept_attention))]
+        self._attention, self._kept = attention, kept_attention
+        self._rooms: dict[int, Kept] | None = None  # of the layer that runs
+        self._again = False
 
     def of(self, layer: int | None) -> Kept | None:
-        return None if layer is None or layer >= len(self._rooms) else self._rooms[layer]
+        if self._rooms is None or layer is None or layer >= self._kept:
+            return None
+        room = self._rooms.setdefault(layer, Kept(self._attention.put, self._attention.take))
+        room.again = self._again
+        return room
 
-    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call a layer so that it keeps its tensors in `inputs` and runs again when it is due."""
+    def run(self, layer: nn.Module, function: Callable[..., Any], *args: Any,
+            **kwargs: Any) -> Any:
+        """Call `function` of a layer so that it keeps its tensors in `inputs` and runs again when
+        it is due.
+        """
+        if not _has_gradient(layer, (*args, *getattr(function, "keywords", kwargs).values())):
+            with torch.no_grad():  # it would never run again, and what it put would stay for ever
+                return function(*args, **kwargs)
+        rooms: dict[int, Kept] = {}  # of this run alone: what it puts, only its second run takes
         # Only what the checkpoint itself saves, its inputs, is seen by hooks from outside.
         with saved_tensors_hooks(self.inputs.put, self.inputs.take):
-            return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False,
-                              **kwargs)
+            return checkpoint(
+                function, *args, use_reentrant=False, preserve_rng_state=False,
+                context_fn=lambda: (self._use(rooms), self._use(rooms, again=True)), **kwargs)
+
+    @contextmanager
+    def _use(self, rooms: dict[int, Kept], *, again: bool = False) -> Iterator[None]:
+        """Within, attention puts what it gives into `rooms`, or takes it out again."""
+        before = self._rooms, self._again
+        self._rooms, self._again = rooms, again
+        try:
+            yield
+        finally:
+            self._rooms, self._again = before
+
+
+def _has_gradient(layer: nn.Module, inputs: tuple[Any, ...]) -> bool:
+    """Whether a gradient is due in the layer; below the first trained parameter there is none."""
+    tensors = (t for t in inputs if isinstance(t, torch.Tensor))
+    return any(t.requires_grad for t in (*tensors, *layer.parameters()))
 
 
 def checkpoint_layers(model: PreTrainedModel, memory: LayerMemory) -> None:
@@ -55,7 +87,7 @@ def checkpoint_layers(model: PreTrainedModel, memory: LayerMemory) -> None:
                                  "train with recomputed_layers 0")
     for layer in layers[:memory.recomputed]:
         layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = memory.run
+        layer._gradient_checkpointing_func = partial(memory.run, layer)
 
 
 def make_memory(options: TrainOptions, recomputed: int, device: torch.device,

@@ -27,7 +27,9 @@ class _Tiled(torch.autograd.Function):
     def forward(ctx: Any, module: nn.Module, tile: int, x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.module, ctx.tile = module, tile
         ctx.save_for_backward(x)
-        ctx.autocast = torch.is_autocast_enabled(x.device.type)
+        device = x.device.type
+        # Both, because the backward pass runs where no autocast is and another dtype is set.
+        ctx.autocast = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         out = None
         for part, rows in _tiles(x, tile):
             y = module.plain_forward(part)
@@ -49,7 +51,7 @@ def _gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     parameters = list(ctx.module.parameters())
     trained = [p for p in parameters if p.requires_grad]
     dx, sums = torch.empty_like(x) if needs_x else None, [None] * len(trained)
-    with _autocast(x, ctx.autocast):
+    with torch.autocast(x.device.type, *ctx.autocast):
         for part, rows in _tiles(x.detach(), ctx.tile):
             inputs = [part.requires_grad_()] if needs_x else []
             y = ctx.module.plain_forward(part)
@@ -60,11 +62,6 @@ def _gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     totals = iter(sums)
     return (None, None, dx, *(next(totals).to(p.dtype) if p.requires_grad else None
                               for p in parameters))
-
-
-def _autocast(x: Tensor, enabled: bool) -> torch.autocast:
-    device = x.device.type
-    return torch.autocast(device, torch.get_autocast_dtype(device), enabled=enabled)
 
 
 def _tiles(x: Tensor, tile: int) -> list[tuple[Tensor, slice]]:

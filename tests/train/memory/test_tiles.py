@@ -78,3 +78,16 @@ def test_only_the_input_is_saved():
                                                   lambda t: t):
         module(torch.randn(1, 12, 16, requires_grad=True))
     assert saved == [torch.Size([1, 12, 16])]
+
+
+def test_autocast_of_the_forward_is_that_of_the_backward():
+    """The backward pass runs outside; on a GPU the dtype that is set there is fp16, not bf16."""
+    module, x = MAKE["mlp"](), torch.randn(1, 12, 16, requires_grad=True)
+    tile_module(module, 4)
+    seen = []
+    module.up_proj.register_forward_hook(lambda _, __, y: seen.append(y.dtype))
+    with torch.autocast("cpu", torch.float16):
+        out = module(x)
+    assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+    out.sum().backward()
+    assert seen == [torch.float16] * 6  # three tiles, forward and backward
