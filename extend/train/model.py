@@ -70,10 +70,17 @@ def build_model(options: TrainOptions, config: ModelConfig) -> PreTrainedModel:
 def _without_weights(options: TrainOptions, config: ModelConfig) -> PreTrainedModel:
     """What `from_pretrained` makes, but with parameters on the meta device."""
     dtype = getattr(torch, options.weight_dtype)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(options.model), dtype=dtype,
-            attn_implementation=register_ring_attention())
+    name = register_ring_attention()
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(options.model), dtype=dtype, attn_implementation=name)
+    except KeyError as error:
+        if error.args != (name,):
+            raise
+        raise CompatibilityError(f"{config.path}: {config.raw['model_type']!r} models choose among "
+                                 "attentions of their own; training supports models that take "
+                                 "transformers' attention interface") from None
     model.tie_weights()  # each parameter was moved alone
     _untie_what_differs(model, Checkpoint(options.model), dtype)
     strange = [name for name, p in model.named_parameters() if not p.is_meta or p.dtype != dtype]

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from extend.errors import TrainingError
+from extend.errors import DataError, TrainingError
 from extend.ring.hf_attention import RingSettings
 from extend.train.batch import Batch, build_batch, token_weights
+from extend.train.data import Row
 from extend.train.deal import deal, imbalance, join_turns
 from extend.train.mesh import PhaseMesh
 from extend.train.optim import (
@@ -79,12 +80,26 @@ def build_step(run: Run, number: int, mesh: PhaseMesh, step: int) -> StepWork:
     kinds = [run.rows.native_rope(number, index) for index in indices]
     at_once = max(1, _MICRO_TOKENS * mesh.cp // phase.length)
     dealt = join_turns(deal(costs, kinds, mesh.dp), kinds, at_once)
-    batches = [build_batch([run.rows.row(number, indices[turn[mesh.dp_rank]]) for turn in turns],
+    batches = [build_batch([_row(run, number, indices[turn[mesh.dp_rank]]) for turn in turns],
                            layout=run.options.layout, rank=mesh.cp_rank, world=mesh.cp,
                            document_mask=run.options.document_mask) for turns in dealt]
     if run.processes.device.type == "cuda":
         batches = [batch.pin() for batch in batches]
     return StepWork(batches, imbalance(dealt, costs))
+
+
+def _row(run: Run, number: int, index: int) -> Row:
+    """A row whose tokens the model knows.
+
+    Raises:
+        DataError: one that it does not, as with the tokenizer of another model.
+    """
+    row, vocabulary = run.rows.row(number, index), run.config.vocab_size
+    if row.input_ids.max() >= vocabulary:
+        raise DataError(f"{row.source}: row {index} of phase {number + 1} has the token "
+                        f"{row.input_ids.max()}, but the embeddings of {run.options.model} end at "
+                        f"{vocabulary - 1}; give the model its own tokenizer, or more embeddings")
+    return row
 
 
 def attention_cost(run: Run, number: int, index: int) -> int:
@@ -99,7 +114,7 @@ def train_step(run: Run, number: int, mesh: PhaseMesh, step: int, work: StepWork
     """Take one optimizer step.
 
     Raises:
-        TrainingError: the loss or the gradient is not finite.
+        TrainingError: the loss or the gradient is not finite, or there is nothing to learn from.
     """
     phase, device, batches = run.options.schedule[number], run.processes.device, work.batches
     counts = torch.stack([batch.counts() for batch in batches]).sum(0)
@@ -111,6 +126,10 @@ def train_step(run: Run, number: int, mesh: PhaseMesh, step: int, work: StepWork
                         sum(squares) if mesh.cp_rank == 0 and counts_tokens else 0])
     # Over all processes: predicted tokens, answer tokens, processes told to stop, squares.
     totals = run.processes.sum(torch.cat((counts * counts_tokens, own)).to(device))
+    if not totals[0]:
+        raise TrainingError(f"step {step + 1} of phase {number + 1}: no token of "
+                            f"{_rows(run, number, step)} is predicted; give longer rows, or "
+                            "mask_prompt false")
     sums = torch.zeros(3, device=device)
     for batch in batches:
         sums += forward_backward(run, mesh, batch.to(device), totals[:2])
@@ -152,10 +171,14 @@ def forward_backward(run: Run, mesh: PhaseMesh, batch: Batch, totals: Tensor) ->
 
 
 def _not_finite(run: Run, number: int, step: int, loss: float, norm: float) -> TrainingError:
+    return TrainingError(
+        f"step {step + 1} of phase {number + 1}: loss {loss}, gradient norm {norm}, from "
+        f"{_rows(run, number, step)}; try a lower lr, more warm-up, or weight_dtype float32")
+
+
+def _rows(run: Run, number: int, step: int) -> str:
+    """The rows of a step and where they come from, for messages."""
     rows = run.options.schedule[number].batch_rows
     indices = range(step * rows, (step + 1) * rows)
     sources = sorted({run.rows.row(number, index).source for index in indices})
-    return TrainingError(
-        f"step {step + 1} of phase {number + 1}: loss {loss}, gradient norm {norm}, from rows "
-        f"{indices[0]} to {indices[-1]} of {', '.join(sources)}; try a lower lr, more warm-up, or "
-        "weight_dtype float32")
+    return f"rows {indices[0]} to {indices[-1]} of {', '.join(sources)}"

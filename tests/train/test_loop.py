@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,14 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig
 
-from extend.errors import CheckpointError, DataError, LayoutError, RecipeError
+from extend.errors import (
+    CheckpointError,
+    DataError,
+    LayoutError,
+    RecipeError,
+    TrainingError,
+)
+from extend.train import step as step_module
 from extend.train.data import IGNORE, Row, load_rows
 from extend.train.loop import run_process, train
 from extend.train.optim import learning_rate
@@ -229,6 +237,27 @@ def test_bad_runs_are_refused(changes: dict, data: dict, error: type, match: str
         train(options(files["model"], [data], **({"schedule": [SCHEDULE]} | changes)),
               tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_tokens_that_the_model_lacks_are_refused(files: dict[str, Path], tmp_path: Path):
+    model = save_model(tmp_path / "model", vocab_size=90)  # bytes go up to 256
+    with pytest.raises(DataError, match=r"has the token \d+, but the embeddings of .* end at 89"):
+        train(options(model, [{"kind": "text", "path": str(files["text"])}], schedule=[SCHEDULE]),
+              tmp_path / "out")
+
+
+def test_a_step_without_anything_to_predict_is_refused(files: dict[str, Path], tmp_path: Path,
+                                                       monkeypatch: pytest.MonkeyPatch):
+    build = step_module.build_batch
+
+    def ignoring(*args, **kwargs):
+        batch = build(*args, **kwargs)
+        return replace(batch, labels=torch.full_like(batch.labels, IGNORE))
+
+    monkeypatch.setattr(step_module, "build_batch", ignoring)
+    with pytest.raises(TrainingError, match="step 1 of phase 1: no token of rows 0 to 0 of .*text"):
+        train(options(files["model"], [{"kind": "text", "path": str(files["text"])}],
+                      schedule=[SCHEDULE | {"batch_rows": 1}]), tmp_path / "out")
 
 
 def test_a_window_shorter_than_the_rows_is_told(files: dict[str, Path], tmp_path: Path,

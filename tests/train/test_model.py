@@ -10,6 +10,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    FalconConfig,
     LlamaForCausalLM,
     MistralForCausalLM,
     Qwen2ForCausalLM,
@@ -104,6 +105,14 @@ def test_logits_that_are_not_a_plain_product_are_refused(model_dir: Path, tmp_pa
     (tmp_path / "capped" / "config.json").write_text(json.dumps(config))
     with pytest.raises(CompatibilityError, match=r"final_logit_softcapping is 30\.0"):
         load(tmp_path / "capped")
+
+
+def test_a_model_with_attentions_of_its_own_is_refused(model_dir: Path, tmp_path: Path):
+    shutil.copytree(model_dir, tmp_path / "falcon")
+    FalconConfig(vocab_size=264, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+                 intermediate_size=64, alibi=False).save_pretrained(tmp_path / "falcon")
+    with pytest.raises(CompatibilityError, match="'falcon' models choose among attentions of"):
+        load(tmp_path / "falcon")
 
 
 @pytest.mark.parametrize("tied", [True, False])
