@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 END = "<|end|>"
 _WIDTH = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 264}
+          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 264,
+          "initializer_range": 0.2}
 
 
 def save_tiny_model(directory: Path, model_type: str, *, native_len: int, rope_theta: float,
@@ -24,9 +25,9 @@ def save_tiny_model(directory: Path, model_type: str, *, native_len: int, rope_t
     torch.manual_seed(seed)
     if drift_from is None:
         made = AutoConfig.for_model(
-            model_type, **_WIDTH, max_position_embeddings=native_len, initializer_range=0.2,
+            model_type, max_position_embeddings=native_len,
             rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
-            eos_token_id=0, bos_token_id=None, pad_token_id=None, **config)
+            eos_token_id=0, bos_token_id=None, pad_token_id=None, **(_WIDTH | config))
         model = AutoModelForCausalLM.from_config(made)
     else:
         model = AutoModelForCausalLM.from_pretrained(drift_from)
