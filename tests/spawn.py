@@ -24,7 +24,7 @@ TIMEOUT = timedelta(seconds=60)
 
 # What the processes would otherwise import one by one, part of it deep inside their first call.
 PRELOAD = ["torch", "torch._dynamo", "transformers.models.llama.modeling_llama", "peft",
-           "extend.ring"]
+           "extend.ring", "extend.train.loop"]
 
 
 def spawn(world: int, fn: Callable[..., Any], *args: Any) -> list[Any]:

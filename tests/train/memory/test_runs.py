@@ -75,7 +75,7 @@ def test_where_tensors_wait_changes_no_bit(name: str, outputs: Path):
     assert losses(outputs / f"{name}-1") == losses(outputs / "recompute-1")
 
 
-@pytest.mark.parametrize("name", ["recompute", "tiled"])
+@pytest.mark.parametrize("name", ["recompute", "last", "tiled"])
 def test_computing_again_and_in_tiles_is_as_good(name: str, outputs: Path):
     """fp32 sums in another order; see `assert_close_weights` of the loop's tests."""
     assert losses(outputs / f"{name}-1") == pytest.approx(losses(outputs / "whole-1"), rel=1e-5)
