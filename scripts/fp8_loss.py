@@ -6,7 +6,7 @@
         --lr 1e-4 --out runs/fp8-smollm2
 
 Runs `extend train` once for each of --linear, in this process, with fp32 weights and bf16 compute.
-Writes losses.json (every loss, seconds a step, the differences) and losses.png. Without a GPU
+Writes losses.json (every loss, seconds a step, the differences) and losses.png after each run. Without a GPU
 products in float8 are emulated: for a look at what it does, not at its speed. Needs the extra
 `torchao`.
 """
@@ -125,17 +125,8 @@ def draw(runs: list[dict[str, Any]], title: str, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def main() -> int:
-    args = parse()
-    args.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="fp8-loss-") as directory:
-        work = Path(directory)
-        model = args.model or make_model(work / "model", args.shape, args.length, args.seed)
-        runs = []
-        for linear in args.linear.split(","):
-            runs.append(run(args, model, linear, work / linear))
-            print(f"{linear}: last loss {runs[-1]['losses'][-1]:.4f}, "
-                  f"{runs[-1]['seconds_a_step']:.3f} s a step", flush=True)
+def write(args: argparse.Namespace, runs: list[dict[str, Any]]) -> None:
+    """What there is so far: a later run may be cut off."""
     compare(runs)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, emulated"
     name = args.model.name if args.model else f"Llama of {args.shape}, random weights"
@@ -147,6 +138,20 @@ def main() -> int:
         "rows": args.rows, "lr": args.lr, "runs": runs}, indent=1))
     draw(runs, f"{name}, {args.rows} x {args.length} tokens a step, {device}",
          args.out / "losses.png")
+
+
+def main() -> int:
+    args = parse()
+    args.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="fp8-loss-") as directory:
+        work = Path(directory)
+        model = args.model or make_model(work / "model", args.shape, args.length, args.seed)
+        runs = []
+        for linear in args.linear.split(","):
+            runs.append(run(args, model, linear, work / linear))
+            print(f"{linear}: last loss {runs[-1]['losses'][-1]:.4f}, "
+                  f"{runs[-1]['seconds_a_step']:.3f} s a step", flush=True)
+            write(args, runs)
     print(args.out / "losses.json")
     return 0
 

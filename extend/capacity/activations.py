@@ -85,8 +85,6 @@ def layer_bytes(shape: ModelShape, setup: Setup) -> LayerBytes:
     # Input, norm and its output, q, k, v, out; gradients of the residual and of out; dq, dk, dv.
     before = saved - mlp - (norms + outputs) * (1 - 1 / shape.num_norms) - VALUE * q * exchanged
     gradients = VALUE * hidden + VALUE * (2 * q + 2 * k)
-    if has_adapters(setup) and setup.compiled:
-        gradients += VALUE * (q + 2 * k)
     own_input = VALUE * hidden
     return LayerBytes(
         input=VALUE * hidden, attention=attention, saved=saved, holds_input=holds_input,
@@ -148,7 +146,7 @@ def _mlp_values(shape: ModelShape, setup: Setup, matrices: bool) -> float:
 # compiled, one gradient is written over what is not needed any more.
 _INNER_BACKWARD = {3: (6, 4), 2: (3, 2)}
 # With adapters, compiled code does not write gradients over what is not needed any more (an H200
-# held 4 values more than without, exactly), nor those of q, k and v once they are turned back.
+# held 4 values more than without, exactly).
 _ADAPTED_INNER = {3: 4, 2: 2}
 
 

@@ -24,6 +24,7 @@ from extend.capacity.activations import (
     VALUE,
     LayerBytes,
     exchanges_heads,
+    has_adapters,
     layer_bytes,
     num_groups,
     tile_bytes,
@@ -94,6 +95,7 @@ class Kept:
 
     def __init__(self, shape: ModelShape, setup: Setup, layer: LayerBytes):
         self._free, self.hosted_bytes = float(setup.host_share_bytes), 0.0
+        self.leaving = 0.0  # what is sent last waits on the device until something else is
         fp8 = setup.kept_form == "fp8"
         whole = layer.input * setup.tokens
         # 8 bits a value, and one fp32 scale a token.
@@ -115,6 +117,7 @@ class Kept:
             return False
         self._free -= size
         self.hosted_bytes += size
+        self.leaving = size
         return True
 
     def below(self, layer: int) -> float:
@@ -215,7 +218,7 @@ class _Step:
         head = vocab * shape.hidden
         return Moment("head", self.fixed() | {
             "gathered weights": self._gathered_root() + self._gathered_layer(),
-            "kept by layers": self.kept.below(self.recomputed),
+            "kept by layers": self.kept.below(self.recomputed) + self.kept.leaving,
             "whole layers": self._whole_layers(shape.num_layers - self.recomputed),
             "logits": logits, "gradient of the head": head * _FP32 * self.counts.head_trains,
             "last norm": self._last_norm(), "gradient of hidden states": hidden,
@@ -273,7 +276,8 @@ class _Step:
         """What attention's backward holds beside its inputs and outputs: the kernel's fp32 sum of
         dq, or of some heads at a time with their gradients; of a ring the keys of other ranks and
         the shares of their gradients; of an exchange of heads dout of its own heads, and gradients
-        on their way back.
+        on their way back. After the kernel compiled code has gradients before and after they are
+        turned back (512K tokens on an H200; adapters: of k and v once more).
         """
         from extend.ring.groups import num_head_groups  # its package needs torch
 
@@ -288,7 +292,8 @@ class _Step:
         elif setup.cp > 1:
             block = 2 * VALUE * k
             own += 3 * block + VALUE * q + (_FP32 * q + 2 * _FP32 * k if setup.cp > 2 else 0)
-        return own * setup.tokens
+        turned = VALUE * (q + 2 * k * (1 + has_adapters(setup))) * setup.compiled
+        return max(own, turned) * setup.tokens
 
     def end(self) -> Moment:
         counts = self.counts
