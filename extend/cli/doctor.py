@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from extend.cli.group import main, overwrite_option, reporting
-from extend.cli.types import LENGTH, ListType
+from extend.cli.types import LENGTH, Choice, ListType
 
 _FAILED = "extend.doctor.complaint"
 
@@ -39,7 +39,7 @@ def _failing(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--max-length", type=LENGTH, default=None, help="The maximum length that is right.")
 @click.option("--original-length", type=LENGTH, default=None, help="The native length.")
 @click.option("--rope-type", default=None, help="The rope_type that is right.")
-@click.option("--keep", type=click.Choice(["rope_scaling", "rope_parameters"]), default=None,
+@click.option("--keep", type=Choice(["rope_scaling", "rope_parameters"]), default=None,
               help="Which of the two is right.")
 @_failing
 @reporting

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from extend.cli.group import main, out_option, overwrite_option, reporting
-from extend.cli.types import LENGTH, ListType, parse_labels, parse_pairs
+from extend.cli.types import LENGTH, Choice, ListType, parse_labels, parse_pairs
 
 
 def _list_tasks(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -42,7 +42,7 @@ def _list_tasks(ctx: click.Context, param: click.Parameter, value: bool) -> None
 @click.option("--adapter", metavar="DIR", default=None, help="Adapter to add to MODEL first.")
 @click.option("--base", metavar="DIR", default=None,
               help="MODEL before its context was extended: asked too, at its native length.")
-@click.option("--template", type=click.Choice(["auto", "base", "chat"]), default="auto",
+@click.option("--template", type=Choice(["auto", "base", "chat"]), default="auto",
               show_default=True, help="chat puts prompts into MODEL's chat template.")
 @click.option("--thinking", type=int, default=0, show_default=True, metavar="N",
               help="Tokens that a thinking model may think before it answers (template chat).")

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from extend.cli.group import main, out_option, overwrite_option, reporting
-from extend.cli.types import LENGTH, parse_numbers, parse_pairs
+from extend.cli.types import DTYPE, LENGTH, Choice, parse_numbers, parse_pairs
 from extend.rope.methods import METHODS
 
 _NOT_OPTIONS = ("model", "out", "target_len", "method", "sliding_window", "overwrite", "from_len")
@@ -21,7 +21,7 @@ _NOT_OPTIONS = ("model", "out", "target_len", "method", "sliding_window", "overw
 @click.option("--from", "from_len", type=LENGTH, default=None, metavar="LENGTH",
               help="For a model that is extended already: start again from plain RoPE at this "
                    "native length.")
-@click.option("--sliding-window", type=click.Choice(["refuse", "drop", "keep"]), default="refuse",
+@click.option("--sliding-window", type=Choice(["refuse", "drop", "keep"]), default="refuse",
               show_default=True, help="What to do with a window shorter than the target.")
 @out_option
 @overwrite_option
@@ -98,7 +98,7 @@ def _train(recipe, stage, nproc, out, overwrite):
 @click.option("--fold-norms", is_flag=True,
               help="Carry norm deltas inside the matrices after them, for servers that take LoRA "
                    "matrices alone.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
+@click.option("--dtype", type=DTYPE,
               default="float32",
               show_default=True, help="Dtype of the factors.")
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -149,7 +149,7 @@ def extract(base, tuned, rank, energy, adapter_bytes, exact, no_embeddings, fold
 @click.option("--no-sidecar", is_flag=True, help="Apply the LoRA matrices and the RoPE only.")
 @click.option("--rope-from", metavar="DIR", default=None,
               help="Long model to take the RoPE from, for an adapter without a sidecar.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default=None,
+@click.option("--dtype", type=DTYPE, default=None,
               help="Dtype of the output; the target's by default.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
 @click.option("--dry-run", is_flag=True,
