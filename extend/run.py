@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +90,15 @@ RUNNERS: dict[str, Callable[[Any, Path], Path]] = {
     "eval": _eval, "report": _report}
 
 
-def run(recipe: Path | str, out: Path | str) -> Path:
+def run(recipe: Path | str, out: Path | str, *, overrides: Sequence[str] = ()) -> Path:
     """Run a recipe into `out`, one directory a stage; return `out`.
 
     A stage is skipped when it was run with the same options on inputs with the same content and
     its output is whole. An interrupted stage starts again, from its last checkpoint where it
     keeps one. The output of a stage stays until its successor is complete.
+
+    Args:
+        overrides: `KEY=VALUE`, changes to the recipe; see `extend.recipe_text.set_values`.
 
     Raises:
         RecipeError: the recipe is not valid, or torchrun or the like started several of this.
@@ -106,7 +109,7 @@ def run(recipe: Path | str, out: Path | str) -> Path:
         raise RecipeError("extend run starts the processes of each stage itself, but a launcher "
                           f"started {os.environ['WORLD_SIZE']} of it; start it alone, or for "
                           "several hosts `extend train --stage NAME` (docs/launch.md)")
-    loaded = load_recipe(recipe)
+    loaded = load_recipe(recipe, overrides=overrides)
     out = Path(out).absolute()
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -31,13 +31,13 @@ def telling_errors(*, as_json: bool, debug: bool) -> Iterator[None]:
         _show_usage(error)
         _end(error.format_message(), "UsageError", error.exit_code, as_json)
     except (KeyboardInterrupt, click.Abort):
-        _tell("interrupted; the same command goes on where it can")
+        tell("interrupted; the same command goes on where it can")
         _end("interrupted", "KeyboardInterrupt", 130, as_json)
     except Exception as error:
         if debug:
             raise
         message = _message(error)
-        _tell(message)
+        tell(message)
         _end(message, type(error).__name__, 1, as_json)
 
 
@@ -66,7 +66,8 @@ def _keep_traceback(error: Exception) -> str:
     return f"its traceback is in {file.name}"
 
 
-def _tell(message: str) -> None:
+def tell(message: str) -> None:
+    """Say what is wrong on stderr."""
     click.echo(f"extend: {printable(message)}", err=True)
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import click
 
-from extend.cli.failing import telling_errors
+from extend.cli.failing import tell, telling_errors
+from extend.cli.types import PathType
 from extend.console import printable, showing_logs
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -32,15 +33,26 @@ SECTIONS = {
     "This tool": ("env", "completion"),
 }
 
-Results = dict[str, Any] | tuple[dict[str, Any], str]
-"""What a subcommand returns: the object that --json prints, and what is printed without it, which
-is the object's `output` (the path of what was written) unless given."""
+_PATHS = re.compile(r"(DIR|FILE|PATH)\d?(\|\w+)?")
+
+Results = dict[str, Any] | tuple[dict[str, Any], str] | tuple[dict[str, Any], str, str | None]
+"""What a subcommand returns: the object that --json prints; what is printed without it, which is
+the object's `output` (the path of what was written) unless given; and a complaint, for what was
+examined and is not good, with which the command exits with 1."""
 
 _EXAMPLES = re.compile(r"\n\n\x08\n((?:extend|torchrun|eval) .*)\Z", re.DOTALL)
 
 
-class _WithExamples(click.Command):
-    """Shows the last block of its help, if it holds commands, at the end."""
+class _Command(click.Command):
+    """Shows the last block of its help, if it holds commands, at the end; completes paths."""
+
+    def __init__(self, *args: Any, **settings: Any):
+        super().__init__(*args, **settings)
+        for param in self.params:
+            told = getattr(param, "metavar", None) or ""
+            if param.type is click.STRING and (isinstance(param, click.Argument)
+                                               or _PATHS.fullmatch(told)):
+                param.type = PathType()
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_paragraph()
@@ -54,10 +66,10 @@ class _WithExamples(click.Command):
                 formatter.write_text(f"\b\n{found[1]}")
 
 
-class _Group(_WithExamples, click.Group):
+class _Group(_Command, click.Group):
     """Lists its commands by section, suggests the one that was meant, and tells every error."""
 
-    command_class = _WithExamples
+    command_class = _Command
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         known = [name for names in SECTIONS.values() for name in names if name in self.commands]
@@ -90,7 +102,7 @@ class _Group(_WithExamples, click.Group):
             return super().main(args, standalone_mode=False, **extra)
         args = sys.argv[1:] if args is None else list(args)
         with telling_errors(as_json="--json" in args, debug="--debug" in args):
-            sys.exit(super().main(args, standalone_mode=False, **extra))
+            sys.exit(super().main(args, standalone_mode=False, obj="--json" in args, **extra))
 
 
 def _first_sentence(command: click.Command) -> str:
@@ -138,17 +150,21 @@ def reporting(function: Callable[..., Results]) -> Callable[..., None]:
             returned = function(**arguments)
         if _rank() != 0:
             return  # another process of the same launch prints the result
-        results, text = returned if isinstance(returned, tuple) else (returned, None)
-        if flags["json_"]:
-            click.echo(to_json(results))
-        else:
-            say(text or str(results["output"]))
+        results, text, complaint = (*(returned if isinstance(returned, tuple) else (returned,)),
+                                    None, None)[:3]
+        say(results, text, as_json=flags["json_"])
+        if complaint:
+            tell(complaint)
+            sys.exit(1)
 
     return command
 
 
-def say(text: str) -> None:
-    """Print a result: byte for byte into a file or pipe, and harmless on a terminal."""
+def say(results: dict[str, Any], text: str | None = None, *, as_json: bool) -> None:
+    """Print a result: as JSON, or as text, that is byte for byte into a file or pipe and harmless
+    on a terminal.
+    """
+    text = to_json(results) if as_json else text or str(results["output"])
     click.echo(printable(text) if sys.stdout.isatty()
                else text.encode("utf-8", "surrogateescape"))
 

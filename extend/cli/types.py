@@ -61,7 +61,7 @@ class Choice(click.Choice):
 class NameType(Choice):
     """One of a family's names, too many for a line of help."""
 
-    def get_metavar(self, *_: Any) -> str:
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
         return "NAME"
 
 
@@ -80,6 +80,16 @@ class OpenName(click.ParamType):
     def shell_complete(self, ctx: click.Context, param: click.Parameter,
                        incomplete: str) -> list[CompletionItem]:
         return [CompletionItem(name) for name in self.names() if name.startswith(incomplete)]
+
+
+class PathType(click.ParamType):
+    """Text that a shell completes to a path; whether it is one, the stages say."""
+
+    name = "path"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter,
+                       incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="file")]
 
 
 DTYPE = Choice(["float32", "bfloat16", "float16"])
