@@ -112,11 +112,13 @@ class _Bars(_Lines):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            is_progress = hasattr(record, "progress")
-            if not is_progress or self._verbose:
+            done, total = getattr(record, "progress", (0, 0))
+            if done < total:
+                self._advance(record.name, done, total, self.format(record))
+            elif total:
+                self.stop()
+            if done >= total or self._verbose:
                 self._print(record)
-            if is_progress:
-                self._advance(record.name, *record.progress, self.format(record))
         except Exception:  # as every handler: a record that cannot be shown stops no work
             self.handleError(record)
 
@@ -125,16 +127,13 @@ class _Bars(_Lines):
         self.console.print(self.format(record), style=style, markup=False, soft_wrap=True)
 
     def _advance(self, owner: str, done: int, total: int, text: str) -> None:
-        if self._bars is None or owner != self._owner:
-            self.stop()
-            self._bars, self._owner = _new_bars(self.console), owner
-            self._task = self._bars.add_task("", total=total)
-            self._bars.start()
-        self._bars.update(self._task, completed=done, total=total, description=text)
-        if done >= total:
-            self._bars.refresh()
-            self.stop()
-            self.console.print(text, markup=False, soft_wrap=True)
+        if self._bars is not None and owner == self._owner:
+            self._bars.update(self._task, completed=done, total=total, description=text)
+            return
+        self.stop()
+        self._bars, self._owner = _new_bars(self.console), owner
+        self._task = self._bars.add_task(text, completed=done, total=total)
+        self._bars.start()
 
     def stop(self) -> None:
         """Take the bar away."""

@@ -139,7 +139,8 @@ def check_recipe(path: Path | str, overrides: Sequence[str] = ()) -> tuple[Recip
         problems.add(("stages",), "stages: a list of at least one stage is needed")
         entries = []
     names = [e.get("name") if isinstance(e, dict) else None for e in entries]
-    stages = [_read_stage(entry, index, names, data.get("seed"), problems)
+    seed = data.get("seed") if type(data.get("seed")) is int else None  # else it was told above
+    stages = [_read_stage(entry, index, names, seed, problems)
               for index, entry in enumerate(entries)]
     recipe = Recipe(text.path.resolve(), str(data.get("name") or text.path.stem),
                     tuple(stage for stage in stages if stage is not None))
@@ -220,7 +221,7 @@ def check_family(options: Options) -> Iterator[tuple[Location, str]]:
     for location, rope in ropes:
         yield from _problem(location, lambda rope=rope: _check_rope(rope))
     if isinstance(options, EvalOptions):
-        yield from _problem(("tasks",), lambda: _check_tasks(options))
+        yield from _check_tasks(options)
     if isinstance(options, MergeOptions):
         yield from _problem(("method",), lambda: _check_merge(options))
 
@@ -244,10 +245,13 @@ def _check_merge(options: MergeOptions) -> None:
     make_method(options.method, options.options)
 
 
-def _check_tasks(options: EvalOptions) -> None:
+def _check_tasks(options: EvalOptions) -> Iterator[tuple[Location, str]]:
+    """Each by itself and, if nothing is wrong with any, all together."""
     from extend.evaluate import check_tasks
 
-    check_tasks(options.tasks)
+    found = [problem for i, task in enumerate(options.tasks)
+             for problem in _problem(("tasks", i), lambda task=task: check_tasks([task]))]
+    yield from found or _problem(("tasks",), lambda: check_tasks(options.tasks))
 
 
 def _check_input(value: str, index: int, names: list[Any], recipe: Path,

@@ -266,6 +266,9 @@ def _place(items: list[Any], part: str, before: Location) -> int:
     if names.count(part) == 1:
         return next(i for i, item in enumerate(items)
                     if isinstance(item, dict) and item.get("name") == part)
+    if part in names:
+        raise RecipeError(f"{names.count(part)} members of {dotted(before)} are called {part!r}; "
+                          "write the place of one, from 0 on")
     raise RecipeError(f"{dotted(before)} is a list and {part!r} no place in it;"
                       f"{suggest(part, names)} write a number from 0 to {len(items) - 1}"
                       + (f", or one of {', '.join(names)}" if names else ""))

@@ -23,16 +23,16 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 # In the order of the pipeline. A command that is not here stands at the end.
 SECTIONS = {
-    "Recipes, which do all of what follows": ("init", "validate", "run", "schema"),
-    "Before": ("plan", "search", "doctor", "import"),
-    "A longer context": ("rescale", "train", "export"),
+    "Recipes": ("init", "validate", "run", "schema"),
+    "Plan and check": ("plan", "search", "doctor", "import"),
+    "Extend": ("rescale", "train", "export"),
     "Adapters": ("extract", "cut", "adapter-report"),
-    "Other fine-tunes": ("lineage", "merge", "fit", "repair"),
-    "Measuring": ("eval", "eval-prompt", "report"),
-    "Showing": ("page", "publish"),
+    "Merge": ("lineage", "merge", "fit", "repair"),
+    "Evaluate": ("eval", "eval-prompt", "report"),
+    "Publish": ("page", "publish"),
     "This tool": ("env", "completion"),
 }
-
+_EXAMPLES = re.compile(r"\n\n\x08\n([^\n]*\bextend .*)\Z", re.DOTALL)
 _PATHS = re.compile(r"(DIR|FILE|PATH)\d?(\|\w+)?")
 
 Results = dict[str, Any] | tuple[dict[str, Any], str] | tuple[dict[str, Any], str, str | None]
@@ -40,7 +40,10 @@ Results = dict[str, Any] | tuple[dict[str, Any], str] | tuple[dict[str, Any], st
 the object's `output` (the path of what was written) unless given; and a complaint, for what was
 examined and is not good, with which the command exits with 1."""
 
-_EXAMPLES = re.compile(r"\n\n\x08\n((?:extend|torchrun|eval) .*)\Z", re.DOTALL)
+
+class Exact(str):
+    """Text that goes byte for byte into a file or pipe: a path, or a prompt."""
+
 
 
 class _Command(click.Command):
@@ -161,12 +164,10 @@ def reporting(function: Callable[..., Results]) -> Callable[..., None]:
 
 
 def say(results: dict[str, Any], text: str | None = None, *, as_json: bool) -> None:
-    """Print a result: as JSON, or as text, that is byte for byte into a file or pipe and harmless
-    on a terminal.
-    """
-    text = to_json(results) if as_json else text or str(results["output"])
-    click.echo(printable(text) if sys.stdout.isatty()
-               else text.encode("utf-8", "surrogateescape"))
+    """Print a result as JSON, or as text that is harmless on a terminal."""
+    text = to_json(results) if as_json else text or Exact(results["output"])
+    is_exact = isinstance(text, Exact) and not sys.stdout.isatty()
+    click.echo(text.encode("utf-8", "surrogateescape") if is_exact else printable(text))
 
 
 def to_json(results: dict[str, Any]) -> str:
