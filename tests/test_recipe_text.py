@@ -55,7 +55,7 @@ def test_a_value_is_set_there_and_nowhere_else(override, path, value):
     ("lnog.lr=1", "'lnog' is neither a stage nor a key of the recipe; did you mean 'long'?"),
     ("long.schedule.2.lr=1", "stages.1.schedule has no place 2; there are 2, from 0 on"),
     ("long.schedule.-1.lr=1", "'-1' no place in it; write a number from 0 to 1"),
-    ("stages.lnog.lr=1", "did you mean 'long'? write a number from 0 to 2, or one of base, long, two"),
+    ("stages.lnog.lr=1", "did you mean 'long'? write a number from 0 to 2, or one of base, long"),
     ("long.schedule.0.lr.x=1", "stages.1.schedule.0.lr is 1e-05, which has no 'x'"),
     ("two.tasks.x.n=1", "2 members of stages.2.tasks are called 'x'"),
     ("long.a=[1", "the value is not valid YAML"), ("long.a=&a [*a]", "alias *a inside"),

@@ -1,6 +1,7 @@
 """Recipes before they run: `init`, `validate`, `schema`."""
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -88,15 +89,17 @@ def _validate(path: Path, overrides: tuple[str, ...], inputs: bool) -> dict[str,
         problems = [{"severity": "warning" if problem.missing and not inputs else "error",
                      "where": problem.where, "message": problem.message}
                     for problem in check_recipe(path, overrides)[1]]
-    except RecipeError as error:  # not even YAML
-        problems = [{"severity": "error", "where": str(path), "message": str(error)}]
+    except RecipeError as error:  # not even YAML: `recipe.yaml:8: message`
+        place = re.match(r"(?::\d+)?", str(error).removeprefix(str(path)))[0]
+        where = f"{path}{place}"
+        problems = [{"severity": "error", "where": where,
+                     "message": str(error).removeprefix(f"{where}: ")}]
     return {"recipe": str(path), "problems": problems,
             "valid": all(problem["severity"] != "error" for problem in problems)}
 
 
 def _told(one: dict[str, Any]) -> list[str]:
-    lines = [f"{p['where']}: {p['severity']}: {p['message'].removeprefix(p['where'] + ': ')}"
-             for p in one["problems"]]
+    lines = [f"{p['where']}: {p['severity']}: {p['message']}" for p in one["problems"]]
     return [*lines, f"{one['recipe']}: valid"] if one["valid"] else lines
 
 

@@ -53,5 +53,6 @@ def completion(shell):
     """
     from click.shell_completion import get_completion_class
 
-    script = get_completion_class(shell)(main, {}, "extend", "_EXTEND_COMPLETE").source()
-    return {"shell": shell, "script": script}, script.strip()
+    complete = get_completion_class(shell)(main, {}, "extend", "_EXTEND_COMPLETE")
+    script = complete.source().strip("\n")
+    return {"shell": shell, "script": script}, script
