@@ -100,7 +100,9 @@ class _Heartbeat(_Lines):
 
 
 class _Bars(_Lines):
-    """One bar at a time, for the logger that told its progress last; other records above it."""
+    """One bar at a time, for the logger that told its progress last; what else its package has to
+    say stands above it.
+    """
 
     def __init__(self, level: int) -> None:
         from rich.console import Console
@@ -115,8 +117,8 @@ class _Bars(_Lines):
             done, total = getattr(record, "progress", (0, 0))
             if done < total:
                 self._advance(record.name, done, total, self.format(record))
-            elif total:
-                self.stop()
+            elif total or _package(record.name) != _package(self._owner):
+                self.stop()  # it is done, or other work has begun, perhaps in processes of its own
             if done >= total or self._verbose:
                 self._print(record)
         except Exception:  # as every handler: a record that cannot be shown stops no work
@@ -145,6 +147,11 @@ class _Bars(_Lines):
         self.stop()
         self.console.show_cursor(True)  # which a process that was ended at once left hidden
         super().close()
+
+
+def _package(logger: str) -> str:
+    """`train` of `extend.train.progress`."""
+    return (*logger.split("."), "")[1]
 
 
 def _new_bars(console: Any) -> Any:

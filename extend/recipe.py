@@ -54,11 +54,12 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A whole recipe; `path` is the file it was read from."""
+    """A whole recipe; `path` is the file it was read from, `overrides` what was changed in it."""
 
     path: Path
     name: str
     stages: tuple[Stage, ...]
+    overrides: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +144,7 @@ def check_recipe(path: Path | str, overrides: Sequence[str] = ()) -> tuple[Recip
     stages = [_read_stage(entry, index, names, seed, problems)
               for index, entry in enumerate(entries)]
     recipe = Recipe(text.path.resolve(), str(data.get("name") or text.path.stem),
-                    tuple(stage for stage in stages if stage is not None))
+                    tuple(stage for stage in stages if stage is not None), tuple(overrides))
     return recipe, problems.sorted()
 
 

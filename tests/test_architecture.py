@@ -9,9 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "extend"
 LAYERS = [
-    {"errors"},
+    {"errors", "console"},
     {"registry", "model_config", "documents", "encoding", "option_types", "output", "page",
-     "together", "console"},
+     "together"},
     {"checkpoint", "haystack", "tokenizer", "transfer_options", "adapter_options", "data_options",
      "curves"},
     {"train_options", "recipe_text"},

@@ -29,7 +29,7 @@ SECTIONS = {
     "Adapters": ("extract", "cut", "adapter-report"),
     "Merge": ("lineage", "merge", "fit", "repair"),
     "Evaluate": ("eval", "eval-prompt", "report"),
-    "Publish": ("page", "publish"),
+    "Publish": ("run-page", "publish"),
     "This tool": ("env", "completion"),
 }
 _EXAMPLES = re.compile(r"\n\n\x08\n([^\n]*\bextend .*)\Z", re.DOTALL)
