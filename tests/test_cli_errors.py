@@ -51,6 +51,12 @@ def test_wrong_usage_suggests_and_is_json_where_asked(arguments, message):
         assert message in told["error"] and told["kind"] == "UsageError"
 
 
+def test_without_a_command_there_is_help():
+    result = invoke()
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Usage: ") and "Error" not in result.stderr
+
+
 def test_a_fault_is_one_line_and_its_traceback_is_kept(failing, tmp_path):
     failing(ZeroDivisionError("a \x1b[31m"))
     result = invoke("plan", *NUMBERS, "--json")
