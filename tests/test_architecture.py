@@ -24,6 +24,7 @@ LAYERS = [
     {"train", "adapter", "merge", "transfer", "evaluate", "plan", "search", "doctor", "lineage"},
     {"recipe"},
     {"run"},
+    {"recipe_plan"},
     {"cli"},
     {"__main__", "__init__"},
 ]

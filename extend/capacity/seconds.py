@@ -21,7 +21,7 @@ from extend.capacity.setup import Machine, Setup
 from extend.capacity.shape import ModelShape
 
 _FP32 = 4
-_NARROW_HEAD, _NARROW_RATE = 64, 0.64
+_NARROW_HEAD, _NARROW_RATE, _NARROW_SPREAD = 64, 0.64, 0.30
 _OFFLOAD_BANDWIDTH = 100e9  # bytes/s of host memory that an update on the CPU reaches, assumed
 
 
@@ -77,7 +77,9 @@ def plan_time(shape: ModelShape, setup: Setup, machine: Machine, rates: GpuRates
              "optimizer": _optimizer(shape, setup, memory, rates)}
     seconds = sum(parts.values())
     mfu = model_flops(shape, setup) / seconds / setup.world / rates.peak_flops
-    return TimePlan(parts, setup.length * setup.batch_rows, mfu, rates.spread)
+    narrow = shape.head_dim <= _NARROW_HEAD
+    return TimePlan(parts, setup.length * setup.batch_rows, mfu,
+                    max(rates.spread, _NARROW_SPREAD * narrow))
 
 
 def prefill_seconds(shape: ModelShape, length: int, machine: Machine, rates: GpuRates, *,
@@ -85,8 +87,6 @@ def prefill_seconds(shape: ModelShape, length: int, machine: Machine, rates: Gpu
     """Seconds to read a prompt of `length` tokens on `ranks` GPUs that share it.
 
     The forward pass of a step without recording: what an evaluation spends most of its time on.
-    Heads of 64 channels and less reach the share of the rates that they were measured at: 1M
-    tokens of SmolLM2-135M's shape on an H100 (docs/results/evaluation/prefill-h100.md).
     """
     from extend.ring.cost.hardware import find_hardware
     from extend.ring.cost.predict import predict
@@ -98,8 +98,7 @@ def prefill_seconds(shape: ModelShape, length: int, machine: Machine, rates: Gpu
             "ring", heads=shape.num_heads, kv_heads=shape.num_kv_heads, head_dim=shape.head_dim,
             seq_len=length, world=ranks, gpus_per_host=machine.gpus_per_host, window=window,
             backward=False, hardware=hardware).seconds
-    if shape.head_dim <= _NARROW_HEAD:
-        attention /= _NARROW_RATE
+    attention /= _head_rate(shape)
     tokens = length / ranks
     matrix = 2 * (shape.matrix_parameters - shape.embedding) * tokens / rates.matmul_flops
     moved = _plain_forward(shape, shape.q_width, shape.kv_width, shape.active_inner)
@@ -136,7 +135,14 @@ def _attention(shape: ModelShape, setup: Setup, machine: Machine, kernel: str) -
         again = sum(setup.kept_attention <= i < recomputed for i in layers)
         total += len(layers) * predict(strategy, **of_window).seconds
         total += again * predict(strategy, **of_window, backward=False).seconds
-    return total
+    return total / _head_rate(shape)
+
+
+def _head_rate(shape: ModelShape) -> float:
+    """Share of attention's rates, which are those of heads of 128 channels, that narrow ones reach:
+    386 TFLOP/s on 1M tokens with 64 channels (docs/results/evaluation/prefill-h100.md).
+    """
+    return _NARROW_RATE if shape.head_dim <= _NARROW_HEAD else 1.0
 
 
 def _strategy(setup: Setup) -> str:
