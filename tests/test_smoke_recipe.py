@@ -9,6 +9,8 @@ from extend.recipe import load_recipe
 from extend.rope.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
+# One of each architecture, and one that starts from a long model, are written whole.
+WRITTEN = ("adapter-only", "gemma3-270m-128k", "mistral-7b-128k", "qwen3-8b-256k")
 LARGE = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml")
                if path.stem not in ("demo", "smollm2-135m-128k", "smollm2-135m-1m"))
 
@@ -19,6 +21,10 @@ def test_small_recipe_loads_with_its_inputs(name: str, tmp_path: Path,
     monkeypatch.syspath_prepend(ROOT / "scripts")
     import smoke_recipe
 
+    if name not in WRITTEN:
+        for writer in ("save_tiny_model", "save_text"):
+            monkeypatch.setattr(smoke_recipe, writer, lambda path, *args, **kwargs: (
+                path.parent if path.suffix else path).mkdir(exist_ok=True))
     path = smoke_recipe.write_small(ROOT / "recipes" / f"{name}.yaml", tmp_path)
     small = load_recipe(path)  # every input is there
     large = load_recipe(ROOT / "recipes" / f"{name}.yaml", check_files=False)
