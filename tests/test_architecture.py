@@ -25,6 +25,7 @@ LAYERS = [
     {"recipe"},
     {"recipe_schema"},
     {"run"},
+    {"recipe_plan"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -204,15 +204,26 @@ def merge(adapter, target, weight, option, layer_weights, no_sidecar, device, dr
 @main.command()
 @recipe_argument
 @set_option
+@click.option("--dry-run", is_flag=True,
+              help="Say which stages would run, and which are skipped and why; write nothing.")
 @out_option
 @reporting
-def run(recipe, overrides, out):
+def run(recipe, overrides, dry_run, out):
     """Run every stage of RECIPE in order; what is done is skipped, what was interrupted resumes.
 
     \b
     extend run demo.yaml --out runs/demo
     extend run demo.yaml --set seed=1 --set adapter.rank=8 --out runs/demo-8
+    extend run demo.yaml --out runs/demo --dry-run
+    extend plan demo.yaml --run runs/demo   # also time, memory and disk
     """
+    from extend.run import decide
     from extend.run import run as run_recipe
 
-    return {"output": str(run_recipe(recipe, out, overrides=overrides))}
+    if not dry_run:
+        return {"output": str(run_recipe(recipe, out, overrides=overrides))}
+    found = decide(recipe, out, overrides=overrides)
+    lines = [f"[{number}/{len(found)}] {one.stage.name} ({one.stage.kind}): {one.action}"
+             + f", {one.reason}" * bool(one.reason) for number, one in enumerate(found, start=1)]
+    return {"stages": [{"name": one.stage.name, "stage": one.stage.kind, "action": one.action,
+                        "reason": one.reason} for one in found]}, "\n".join(lines)
