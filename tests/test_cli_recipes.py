@@ -162,6 +162,19 @@ def test_validate_as_json_and_with_inputs(tmp_path):
         ("error", "--set a.too=1"), ("error", f"{path}:1")]
 
 
+def test_plan_and_dry_run_take_what_is_set(tmp_path):
+    recipe = shipped_recipes()["demo"]
+    tokens = [json.loads(invoke("plan", recipe, "--gpus", "1", "--json", *more).stdout)["stages"][4]
+              for more in ((), ("--set", "long.schedule.0.steps=600"))]
+    assert tokens[0]["name"] == "long"
+    assert tokens[1]["seconds"] > 5 * tokens[0]["seconds"]
+    for command in (["plan", recipe], ["run", recipe, "--dry-run", "--out", tmp_path / "o"]):
+        wrong = invoke(*command, "--set", "lnog.schedule=1")
+        assert wrong.exit_code == 1 and "did you mean 'long'?" in wrong.stderr
+    assert invoke("plan", "m", "--to", "8k", "--set", "a=1").exit_code == 2
+    assert not (tmp_path / "o").exists()
+
+
 def test_schema_prints_itself(schema):
     expected = json.loads(json.dumps(schema))
     assert json.loads(invoke("schema").stdout) == expected
