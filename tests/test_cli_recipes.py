@@ -164,7 +164,7 @@ def test_validate_as_json_and_with_inputs(tmp_path):
 
 def test_plan_and_dry_run_take_what_is_set(tmp_path):
     recipe = shipped_recipes()["demo"]
-    tokens = [json.loads(invoke("plan", recipe, "--gpus", "1", "--json", *more).stdout)["stages"][4]
+    tokens = [json.loads(invoke("plan", recipe, "--gpus", "8", "--json", *more).stdout)["stages"][4]
               for more in ((), ("--set", "long.schedule.0.steps=600"))]
     assert tokens[0]["name"] == "long"
     assert tokens[1]["seconds"] > 5 * tokens[0]["seconds"]
