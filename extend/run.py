@@ -4,9 +4,10 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from extend.errors import CheckpointError, ExtendError, RecipeError
 from extend.manifest import MANIFEST_NAME, hash_content, hash_file, outputs_intact
@@ -19,6 +20,23 @@ from extend.together import is_launched
 
 logger = logging.getLogger(__name__)
 RUN_RECORD = "run.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a run does with a stage.
+
+    Attributes:
+        action: run: from the start; again: over an output that is there; resume: from what an
+            interruption left; skip: nothing; open: again or skip, which shows when the stages
+            before it are done.
+        reason: why, where that needs saying.
+    """
+
+    stage: Stage
+    action: Literal["run", "again", "resume", "skip", "open"]
+    reason: str = ""
+
 
 
 def _rescale(options: Any, out: Path) -> Path:
@@ -90,12 +108,15 @@ RUNNERS: dict[str, Callable[[Any, Path], Path]] = {
     "eval": _eval, "report": _report}
 
 
-def run(recipe: Path | str, out: Path | str) -> Path:
+def run(recipe: Path | str, out: Path | str, *, overrides: Sequence[str] = ()) -> Path:
     """Run a recipe into `out`, one directory a stage; return `out`.
 
     A stage is skipped when it was run with the same options on inputs with the same content and
     its output is whole. An interrupted stage starts again, from its last checkpoint where it
     keeps one. The output of a stage stays until its successor is complete.
+
+    Args:
+        overrides: `KEY=VALUE`, changes to the recipe; see `extend.recipe_text.set_values`.
 
     Raises:
         RecipeError: the recipe is not valid, or torchrun or the like started several of this.
@@ -106,7 +127,7 @@ def run(recipe: Path | str, out: Path | str) -> Path:
         raise RecipeError("extend run starts the processes of each stage itself, but a launcher "
                           f"started {os.environ['WORLD_SIZE']} of it; start it alone, or for "
                           "several hosts `extend train --stage NAME` (docs/launch.md)")
-    loaded = load_recipe(recipe)
+    loaded = load_recipe(recipe, overrides=overrides)
     out = Path(out).absolute()
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -119,29 +140,77 @@ def run(recipe: Path | str, out: Path | str) -> Path:
     return out
 
 
-def _run_stage(stage: Stage, recipe: Recipe, out: Path, label: str) -> None:
-    names = {s.name for s in recipe.stages}
-    options = resolve_inputs(stage.options, lambda value: str(
-        out / value if value in names else (recipe.path.parent / value).resolve()))
-    fingerprint = _fingerprint(stage, options)
-    directory = out / stage.name
-    record = read_json(out / RUN_RECORD) if (out / RUN_RECORD).exists() else {}
-    known = record.get(stage.name, {})
-    _check_ours(directory, known)
+def decide(recipe: Path | str, out: Path | str, *,
+           overrides: Sequence[str] = ()) -> list[Decision]:
+    """What `run` would do with each stage of a recipe now; nothing is written.
+
+    Raises:
+        RecipeError: the recipe is not valid.
+        CheckpointError: `out` holds something in the place of an output.
+    """
+    loaded, out = load_recipe(recipe, overrides=overrides), Path(out).absolute()
+    return decide_stages(loaded, out)
+
+
+def decide_stages(recipe: Recipe, out: Path) -> list[Decision]:
+    """As `decide`, for a recipe that is read already."""
+    record, running, decisions = _read_record(out), set(), []
+    for stage in recipe.stages:
+        known, directory = record.get(stage.name, {}), out / stage.name
+        _check_ours(directory, known)
+        waits = sorted({value for _, value in input_paths(stage.options)} & running)
+        if waits and _made_with(directory, known) is not None:
+            decision = Decision(stage, "open", f"again, unless {' and '.join(waits)} "
+                                               f"come{'s' * (len(waits) == 1)} out as before")
+        elif waits or not known:
+            decision = Decision(stage, "run")
+        else:
+            decision = _decide(stage, directory, known,
+                               _fingerprint(stage, _resolve(stage, recipe, out)))
+        decisions.append(decision)
+        if decision.action != "skip":
+            running.add(stage.name)
+    return decisions
+
+
+def _decide(stage: Stage, directory: Path, known: dict[str, Any], fingerprint: str) -> Decision:
     made_with = _made_with(directory, known)
     problem = None if made_with is None else outputs_intact(directory)
     if made_with == fingerprint and problem is None:
+        return Decision(stage, "skip", "done already")
+    if made_with not in (None, fingerprint):
+        problem = "its options or inputs have changed"
+    if problem:
+        return Decision(stage, "again", f"because {problem}")
+    if known.get("started") == fingerprint and any(path.exists() for path in _leftovers(directory)):
+        return Decision(stage, "resume", "from where it was interrupted")
+    return Decision(stage, "run")
+
+
+def _resolve(stage: Stage, recipe: Recipe, out: Path) -> Options:
+    """The stage's options with every input as a path."""
+    names = {s.name for s in recipe.stages}
+    return resolve_inputs(stage.options, lambda value: str(
+        out / value if value in names else (recipe.path.parent / value).resolve()))
+
+
+def _run_stage(stage: Stage, recipe: Recipe, out: Path, label: str) -> None:
+    options = _resolve(stage, recipe, out)
+    fingerprint = _fingerprint(stage, options)
+    directory, record = out / stage.name, _read_record(out)
+    known = record.get(stage.name, {})
+    _check_ours(directory, known)
+    decision = _decide(stage, directory, known, fingerprint)
+    if decision.action == "skip":
         logger.info("%s: done already, skipped", label)
         if known["started"] == fingerprint:
             _remove_leftovers(directory)
         return
-    if made_with not in (None, fingerprint):
-        problem = "its options or inputs have changed"
-    logger.info("%s%s", label, f": again, because {problem}" if problem else "")
+    logger.info("%s%s", label, f": again, {decision.reason}" if decision.action == "again" else "")
     if known.get("started") != fingerprint:
         _remove_leftovers(directory)
     _write_record(out, {**record, stage.name: {
-        "started": fingerprint, "found": {"fingerprint": made_with,
+        "started": fingerprint, "found": {"fingerprint": _made_with(directory, known),
                                           "manifest": _manifest_hash(directory)}}})
     try:
         RUNNERS[stage.kind](options, directory)
@@ -174,12 +243,20 @@ def _manifest_hash(directory: Path) -> str | None:
     return hash_file(manifest) if manifest.is_file() else None
 
 
+def _leftovers(directory: Path) -> list[Path]:
+    """Where a stage keeps what it is not done with, beside its output."""
+    return [directory.with_name(name) for name in (
+        f"{directory.name}.state", f".{directory.name}.rows", f".{directory.name}.parts",
+        f".{directory.name}.partial", f".{directory.name}.old")]
+
+
 def _remove_leftovers(directory: Path) -> None:
-    """Delete what a stage keeps beside its output until it is done."""
-    for name in (f"{directory.name}.state", f".{directory.name}.rows",
-                 f".{directory.name}.parts", f".{directory.name}.partial",
-                 f".{directory.name}.old"):
-        remove_directory(directory.with_name(name))
+    for path in _leftovers(directory):
+        remove_directory(path)
+
+
+def _read_record(out: Path) -> dict[str, Any]:
+    return read_json(out / RUN_RECORD) if (out / RUN_RECORD).exists() else {}
 
 
 def _write_record(out: Path, record: dict[str, Any]) -> None:

@@ -9,21 +9,23 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "extend"
 LAYERS = [
-    {"errors"},
+    {"errors", "console"},
     {"registry", "model_config", "documents", "encoding", "option_types", "output", "page",
      "together"},
     {"checkpoint", "haystack", "tokenizer", "transfer_options", "adapter_options", "data_options",
      "curves"},
-    {"train_options"},
-    {"manifest", "retrieval", "loading", "options"},
-    {"results"},
+    {"train_options", "recipe_text"},
+    {"manifest", "retrieval", "loading", "options", "recipe_errors"},
+    {"results", "environment", "shipped_recipes"},
     {"adapter_format"},
     {"delta"},
     {"ring", "rope"},
     {"capacity"},
     {"train", "adapter", "merge", "transfer", "evaluate", "plan", "search", "doctor", "lineage"},
     {"recipe"},
+    {"recipe_schema"},
     {"run"},
+    {"recipe_plan"},
     {"cli"},
     {"__main__", "__init__"},
 ]
