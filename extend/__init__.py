@@ -26,7 +26,7 @@ _STAGES = {"plan": "extend.plan", "search": "extend.search", "rescale": "extend.
            "adapter_report": "extend.adapter", "merge": "extend.merge",
            "fit": "extend.transfer", "repair": "extend.transfer", "lineage": "extend.lineage",
            "evaluate": "extend.evaluate", "report": "extend.evaluate",
-           "doctor": "extend.doctor", "run": "extend.run"}
+           "doctor": "extend.doctor", "publish": "extend.publish", "run": "extend.run"}
 
 __all__ = ["CheckpointError", "CompatibilityError", "DataError", "ExtendError", "LayoutError",
            "RecipeError", "TrainingError", "__version__", *_STAGES]

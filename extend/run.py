@@ -84,10 +84,17 @@ def _report(options: Any, out: Path) -> Path:
                   overwrite=True)
 
 
+def _publish(options: Any, out: Path) -> Path:
+    from extend.publish import publish
+
+    publish(**options.model_dump(), out=out, overwrite=True)
+    return out
+
+
 RUNNERS: dict[str, Callable[[Any, Path], Path]] = {
     "rescale": _rescale, "train": _train, "extract": _extract, "cut": _cut,
     "adapter-report": _adapter_report, "merge": _merge, "fit": _fit, "repair": _repair,
-    "eval": _eval, "report": _report}
+    "eval": _eval, "report": _report, "publish": _publish}
 
 
 def run(recipe: Path | str, out: Path | str) -> Path:
