@@ -7,6 +7,8 @@ import re
 from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 from tests.hub import USERS, Blob, Fault, Hub, Repo, Request, User, lines_of, make_blob
 
 _API = re.compile(r"/api/(model|dataset)s/([^/]+/[^/]+)(?:/(.*))?")
@@ -14,6 +16,13 @@ _RESOLVE = re.compile(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 _BATCH = re.compile(r"/(?:datasets/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch")
 _CODES = {"RepoNotFound": "Repository not found", "EntryNotFound": "Entry not found",
           "RevisionNotFound": "Invalid rev id", "GatedRepo": "Access to this model is restricted"}
+
+
+def front_of(files: dict[str, Blob]) -> dict[str, object] | None:
+    """The metadata of README.md."""
+    card = files["README.md"].data.decode() if "README.md" in files else ""
+    found = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
+    return yaml.safe_load(found[1]) if found else None
 
 
 class Refused(Exception):
@@ -32,6 +41,7 @@ class Handler(BaseHTTPRequestHandler):
     """One connection; `server` is the hub."""
 
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # an answer in one piece: in two it waits for an acknowledgement, 40 ms
     server: Hub
 
     def log_message(self, *_: object) -> None:
@@ -160,29 +170,31 @@ class Handler(BaseHTTPRequestHandler):
 
     def _repo_call(self, repo: Repo, rest: str) -> object:
         verb, _, argument = rest.partition("/")
-        if verb in ("", "revision"):
-            return self._info(repo, argument or "main")
         if verb == "auth-check":
             self._check_writer(repo.id) if argument == "write" else self._check_gate(repo)
             return {}
-        if verb == "tree":
-            return self._tree(repo, *argument.partition("/")[::2])
-        if verb == "paths-info":
-            files = repo.commits[self._sha(repo, argument)]
-            return [files[p].entry(p) for p in self._paths() if p in files]
-        if verb == "refs":
-            return self._refs(repo)
-        if verb == "commits":
-            return [{"id": sha, "title": repo.messages[sha], "message": "", "authors": [],
-                     "date": "2026-01-01T00:00:00.000Z"} for sha in reversed(repo.commits)]
-        self._check_writer(repo.id)
-        if verb == "preupload":
-            return self._preupload(repo, argument)
-        if verb == "commit":
-            return self._commit(repo, argument)
-        if verb in ("tag", "branch"):
-            return self._name_commit(repo, verb, argument)
-        raise Refused(404, message=f"this hub does not know {self.command} {self.route}")
+        answer = {"": self._info, "revision": self._info, "tree": self._tree, "refs": self._refs,
+                  "paths-info": self._paths_info, "commits": self._commits}.get(verb)
+        if answer is None:
+            self._check_writer(repo.id)
+            answer = {"preupload": self._preupload, "commit": self._commit, "tag": self._tag,
+                      "branch": self._branch, "settings": self._settings}.get(verb)
+        if answer is None:
+            raise Refused(404, message=f"this hub does not know {self.command} {self.route}")
+        return answer(repo, argument)
+
+    def _paths_info(self, repo: Repo, revision: str) -> object:
+        files = repo.commits[self._sha(repo, revision)]
+        return [files[path].entry(path) for path in self._paths() if path in files]
+
+    def _commits(self, repo: Repo, _: str) -> object:
+        return [{"id": sha, "title": repo.messages[sha], "message": "", "authors": [],
+                 "date": "2026-01-01T00:00:00.000Z"} for sha in reversed(repo.commits)]
+
+    def _settings(self, repo: Repo, _: str) -> object:
+        wanted = json.loads(self.body)
+        repo.private = wanted.get("private", wanted.get("visibility") == "private")
+        return {}
 
     def _sha(self, repo: Repo, revision: str) -> str:
         sha = repo.sha(revision)
@@ -191,7 +203,7 @@ class Handler(BaseHTTPRequestHandler):
         return sha
 
     def _info(self, repo: Repo, revision: str) -> object:
-        sha = self._sha(repo, revision)
+        sha = self._sha(repo, revision or "main")
         siblings = []
         for path, blob in repo.commits[sha].items():
             entry = blob.entry(path)
@@ -203,9 +215,11 @@ class Handler(BaseHTTPRequestHandler):
                 "private": repo.private, "gated": "auto" if repo.gated else False,
                 "disabled": False, "downloads": 0, "likes": 0, "siblings": siblings,
                 "author": repo.id.split("/")[0], "createdAt": "2026-01-01T00:00:00.000Z",
-                "lastModified": "2026-01-01T00:00:00.000Z"}
+                "lastModified": "2026-01-01T00:00:00.000Z",
+                "cardData": front_of(repo.commits[sha])}
 
-    def _tree(self, repo: Repo, revision: str, folder: str) -> list[dict[str, object]]:
+    def _tree(self, repo: Repo, argument: str) -> list[dict[str, object]]:
+        revision, _, folder = argument.partition("/")
         files = repo.commits[self._sha(repo, revision)]
         inside = {p: blob for p, blob in files.items() if p.startswith(folder and folder + "/")}
         if folder and not inside:
@@ -223,7 +237,7 @@ class Handler(BaseHTTPRequestHandler):
             return list(json.loads(self.body)["paths"])
         return parse_qs(self.body.decode()).get("paths", [])
 
-    def _refs(self, repo: Repo) -> object:
+    def _refs(self, repo: Repo, _: str) -> object:
         named = {"branches": "heads", "tags": "tags"}
         found = {key: [{"name": name, "ref": f"refs/{place}/{name}", "targetCommit": sha}
                        for name, sha in repo.refs.items() if (name in repo.tags) == (key == "tags")]
@@ -264,19 +278,29 @@ class Handler(BaseHTTPRequestHandler):
         return {"success": True, "commitOid": sha, "hookOutput": "",
                 "commitUrl": f"{self.server.url}/{repo.id}/commit/{sha}"}
 
-    def _name_commit(self, repo: Repo, verb: str, argument: str) -> object:
+    def _tag(self, repo: Repo, argument: str) -> object:
         if self.command == "DELETE":
-            repo.refs.pop(argument)
             repo.tags.discard(argument)
-            return {}
-        wanted = json.loads(self.body or b"{}")
-        name = wanted["tag"] if verb == "tag" else argument
-        start = argument if verb == "tag" else wanted.get("startingPoint", "main")
+            return self._drop(repo, argument)
+        name = json.loads(self.body)["tag"]
+        repo.tags.add(name)
+        return self._name_commit(repo, name, argument)
+
+    def _branch(self, repo: Repo, name: str) -> object:
+        if self.command == "DELETE":
+            return self._drop(repo, name)
+        return self._name_commit(repo, name,
+                                 json.loads(self.body or b"{}").get("startingPoint", "main"))
+
+    @staticmethod
+    def _drop(repo: Repo, name: str) -> object:
+        del repo.refs[name]
+        return {}
+
+    def _name_commit(self, repo: Repo, name: str, start: str) -> object:
         if name in repo.refs:
             raise Refused(409, message=f"{name} exists already")
         repo.refs[name] = self._sha(repo, start)
-        if verb == "tag":
-            repo.tags.add(name)
         return {}
 
     def _batch(self, repo_id: str) -> object:

@@ -13,12 +13,12 @@ from extend.evaluate.heatmap import build_panels, draw_heatmap
 from extend.evaluate.summary_text import format_own, format_ruler
 from extend.hub import HubId
 from extend.model_config import read_config
-from extend.publish.facts import Row, residual_rows, rope_rows, sidecar_limits, stage_rows
+from extend.publish.facts import Row, in_words, residual_rows, rope_rows, sidecar_limits, stage_rows
 from extend.publish.files import CARD, RECIPE, Folder
 from extend.publish.loading import Lines, adapter_lines, model_lines
 from extend.publish.metadata import Terms, card_data, eval_results, relation_of
 from extend.publish.naming import Names
-from extend.publish.provenance import ADAPTER, MODEL, RESULTS, StageOutput
+from extend.publish.provenance import ADAPTER, MODEL, RESULTS, Run, StageOutput
 from extend.results import Results, format_length
 
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -34,6 +34,8 @@ class Subject:
         lineage: the stages that led to it, itself last.
         results: evaluations that go with it.
     """
+
+    run: Run
 
     repo: str
     kind: str
@@ -136,17 +138,25 @@ def _evaluation(folder: Folder, subject: Subject) -> dict[str, Any]:
     if not results:
         return {"table": "", "subjects": [], "effective": [], "heatmaps": []}
     return {"table": to_markdown([r.label for r in results], build_table(results)),
-            "subjects": [_describe(r, subject.names) for r in results],
+            "subjects": [_describe(r, subject) for r in results],
             "effective": [line for r in results for line in _effective(r)],
             "heatmaps": list(_heatmaps(folder, results))}
 
 
-def _describe(result: Results, names: Names) -> str:
+def _describe(result: Results, subject: Subject) -> str:
     model = result.data["model"]
-    adapter = f" with the adapter {names.of(model['adapter']['path'])}" if model.get("adapter") \
-        else ""
-    return (f"{result.label}: {names.of(str(model['path']))}{adapter}, "
-            f"{format_length(model['max_position_embeddings'])} tokens of context by its config")
+    adapter = model.get("adapter")
+    what = _name(model, subject) + (f" with the adapter {_name(adapter, subject)}" if adapter
+                                    else "")
+    context = format_length(model["max_position_embeddings"])
+    return f"{result.label}: {what}, {context} tokens of context by its config"
+
+
+def _name(entry: Mapping[str, Any], subject: Subject) -> str:
+    writer = subject.run.writer(entry)
+    if writer is None or writer in subject.lineage:
+        return subject.names.of(str(entry["path"]))
+    return in_words(writer, subject.names)
 
 
 def _effective(result: Results) -> Iterator[str]:

@@ -47,8 +47,18 @@ def _number(value: int | None) -> str:
 
 def stage_rows(lineage: Sequence[StageOutput], names: Names) -> list[Row]:
     """(name, stage, from, what it did) of the stages that led to what is published."""
-    return [(output.name, output.stage, _inputs(output, names),
-             _DESCRIBE.get(output.stage, lambda _: "")(output.manifest)) for output in lineage]
+    return [(output.name, output.stage, _inputs(output, names), _done(output))
+            for output in lineage]
+
+
+def in_words(output: StageOutput, names: Names) -> str:
+    """The same of one stage, in a line."""
+    parts = (output.stage, _inputs(output, names), _done(output))
+    return f"{output.name} ({'; '.join(part for part in parts if part)})"
+
+
+def _done(output: StageOutput) -> str:
+    return _DESCRIBE.get(output.stage, lambda _: "")(output.manifest)
 
 
 def _inputs(output: StageOutput, names: Names) -> str:
@@ -136,7 +146,7 @@ def _residual_row(kind: str, reports: Sequence[ModuleReport]) -> Row:
 
 def sidecar_limits(sidecar: Sidecar, unserved: Mapping[str, Any] | None) -> Iterator[str]:
     """What an adapter does not carry."""
-    yield ("A LoRA carries no RoPE: load the base with the long RoPE, as below, or the adapter is "
+    yield ("A LoRA carries no RoPE: load the base with the long RoPE, as above, or the adapter is "
            "read at positions that it was not made for.")
     if unserved and unserved["tensors"]:
         size = "" if unserved["relative_norm"] is None else \

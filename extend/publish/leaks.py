@@ -67,11 +67,8 @@ class Privacy:
         for name, kind in ((_user(), "the name of this user"), (_host(), "the name of this host")):
             if len(name) > 3 and name.lower() not in _COMMON and name not in " ".join(public):
                 known[name] = kind
-        self._known = {re.compile(rf"(?<![\w-]){re.escape(text)}(?![\w-])"): kind
-                       for text, kind in known.items()}
         token = _token()
-        if token:
-            self._known[re.compile(re.escape(token))] = "a token"
+        self._known = {**known, **({token: "a token"} if token else {})}
 
     def search(self, files: Sequence[tuple[str, Path]]) -> list[Leak]:
         """All leaks in files, each given as its name in the repository and where it lies."""
@@ -97,8 +94,10 @@ class Privacy:
             yield from self._in_text(name, text, guess=not vocabulary)
 
     def _in_text(self, name: str, text: str, *, guess: bool) -> Iterator[Leak]:
-        for pattern, kind in self._known.items():
-            yield from self._matches(name, text, pattern, kind)
+        for known, kind in self._known.items():
+            if known in text:
+                pattern = re.compile(rf"(?<![\w-]){re.escape(known)}(?![\w-])")
+                yield from self._matches(name, text, pattern, kind)
         if guess:
             spoken = _SPOKEN.sub(lambda found: "\n" * found[0].count("\n"), text)
             for kind, pattern in _PATTERNS.items():

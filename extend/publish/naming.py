@@ -26,16 +26,17 @@ class Names:
         self.ids, self._public = dict(ids), dict(public)
         self._spelled = {spelling: name for path, name in public.items() if _has_folder(path)
                          for spelling in (path, json.dumps(path)[1:-1], html.escape(path))}
-        longest = sorted(self._spelled, key=len, reverse=True)
-        self._pattern = re.compile("|".join(
-            rf"(?<![\w.-]){re.escape(path)}(?![\w.~+-])" for path in longest) or r"(?!)")
 
     def apply(self, text: str) -> str:
         """The text with every known path replaced by its public name.
 
         A path of one word, such as `base`, is replaced only where a path must be meant.
         """
-        text = self._pattern.sub(lambda found: self._spelled[found[0]], text)
+        there = sorted((path for path in self._spelled if path in text), key=len, reverse=True)
+        if there:
+            found = "|".join(map(re.escape, there))
+            text = re.sub(rf"(?<![\w.-])(?:{found})(?![\w.~+-])",
+                          lambda match: self._spelled[match[0]], text)
         for path, name in self._public.items():
             if not _has_folder(path) and path != name:
                 text = re.sub(rf"({_BEFORE_A_PATH}){re.escape(path)}(?![\w.~+-])",

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from extend.errors import RecipeError
 from extend.hub import HubId, check_repo_id
 from extend.manifest import Manifest
 from extend.output import atomic_directory, require_new, write_json
@@ -96,7 +99,7 @@ def publish(source: Path | str, to: str, *, out: Path | str | None = None,
         HubError: no token, no permission, gated, offline, the network lost, or a repository that
             holds something else.
     """
-    settled = PublishOptions.model_validate({"source": str(source), "to": to, **options})
+    settled = _options({"source": str(source), "to": to, **options})
     check_repo_id(settled.to)
     if out is not None:
         require_new(out, overwrite=overwrite)
@@ -104,6 +107,16 @@ def publish(source: Path | str, to: str, *, out: Path | str | None = None,
     if out is not None:
         _record(Path(out), settled, publication, outputs, overwrite)
     return publication
+
+
+def _options(given: Mapping[str, Any]) -> PublishOptions:
+    try:
+        return PublishOptions.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise RecipeError(f"publish: {where}: {first['msg']}; it takes "
+                          f"{', '.join(PublishOptions.model_fields)}") from None
 
 
 def _publish(options: PublishOptions) -> tuple[Publication, list[StageOutput]]:
@@ -137,7 +150,7 @@ def _subject(options: PublishOptions, kind: str, run: Run, outputs: list[StageOu
                     for before in run.ancestors(output)}.values())
     base, path = _base_of(outputs, lineage, names)
     terms = settle_terms(options.model_dump(), base, path, online=not options.dry_run)
-    return Subject(options.to, kind, outputs, lineage, _results(options, kind, run, outputs),
+    return Subject(run, options.to, kind, outputs, lineage, _results(options, kind, run, outputs),
                    names, terms, options.tag)
 
 
@@ -163,12 +176,13 @@ def _fill(folder: Folder, subject: Subject, run: Run, *, read: bool) -> str:
     """Everything that is sent; returns the card."""
     if subject.kind != RESULTS:
         add_output(folder, subject.output, subject.names, read=read)
-    others = [output for output in subject.lineage if output is not subject.output
-              or subject.kind == RESULTS]
     evaluated = {str(result.path.parent.absolute()) for result in subject.results}
-    others += [output for output in run.results
-               if str(output.directory) in evaluated and output not in others]
-    add_provenance(folder, run, others, subject.names)
+    seen = [*subject.lineage, *(before for output in run.results
+                                if str(output.directory) in evaluated
+                                for before in run.ancestors(output))]
+    others = {output.directory: output for output in seen
+              if output is not subject.output or subject.kind == RESULTS}
+    add_provenance(folder, run, others.values(), subject.names)
     add_results(folder, subject.results)
     return write_card(folder, subject)
 
