@@ -14,6 +14,7 @@ from extend.adapter_format.peft_files import Adapter
 from extend.errors import HubError, RecipeError
 from extend.manifest import hash_files, outputs_intact
 from extend.model_config import read_config
+from extend.publish import card, metadata
 from tests.hub import READER, STRANGER, Hub
 
 BASE = "maker/base"
@@ -25,13 +26,23 @@ def base_id(hub: Hub, run: Path) -> str:
     return f"{BASE}@{hub.add(BASE, run.parent / 'base')}"
 
 
+@pytest.fixture
+def sketched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are files, but not drawn, which takes a second."""
+    def sketch(panels: object, path: Path, title: str) -> None:
+        path.write_bytes(b"a picture")
+        path.with_suffix(".svg").write_bytes(b"another")
+
+    monkeypatch.setattr(card, "draw_heatmap", sketch)
+
+
 def texts_of(hub: Hub, repo: str) -> dict[str, str]:
     return {name: data.decode() for name, data in hub.repos[repo].files.items()
             if not name.endswith((".safetensors", ".png"))}
 
 
-def python_of(card: str) -> str:
-    return re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+def python_of(text: str) -> str:
+    return re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
 
 
 def test_a_run_as_an_adapter(hub: Hub, run: Path, base_id: str, tmp_path: Path):
@@ -74,9 +85,9 @@ def test_what_is_downloaded_is_whole_and_says_where_it_comes_from(hub: Hub, run:
 
 def test_the_card_loads_the_long_model(hub: Hub, run: Path, base_id: str):
     """The lines of the card, run as they stand, give the long model but for what no LoRA holds."""
-    card = extend.publish(run / "adapter", "lab/long", base_id=base_id, tag="v1", results={}).card
+    done = extend.publish(run / "adapter", "lab/long", base_id=base_id, tag="v1", results={})
     loaded: dict = {}
-    exec(python_of(card), loaded)
+    exec(python_of(done.card), loaded)
     model, ids = loaded["model"].eval(), torch.arange(1, 120)[None]
     wanted = read_config(run / "long").rope.rope_theta
     assert model.config.rope_parameters["rope_theta"] == wanted != 10000.0
@@ -102,7 +113,7 @@ def load_base(run: Path, name: str) -> torch.Tensor:
         return file.get_tensor(name)
 
 
-def test_metadata(hub: Hub, run: Path, base_id: str):
+def test_metadata(hub: Hub, run: Path, base_id: str, sketched: None):
     data = ModelCard(extend.publish(run, "lab/long", base_id=base_id, dry_run=True).card).data
     assert (data.base_model, data.base_model_relation) == (BASE, "adapter")
     assert (data.license, data.language, data.library_name) == ("apache-2.0", ["en"], "peft")
@@ -112,7 +123,7 @@ def test_metadata(hub: Hub, run: Path, base_id: str):
     assert hub.requests == []
 
 
-def test_a_merged_model(hub: Hub, run: Path, base_id: str):
+def test_a_merged_model(hub: Hub, run: Path, base_id: str, sketched: None):
     sibling = hub.add("friend/sibling", {"README.md": "---\nlicense: other\nlicense_name: mine\n"
                                          "license_link: LICENSE\n---\n"})
     done = extend.publish(run / "merged", "lab/merged", base_id=base_id,
@@ -132,7 +143,7 @@ def test_a_merged_model(hub: Hub, run: Path, base_id: str):
     assert "vllm serve lab/merged --max-model-len 128" in done.card
 
 
-def test_results(hub: Hub, run: Path):
+def test_results(hub: Hub, run: Path, sketched: None):
     done = extend.publish(run, "lab/results", kind="results", license="mit")
     repo = hub.repos["lab/results"]
     assert (repo.type, done.uploaded.url) == ("dataset", f"{hub.url}/datasets/lab/results")
@@ -141,27 +152,27 @@ def test_results(hub: Hub, run: Path):
     assert yaml.safe_load(done.card.split("---")[1])["license"] == "mit"
 
 
-def test_the_card_says_what_the_manifests_say(hub: Hub, run: Path, base_id: str):
-    card = extend.publish(run, "lab/long", base_id=base_id, dry_run=True).card
+def test_the_card_says_what_the_manifests_say(run: Path, sketched: None):
+    text = extend.publish(run, "lab/long", base_id=BASE, dry_run=True).card
     theta = read_config(run / "long").rope.rope_theta
-    assert f"| rope_theta | 10000 | {theta:.10g} |" in card
-    assert "| longest context, tokens | 64 | 128 |" in card
+    assert f"| rope_theta | 10000 | {theta:.10g} |" in text
+    assert "| longest context, tokens | 64 | 128 |" in text
     assert ("| long | train | model rescaled, data[0] text.jsonl | full, adamw: 2 steps of 1 row "
-            "of 128, lr 0.003; 256 tokens in all, last loss 5.2500; 1 process(es) |") in card
+            "of 128, lr 0.003; 256 tokens in all, last loss 5.2500; 1 process(es) |") in text
     modules = json.loads((run / "adapter/extend_sidecar.json").read_text())["modules"]
     squares = sum(m["delta_norm"] ** 2 for m in modules.values())
     left = sum((m["residual"] * m["delta_norm"]) ** 2 for m in modules.values())
     largest = max(m["residual"] for m in modules.values())
-    assert f"| all | 14 | 4 | {(left / squares) ** 0.5:.3f} | {largest:.3f} |" in card
-    assert "model: maker/base, to: 128" in card and "path: text.jsonl" in card
-    assert "# how the tiny model got its context" in card
-    assert "- This very output was not evaluated; the table is of what it was made from" in card
+    assert f"| all | 14 | 4 | {(left / squares) ** 0.5:.3f} | {largest:.3f} |" in text
+    assert "model: maker/base, to: 128" in text and "path: text.jsonl" in text
+    assert "# how the tiny model got its context" in text
+    assert "- This very output was not evaluated; the table is of what it was made from" in text
 
 
 def test_again_nothing_is_sent(hub: Hub, run: Path, base_id: str):
-    first = extend.publish(run, "lab/long", base_id=base_id, results={})
+    first = extend.publish(run / "adapter", "lab/long", base_id=base_id, results={}, tag="v1")
     hub.requests.clear()
-    again = extend.publish(run, "lab/long", base_id=base_id, results={}, tag="v1")
+    again = extend.publish(run / "adapter", "lab/long", base_id=base_id, results={}, tag="v1")
     assert again.uploaded.sent == [] and again.uploaded.commit == first.uploaded.commit
     assert hub.count("PUT", "/_lfs/") == hub.count("POST", "/commit/") == 0
     assert hub.repos["lab/long"].refs["v1"] == first.uploaded.commit
@@ -238,8 +249,6 @@ def test_offline_and_lost(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_licence_of_a_base_on_the_hub(hub: Hub, run: Path, monkeypatch):
-    from extend.publish import metadata
-
     monkeypatch.setattr(metadata, "read_front", lambda _: {})  # as if the base were not here
     hub.add(BASE, {"README.md": "---\nlicense: llama3\n---\n"}, gated=True)
     assert "license: llama3" in extend.publish(run, "lab/long", base_id=BASE, results={}).card
