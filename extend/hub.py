@@ -65,8 +65,8 @@ def check_repo_id(repo: str, role: str = "repository") -> None:
         problem = "it is ORG/NAME, of letters, digits, '-', '_' and '.'"
     elif "--" in repo or ".." in repo or repo.endswith((".git", ".ipynb", "-", ".")):
         problem = "it has no '--' or '..' in it, and does not end in '-', '.', .git or .ipynb"
-    elif len(repo) > 96:
-        problem = f"it has at most 96 characters, and this one {len(repo)}"
+    elif len(repo.partition("/")[2]) > 96:
+        problem = f"NAME has at most 96 characters, and this one {len(repo.partition('/')[2])}"
     if problem:
         raise RecipeError(f"{role} {repo!r} is no name on the Hub: {problem}")
 

@@ -55,8 +55,8 @@ class Subject:
         """The models it was made from, each once; what was merged into, first."""
         targets = {str(entry["path"]) for output in self.lineage
                    for role, entry in output.manifest["inputs"].items() if role == "target"}
-        ordered = sorted(self.names.ids.items(), key=lambda item: item[0] not in targets)
-        return list(dict.fromkeys(found for _, found in ordered))
+        ordered = sorted(self.names.bases, key=lambda path: path not in targets)
+        return list(dict.fromkeys(self.names.ids[path] for path in ordered))
 
     @property
     def own_results(self) -> list[Results]:

@@ -22,7 +22,7 @@ _PLACES = ("home", "Users", "root", "tmp", "mnt", "var", "opt", "srv", "scratch"
 _PATTERNS = {
     "a local path": re.compile(
         rf"(?<![\w.:/<>\-@*])/(?:{'|'.join(_PLACES)})/[\w.@~+-][\w.@~+/-]*"
-        r"|(?<![\w/])~/[\w.-]+|\b[A-Za-z]:\\{1,2}(?:Users|Documents)[\\\w .-]+"
+        r"|(?<![\w/])~/[\w.@+/-]+|\b[A-Za-z]:\\{1,2}(?:Users|Documents)[\\\w .-]+"
         r"|\bfile://[^\s\"'<>]+"),
     "a token": re.compile(
         r"\bhf_[A-Za-z0-9]{20,}|\bgh[pousr]_[A-Za-z0-9]{30,}|\bsk-[A-Za-z0-9_-]{20,}"

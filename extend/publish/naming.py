@@ -3,13 +3,14 @@
 import html
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PurePath
 
 from extend.errors import RecipeError
 from extend.hub import HubId
-from extend.publish.provenance import RESULTS, Run, Source, StageOutput
+from extend.publish.provenance import ADAPTER, RESULTS, Run, Source, StageOutput
 
+_HERE = "."  # the directory of the run
 _ROOT_ROLES = ("model", "base")  # what a chain of stages starts from
 _BEFORE_A_PATH = (r'"(?:path|base|tuned|base_model_name_or_path)": "|"serve",\s+"'
                   r'|"--model-path",\s+"|vllm serve |--model-path ')
@@ -19,11 +20,13 @@ class Names:
     """Path on this machine -> public name.
 
     Attributes:
-        ids: of the models that the published outputs were made from, by path.
+        ids: of models on the Hub, by path.
+        bases: paths of those that the published outputs were made from.
     """
 
-    def __init__(self, ids: Mapping[str, HubId], public: Mapping[str, str]):
-        self.ids, self._public = dict(ids), dict(public)
+    def __init__(self, ids: Mapping[str, HubId], public: Mapping[str, str],
+                 bases: Collection[str] = ()):
+        self.ids, self.bases, self._public = dict(ids), tuple(bases), dict(public)
         self._spelled = {spelling: name for path, name in public.items() if _has_folder(path)
                          for spelling in (path, json.dumps(path)[1:-1], html.escape(path))}
 
@@ -35,13 +38,16 @@ class Names:
         there = sorted((path for path in self._spelled if path in text), key=len, reverse=True)
         if there:
             found = "|".join(map(re.escape, there))
-            text = re.sub(rf"(?<![\w.-])(?:{found})(?![\w.~+-])",
-                          lambda match: self._spelled[match[0]], text)
+            text = re.sub(rf"(?<![\w.-])({found})(?![\w.~+-])(/(?=\w))?", self._rename, text)
         for path, name in self._public.items():
             if not _has_folder(path) and path != name:
                 text = re.sub(rf"({_BEFORE_A_PATH}){re.escape(path)}(?![\w.~+-])",
                               lambda found, name=name: found[1] + name, text)
         return text
+
+    def _rename(self, found: re.Match[str]) -> str:
+        name, slash = self._spelled[found[1]], found[2] or ""
+        return "" if name == _HERE and slash else name + slash
 
     def of(self, path: str) -> str:
         """The public name of a path: the repository, the stage, or the last part of it."""
@@ -73,9 +79,13 @@ def name_all(run: Run, outputs: Sequence[StageOutput], *, base_id: str | None,
     lineage = [before for output in outputs for before in run.ancestors(output)]
     given = {key: HubId.parse(value, f"the id of {key}") for key, value in ids.items()}
     base = HubId.parse(base_id, "the base's id") if base_id else None
-    sources, models = run.sources(run.stages), [s for s in run.sources(lineage) if s.is_model]
-    needed = {s.path for s in models if any(o.kind != RESULTS for o in outputs)}
-    roots = _roots(models)
+    starts = run.sources(lineage)
+    if not any(s.role == "base" for s in starts):  # an adapter whose extraction is not here
+        starts += [run.base_of(output) for output in outputs if output.kind == ADAPTER]
+    sources = list({s.path: s for s in [*starts, *run.sources(run.stages)]}.values())
+    needed = {s.path for s in starts
+              if s.is_start and any(o.kind != RESULTS for o in outputs)}
+    roots = _roots(starts)
     named: dict[str, HubId] = {}
     used: set[str] = set()
     for source in sources:
@@ -86,8 +96,9 @@ def name_all(run: Run, outputs: Sequence[StageOutput], *, base_id: str | None,
         if found is not None:
             named[source.path] = found
     _check_given(given, used, base, base_id, roots, sources)
-    _check_needed([s for s in sources if s.path in needed and s.path not in named])
-    return Names({path: named[path] for path in sorted(needed)}, _public(run, sources, named))
+    missing = {s.path: s for s in sources if s.path in needed and s.path not in named}
+    _check_needed(list(missing.values()))
+    return Names(named, _public(run, sources, named), sorted(needed))
 
 
 def _roots(sources: Sequence[Source]) -> set[str]:
@@ -135,12 +146,16 @@ def _public(run: Run, sources: Sequence[Source], named: Mapping[str, HubId]) -> 
     for output in run.stages:
         for entry in output.manifest["inputs"].values():
             writer, path = run.writer(entry), str(entry["path"])
-            if writer is not None:
-                file = PurePath(path).name
-                public[path] = f"{writer.name}/{file}" if file in writer.manifest["outputs"] \
-                    else writer.name
+            if writer is None:
+                continue
+            parts = PurePath(path).parts  # as it lay when it was read: the run may have moved
+            inside = writer.name in parts[:-1]
+            public[path] = f"{writer.name}/{parts[-1]}" if inside else writer.name
+            if writer.name in parts:
+                last = len(parts) - 1 - parts[::-1].index(writer.name)
+                public[str(PurePath(*parts[:last]))] = _HERE
         public[str(output.directory)] = output.name
-    public[str(run.directory)] = "."
+    public[str(run.directory)] = _HERE
     if run.recipe and run.recipe.get("path"):
         public[str(run.recipe["path"])] = Path(run.recipe["path"]).name
     return public

@@ -75,6 +75,11 @@ class Source:
         return _MODEL_ROLES.fullmatch(self.role) is not None
 
     @property
+    def is_start(self) -> bool:
+        """Whether the card must name it: what the output was made from, not what it was taught."""
+        return self.role in ("model", "base", "target", "merged")
+
+    @property
     def recorded(self) -> HubId | None:
         """The repository that the manifest, or the path in the Hub's cache, tells of."""
         repo = self.entry.get("repo") or self.entry.get("repo_id")
@@ -124,6 +129,12 @@ class Run:
                 if self.writer(entry) is None:
                     found.setdefault(str(entry["path"]), Source(output.name, role, entry))
         return list(found.values())
+
+    @staticmethod
+    def base_of(adapter: StageOutput) -> Source:
+        """The base that an adapter's own config names."""
+        config = read_json(adapter.directory / "adapter_config.json")
+        return Source(adapter.name, "base", {"path": str(config.get("base_model_name_or_path"))})
 
     @property
     def results(self) -> list[StageOutput]:
