@@ -4,6 +4,7 @@ Everything that talks to the Hub does so inside `explaining`, so that what goes 
 about what to do, in which no token stands.
 """
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,6 +78,8 @@ def hub_api() -> "HfApi":
 
     from extend import __version__
 
+    for name in ("httpx", "httpx2"):  # of huggingface_hub 1 and 2: a line for every request
+        logging.getLogger(name).setLevel(logging.WARNING)
     return HfApi(library_name="extend", library_version=__version__)
 
 

@@ -27,10 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained({repo!r}{pin}, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained({repo!r}{pin})
 '''
-_MERGE = '''\
-hf download {repo}{pin} --local-dir long-adapter
-extend merge --adapter long-adapter --target YOUR_FINE_TUNE --out long-fine-tune
-'''
+_MERGE = "extend merge --adapter {repo}{pin} --target YOUR_FINE_TUNE --out DIR"
 _ENGINES = {"vllm": "vLLM", "sglang": "SGLang"}
 
 
@@ -46,10 +43,10 @@ def adapter_lines(repo: str, base: HubId, serving: Mapping[str, Any], tag: str |
     pin = f", revision={tag!r}" if tag else ""
     code = _ADAPTER.format(base=base.repo, revision=base.revision, override=override, repo=repo,
                            pin=pin)
-    merge = _MERGE.format(repo=repo, pin=f" --revision {tag}" if tag else "")
+    merge = _MERGE.format(repo=repo, pin=f"@{tag}" if tag else "")
     return [("With transformers and PEFT; the RoPE is the long model's:", "python", code),
             ("Into a fine-tune of the same base, with everything that a LoRA cannot carry:",
-             "sh", merge), *_engines(serving, ADAPTER_DIR, repo)]
+             "sh", merge), *_engines(serving, ADAPTER_DIR, repo, base.revision)]
 
 
 def model_lines(repo: str, serving: Mapping[str, Any] | None, tag: str | None) -> list[Lines]:
@@ -57,10 +54,12 @@ def model_lines(repo: str, serving: Mapping[str, Any] | None, tag: str | None) -
     pin = f", revision={tag!r}" if tag else ""
     code = _MODEL.format(repo=repo, pin=pin)
     return [("With transformers:", "python", code),
-            *(_engines(serving, MODEL_DIR, repo) if serving else [])]
+            *(_engines(serving, MODEL_DIR, repo, tag) if serving else [])]
 
 
-def _engines(serving: Mapping[str, Any], place: str, repo: str) -> list[Lines]:
+def _engines(serving: Mapping[str, Any], place: str, repo: str,
+             revision: str | None = None) -> list[Lines]:
+    """Both engines take the commit of the model that they load as --revision."""
     found = []
     for name, heading in _ENGINES.items():
         engine = serving["engines"].get(name, {})
@@ -68,8 +67,10 @@ def _engines(serving: Mapping[str, Any], place: str, repo: str) -> list[Lines]:
             continue
         verdict, version = engine.get("verdict", "ok"), engine.get("version")
         about = f" (rules of {version}: {verdict})" if version else ""
-        line = command_line({**engine, "command": [part.replace(place, repo)
-                                                   for part in engine["command"]]})
+        command = [part.replace(place, repo) for part in engine["command"]]
+        if revision and "--revision" not in command:
+            command += ["--revision", revision]
+        line = command_line({**engine, "command": command})
         found.append((f"With {heading}{about}:", "sh", line))
     return found
 

@@ -56,7 +56,7 @@ class Names:
     @property
     def local(self) -> list[str]:
         """All paths that are known to be of this machine."""
-        return list(self._public)
+        return [path for path, name in self._public.items() if path != name]
 
 
 def _has_folder(path: str) -> bool:
@@ -142,7 +142,10 @@ def _public(run: Run, sources: Sequence[Source], named: Mapping[str, HubId]) -> 
     public = {}
     for source in sources:
         known = named.get(source.path)
-        public[source.path] = known.repo if known else PurePath(source.path).name
+        if known and source.path.partition("@")[0] == known.repo:  # it was read from the Hub
+            public[source.path] = source.path
+        else:
+            public[source.path] = known.repo if known else PurePath(source.path).name
     for output in run.stages:
         for entry in output.manifest["inputs"].values():
             writer, path = run.writer(entry), str(entry["path"])

@@ -69,6 +69,18 @@ def test_names_that_manifests_or_the_cache_tell(run: Path, tmp_path: Path):
     assert names.apply(f'"path": "{cache}"') == '"path": "maker/base"'
 
 
+def test_what_was_read_from_the_hub_keeps_its_name(run: Path, tmp_path: Path):
+    shutil.copytree(run / "rescaled", tmp_path / "rescaled")
+    path = tmp_path / "rescaled/manifest.json"
+    manifest, read = json.loads(path.read_text()), f"maker/base@{SHA}"
+    manifest["inputs"]["model"] |= {"path": read, "repo": "maker/base", "revision": SHA}
+    path.write_text(json.dumps(manifest))
+    found, outputs = find(tmp_path / "rescaled", None)
+    names = name_all(found, outputs, base_id=None, ids={})
+    assert names.apply(f'"path": "{read}"') == f'"path": "{read}"'
+    assert names.of(read) == read and read not in names.local
+
+
 def test_a_path_of_one_word_is_renamed_only_where_a_path_is_meant():
     names = Names({}, {"base": "a/b", "x/base": "c/d"})
     assert names.apply('{"base": "base", "path": "base", "rule": "base"}, the base, x/base') == (
@@ -136,6 +148,23 @@ def test_names_that_the_hub_would_not_take(name: str):
 def test_names_that_the_hub_takes(name: str):
     check_repo_id(name)
     assert HubId.parse(f"{name}@{SHA}") == HubId(name, SHA)
+
+
+def test_as_a_stage_of_a_recipe(run: Path, tmp_path: Path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"""\
+stages:
+  - {{name: hub, stage: publish, source: {run / "adapter"}, to: lab/long, base_id: a/b@{SHA},
+     license: mit, results: {{}}, dry_run: true}}
+""")
+    out = extend.run(recipe, tmp_path / "out") / "hub"
+    record = json.loads((out / "published.json").read_text())
+    assert (record["repo"], record["commit"], record["dry_run"]) == ("lab/long", None, True)
+    assert f"revision = 'a/b', '{SHA}'" in (out / "README.md").read_text()
+    assert f"--revision {SHA}" in (out / "README.md").read_text()
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["options"]["license"] == "mit"
+    assert manifest["inputs"]["source"]["sha256"] == hash_content(run / "adapter")
 
 
 @pytest.mark.parametrize(("options", "message"), [
