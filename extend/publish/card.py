@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +72,9 @@ class Subject:
 
 def write_card(folder: Folder, subject: Subject) -> str:
     """Write README.md and its pictures into the folder; returns the text."""
-    import jinja2
-
     sidecar = read_sidecar(folder.root) if subject.kind == ADAPTER else None
     context = _context(folder, subject, sidecar)
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True,
-                                     lstrip_blocks=True, autoescape=False)
-    environment.filters["cell"] = _cell
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    body = template.render(
+    body = _template().render(
         title=subject.repo.partition("/")[2], rope=context,
         summary=_summary(subject, context), **_evaluation(folder, subject),
         residuals=residual_rows(sidecar) if sidecar else [],
@@ -93,6 +88,16 @@ def write_card(folder: Folder, subject: Subject) -> str:
     text = f"---\n{data.to_yaml()}\n---\n\n{body.rstrip()}\n"
     folder.write(CARD, text)
     return text
+
+
+@cache
+def _template() -> Any:
+    import jinja2
+
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True,
+                                     lstrip_blocks=True, autoescape=False)
+    environment.filters["cell"] = _cell
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
 
 
 def _cell(text: str) -> str:
