@@ -80,6 +80,7 @@ def hub_api() -> "HfApi":
 
     for name in ("httpx", "httpx2"):  # of huggingface_hub 1 and 2: a line for every request
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").propagate = False  # it prints what it has to say itself
     return HfApi(library_name="extend", library_version=__version__)
 
 

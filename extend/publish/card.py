@@ -240,7 +240,8 @@ def _limits(folder: Folder, subject: Subject, sidecar: Sidecar | None) -> Iterat
 def _license(subject: Subject) -> str:
     terms = subject.terms
     if terms.license is None:
-        return "Licence: not known yet; give --license."
+        return f"Licence: that of {subject.bases[0].repo}, whose card is asked when this is sent." \
+            if subject.bases else "Licence: not known; give --license."
     name = f"[{terms.license_name}]({terms.license_link})" if terms.license_name and \
         terms.license_link else terms.license
     return f"Licence: {name}, {terms.source}."

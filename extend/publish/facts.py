@@ -82,8 +82,9 @@ def _train(manifest: Mapping[str, Any]) -> str:
     mode = options["mode"] if options["mode"] != "lora" else f"LoRA of rank {options['lora_rank']}"
     tokens = f"; {metrics['tokens']:,} tokens in all" if metrics.get("tokens") else ""
     loss = f", last loss {metrics['loss']:.4f}" if metrics.get("loss") is not None else ""
+    processes = manifest["results"].get("processes", 1)
     return (f"{mode}, {options['optimizer']}: {phases}{tokens}{loss}; "
-            f"{manifest['results'].get('processes', 1)} process(es)")
+            f"{processes} process{'es' * (processes > 1)}")
 
 
 def _phase(phase: Mapping[str, Any]) -> str:

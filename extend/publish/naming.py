@@ -30,6 +30,10 @@ class Names:
         self._spelled = {spelling: name for path, name in public.items() if _has_folder(path)
                          for spelling in (path, json.dumps(path)[1:-1], html.escape(path))}
 
+    def pinned(self, ids: Mapping[str, HubId]) -> "Names":
+        """The same with other revisions of some models."""
+        return Names({**self.ids, **ids}, self._public, self.bases)
+
     def apply(self, text: str) -> str:
         """The text with every known path replaced by its public name.
 

@@ -13,6 +13,7 @@ from extend.errors import RecipeError
 from extend.hub import HubId, check_repo_id
 from extend.manifest import Manifest
 from extend.output import atomic_directory, require_new, write_json
+from extend.publish.bases import pin_bases
 from extend.publish.card import Subject, write_card
 from extend.publish.files import CARD, Folder, SentFile, add_output, add_provenance, add_results
 from extend.publish.leaks import Privacy
@@ -128,6 +129,7 @@ def _publish(options: PublishOptions) -> tuple[Publication, list[StageOutput]]:
     if not options.dry_run:
         destination.check_token()
     names = name_all(run, outputs, base_id=options.base_id, ids=options.ids)
+    names = names if options.dry_run else pin_bases(names)
     subject = _subject(options, kind, run, outputs, names)
     with tempfile.TemporaryDirectory(prefix="extend-publish-") as directory:
         folder = Folder(Path(directory), names)

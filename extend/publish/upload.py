@@ -106,8 +106,8 @@ class Destination:
             self.replace) else str(before.commit)
         after = self._verify(ours, commit)
         self._finish(before, commit)
-        return Uploaded(self.url, commit, before.private and not self.public if before.exists
-                        else not self.public, missing, self._extra(after, ours))
+        return Uploaded(self.url, commit, before.private and not self.public, missing,
+                        self._extra(after, ours))
 
     def _hashes(self, folder: Folder) -> dict[str, tuple[str, str]]:
         """The two names that the Hub may give to each file's content: sha256, or git's."""
@@ -124,7 +124,7 @@ class Destination:
             except GatedRepoError:
                 raise
             except RepositoryNotFoundError:
-                return _Remote(False, not self.public, None, {}, {})
+                return _Remote(False, True, None, {}, {})
             refs = self._api.list_repo_refs(self.repo, repo_type=self.type)
             return _Remote(True, bool(info.private), info.sha, self._listing(str(info.sha)),
                            {ref.name: ref.target_commit for ref in refs.tags})
@@ -157,8 +157,7 @@ class Destination:
     def _upload(self, folder: Folder, before: _Remote) -> str:
         with explaining(self.repo, "create it"):
             if not before.exists:
-                self._api.create_repo(self.repo, repo_type=self.type, private=not self.public,
-                                      exist_ok=True)
+                self._api.create_repo(self.repo, repo_type=self.type, private=True, exist_ok=True)
         logger.info("sending %d files to %s", len(folder.files), self.url)
         try:
             with explaining(self.repo, "send the files", _GO_ON):
@@ -184,7 +183,7 @@ class Destination:
                 self._api.create_tag(self.repo, tag=self.tag, revision=commit,
                                      repo_type=self.type)
         with explaining(self.repo, "make it public"):
-            if self.public and before.exists and before.private:
+            if self.public and before.private:
                 self._api.update_repo_settings(self.repo, private=False, repo_type=self.type)
 
 

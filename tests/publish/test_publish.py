@@ -158,7 +158,7 @@ def test_the_card_says_what_the_manifests_say(run: Path, sketched: None):
     assert f"| rope_theta | 10000 | {theta:.10g} |" in text
     assert "| longest context, tokens | 64 | 128 |" in text
     assert ("| long | train | model rescaled, data[0] text.jsonl | full, adamw: 2 steps of 1 row "
-            "of 128, lr 0.003; 256 tokens in all, last loss 5.2500; 1 process(es) |") in text
+            "of 128, lr 0.003; 256 tokens in all, last loss 5.2500; 1 process |") in text
     modules = json.loads((run / "adapter/extend_sidecar.json").read_text())["modules"]
     squares = sum(m["delta_norm"] ** 2 for m in modules.values())
     left = sum((m["residual"] * m["delta_norm"]) ** 2 for m in modules.values())
@@ -248,6 +248,22 @@ def test_offline_and_lost(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch):
         extend.publish(run, "lab/long", base_id=BASE)
 
 
+def test_the_base_is_the_one_on_the_hub(hub: Hub, run: Path, base_id: str):
+    """Without a commit it is found by the weights; other weights are not taken for the base."""
+    sha, options = base_id.partition("@")[2], {"results": {}, "license": "mit"}
+    card = extend.publish(run / "adapter", "lab/long", base_id=BASE, **options).card
+    assert f"the model {BASE}: commit `{sha}`" in card
+    hub.add(BASE, {"model.safetensors": b"of another model"})
+    with pytest.raises(HubError, match=r"maker/base: is not the model at .*/base: model\.safetens"
+                                       r"ors has 16 bytes and sha256 .* give another id, or the"):
+        extend.publish(run / "adapter", "lab/long", base_id=BASE, **options)
+    hub.add("maker/other", {"README.md": "# Nothing to compare"}, tag="v1")
+    card = extend.publish(run / "adapter", "lab/b", base_id="maker/other", **options).card
+    assert "the model maker/other: its commit was not recorded" in card
+    card = extend.publish(run / "adapter", "lab/c", base_id="maker/other@v1", **options).card
+    assert f"the model maker/other: commit `{hub.repos['maker/other'].refs['v1']}`" in card
+
+
 def test_the_licence_of_a_base_on_the_hub(hub: Hub, run: Path, monkeypatch):
     monkeypatch.setattr(metadata, "read_front", lambda _: {})  # as if the base were not here
     hub.add(BASE, {"README.md": "---\nlicense: llama3\n---\n"}, gated=True)
@@ -255,5 +271,5 @@ def test_the_licence_of_a_base_on_the_hub(hub: Hub, run: Path, monkeypatch):
     hub.add("maker/bare", {"a": "b"})
     with pytest.raises(RecipeError, match="the card of maker/bare names none; give --license"):
         extend.publish(run, "lab/other", base_id="maker/bare", results={})
-    with pytest.raises(HubError, match="maker/none: cannot read the card.*no such repository"):
+    with pytest.raises(HubError, match="maker/none: cannot look at the base.*no such repository"):
         extend.publish(run, "lab/other", base_id="maker/none", results={})
