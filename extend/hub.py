@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]*")
 _CACHED = re.compile(r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})")
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9_]{6,}")
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 
 
@@ -112,7 +112,10 @@ def explaining(repo: str, doing: str, go_on: str = "run the same command again")
 
 def hide_tokens(text: str) -> str:
     """The text with every token in it blotted out."""
-    return _TOKEN.sub("hf_...", text)
+    from huggingface_hub import get_token
+
+    token = get_token()
+    return _TOKEN.sub("hf_...", text.replace(token, "hf_...") if token else text)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -107,6 +107,7 @@ def run(recipe: Path | str, out: Path | str) -> Path:
     Raises:
         RecipeError: the recipe is not valid, or torchrun or the like started several of this.
         CheckpointError: `out` cannot be written, or holds something in the place of an output.
+        HubError: what a stage would publish may not be, by this token or without one.
         ExtendError: whatever a stage raises.
     """
     if is_launched():
@@ -120,10 +121,20 @@ def run(recipe: Path | str, out: Path | str) -> Path:
     except OSError as error:
         raise CheckpointError(f"{out}: no such directory can be made ({error.strerror}); choose "
                               "another --out") from None
+    _check_destinations(loaded, out)
     for number, stage in enumerate(loaded.stages, start=1):
         label = f"[{number}/{len(loaded.stages)}] {stage.name} ({stage.kind})"
         _run_stage(stage, loaded, out, label)
     return out
+
+
+def _check_destinations(recipe: Recipe, out: Path) -> None:
+    """See that what will be published may be, before hours of work."""
+    for stage in recipe.stages:
+        if stage.kind == "publish" and not (out / stage.name).exists():
+            from extend.publish import check_destination
+
+            check_destination(stage.options)
 
 
 def _run_stage(stage: Stage, recipe: Recipe, out: Path, label: str) -> None:

@@ -105,7 +105,7 @@ def _cell(text: str) -> str:
 
 
 def _context(folder: Folder, subject: Subject, sidecar: Sidecar | None) -> list[Row]:
-    if subject.kind == RESULTS:
+    if subject.kind == RESULTS or (subject.kind == ADAPTER and sidecar is None):
         return []
     if sidecar:
         change = sidecar.rope
@@ -124,6 +124,8 @@ def _summary(subject: Subject, rope: Sequence[Row]) -> str:
     if subject.kind == RESULTS:
         tasks = ", ".join(grid_tasks(list(subject.results))) or "skills and losses"
         return f"Evaluations of long contexts ({tasks}): the prompts' results and a summary."
+    if not rope:
+        return f"A LoRA adapter for {bases}; it does not say for which RoPE it was made."
     before, after = (value.replace(",", "") for value in rope[0][1:])
     context = f"a context of {format_length(int(after))} tokens" \
         + (f" (before: {format_length(int(before))})" if before else "")

@@ -1,6 +1,5 @@
 """The publish stage: gather, name, write the card, look for what is private, send, compare."""
 
-import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,12 +18,11 @@ from extend.publish.files import CARD, Folder, SentFile, add_output, add_provena
 from extend.publish.leaks import Privacy
 from extend.publish.metadata import settle_terms
 from extend.publish.naming import Names, name_all
-from extend.publish.provenance import RESULTS, Run, StageOutput, find
+from extend.publish.provenance import MODEL, RESULTS, Run, StageOutput, find
 from extend.publish.upload import Destination, Uploaded
 from extend.publish_options import PublishOptions
 from extend.results import Results, read_results
 
-logger = logging.getLogger(__name__)
 RECORD = "published.json"
 
 
@@ -120,12 +118,27 @@ def _options(given: Mapping[str, Any]) -> PublishOptions:
                           f"{', '.join(PublishOptions.model_fields)}") from None
 
 
+def check_destination(options: PublishOptions) -> None:
+    """See that the token may write to where something will be published, before it is made.
+
+    Raises:
+        RecipeError: a name that the Hub would not take.
+        HubError: no token, one that may not write there, offline, or no network.
+    """
+    check_repo_id(options.to)
+    if not options.dry_run:
+        _destination(options, options.kind or MODEL, "").check_token()
+
+
+def _destination(options: PublishOptions, kind: str, name: str) -> Destination:
+    return Destination(options.to, kind, public=options.public, replace=options.replace,
+                       tag=options.tag, message=options.message or f"Publish {name} with extend")
+
+
 def _publish(options: PublishOptions) -> tuple[Publication, list[StageOutput]]:
     run, outputs = find(Path(options.source), options.kind)
     kind = str(outputs[-1].kind)
-    destination = Destination(
-        options.to, kind, public=options.public, replace=options.replace, tag=options.tag,
-        message=options.message or f"Publish {outputs[-1].name} with extend")
+    destination = _destination(options, kind, outputs[-1].name)
     if not options.dry_run:
         destination.check_token()
     names = name_all(run, outputs, base_id=options.base_id, ids=options.ids)

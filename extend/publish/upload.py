@@ -91,13 +91,12 @@ class Destination:
                            f"{namespace}; choose another name, or another token")
 
     def send(self, folder: Folder) -> Uploaded:
-        """Send a folder, and compare.
+        """Send a folder, and compare; `check_token` comes first.
 
         Raises:
             HubError: the Hub refuses or is not reached; the repository holds something else; or
                 what it holds in the end is not what was sent.
         """
-        self.check_token()
         ours = self._hashes(folder)
         before = self._look()
         self._check_free(before, ours)

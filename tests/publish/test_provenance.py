@@ -9,12 +9,13 @@ from click.testing import CliRunner
 
 import extend
 from extend.cli import main
-from extend.errors import CheckpointError, RecipeError
+from extend.errors import CheckpointError, HubError, RecipeError
 from extend.hub import HubId, check_repo_id
 from extend.manifest import hash_content, recorded_content
 from extend.publish.files import public_recipe
 from extend.publish.naming import Names, name_all
 from extend.publish.provenance import find, read_output, read_run
+from tests.hub import READER, Hub
 from tests.publish.conftest import RECIPE
 
 SHA = "ab" * 20
@@ -168,6 +169,19 @@ stages:
     assert manifest["inputs"]["source"]["sha256"] == hash_content(run / "adapter")
 
 
+def test_a_run_asks_first_whether_it_may_publish(run: Path, tmp_path: Path, hub: Hub, monkeypatch):
+    hub.connect(monkeypatch, tmp_path, READER)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"""\
+stages:
+  - {{name: rescaled, stage: rescale, model: {run.parent / "base"}, to: 128}}
+  - {{name: hub, stage: publish, source: rescaled, to: lab/long, base_id: a/b}}
+""")
+    with pytest.raises(HubError, match="the token of reader may only read"):
+        extend.run(recipe, tmp_path / "out")
+    assert not (tmp_path / "out" / "rescaled").exists()
+
+
 @pytest.mark.parametrize(("options", "message"), [
     ({"license": "Apache 2.0"}, "is no identifier of the Hub's"),
     ({"license": "other"}, "has the name None and the link None; give both"),
@@ -190,3 +204,16 @@ def test_the_command(run: Path):
         "files"]
     wrong = CliRunner().invoke(main, [*args, "--id", "sibling"])
     assert wrong.exit_code == 1 and "write each --id once as PATH=ORG/NAME" in wrong.stderr
+
+
+def test_an_adapter_without_a_sidecar_says_so(run: Path, tmp_path: Path):
+    plain = tmp_path / "plain"
+    shutil.copytree(run / "adapter", plain)
+    manifest = json.loads((plain / "manifest.json").read_text())
+    for name in ("extend_sidecar.json", "extend_sidecar.safetensors", "serving.json", "SERVING.md"):
+        (plain / name).unlink()
+        del manifest["outputs"][name]
+    (plain / "manifest.json").write_text(json.dumps(manifest))
+    card = extend.publish(plain, "lab/x", base_id="a/b", dry_run=True, results={}).card
+    assert "it does not say for which RoPE it was made" in card
+    assert "## Load it" not in card and "## Context and RoPE" not in card
