@@ -56,6 +56,15 @@ class HubId:
         return f"{self.repo}@{self.revision}" if self.revision else self.repo
 
 
+def is_repo_id(text: str) -> bool:
+    """Whether the Hub would take it for the name of a repository."""
+    try:
+        check_repo_id(text)
+    except RecipeError:
+        return False
+    return True
+
+
 def check_repo_id(repo: str, role: str = "repository") -> None:
     """Raise RecipeError when the Hub would not take the name.
 

@@ -84,7 +84,7 @@ def name_all(run: Run, outputs: Sequence[StageOutput], *, base_id: str | None,
     given = {key: HubId.parse(value, f"the id of {key}") for key, value in ids.items()}
     base = HubId.parse(base_id, "the base's id") if base_id else None
     starts = run.sources(lineage)
-    if not any(s.role == "base" for s in starts):  # an adapter whose extraction is not here
+    if not any(s.is_start for s in starts):  # an adapter whose extraction is not here
         starts += [run.base_of(output) for output in outputs if output.kind == ADAPTER]
     sources = list({s.path: s for s in [*starts, *run.sources(run.stages)]}.values())
     needed = {s.path for s in starts

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from extend.errors import CheckpointError, RecipeError
-from extend.hub import HubId
+from extend.hub import HubId, is_repo_id
 from extend.manifest import MANIFEST_NAME, recorded_content
 from extend.model_config import read_json
 from extend.results import RESULTS_NAME
@@ -134,7 +134,10 @@ class Run:
     def base_of(adapter: StageOutput) -> Source:
         """The base that an adapter's own config names."""
         config = read_json(adapter.directory / "adapter_config.json")
-        return Source(adapter.name, "base", {"path": str(config.get("base_model_name_or_path"))})
+        path = str(config.get("base_model_name_or_path"))
+        on_hub = is_repo_id(path) and not Path(path).exists()
+        known = {"repo": path, "revision": config.get("revision")} if on_hub else {}
+        return Source(adapter.name, "base", {"path": path, **known})
 
     @property
     def results(self) -> list[StageOutput]:

@@ -70,6 +70,22 @@ def test_names_that_manifests_or_the_cache_tell(run: Path, tmp_path: Path):
     assert names.apply(f'"path": "{cache}"') == '"path": "maker/base"'
 
 
+def test_an_adapter_that_was_cut_elsewhere(run: Path, tmp_path: Path):
+    """Its manifest knows the adapter before, and only its config the base."""
+    shutil.copytree(run / "adapter", tmp_path / "cut")
+    manifest = json.loads((tmp_path / "cut/manifest.json").read_text())
+    manifest |= {"stage": "cut", "inputs": {"adapter": {"path": "/x/adapter", "sha256": "0"}}}
+    (tmp_path / "cut/manifest.json").write_text(json.dumps(manifest))
+    found, outputs = find(tmp_path / "cut", None)
+    with pytest.raises(RecipeError, match=f"cut was made from the base {run.parent}/base, a local"):
+        name_all(found, outputs, base_id=None, ids={})
+    path = tmp_path / "cut/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {
+        "base_model_name_or_path": "maker/base", "revision": SHA}))
+    names = name_all(found, outputs, base_id=None, ids={})
+    assert names.ids == {"maker/base": HubId("maker/base", SHA)}
+
+
 def test_what_was_read_from_the_hub_keeps_its_name(run: Path, tmp_path: Path):
     shutil.copytree(run / "rescaled", tmp_path / "rescaled")
     path = tmp_path / "rescaled/manifest.json"
