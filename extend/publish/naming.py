@@ -102,7 +102,8 @@ def name_all(run: Run, outputs: Sequence[StageOutput], *, base_id: str | None,
     _check_given(given, used, base, base_id, roots, sources)
     missing = {s.path: s for s in sources if s.path in needed and s.path not in named}
     _check_needed(list(missing.values()))
-    return Names(named, _public(run, sources, named), sorted(needed))
+    merged = {s.path for s in starts if s.role.startswith(ADAPTER) and s.path in named}
+    return Names(named, _public(run, sources, named), [*sorted(needed), *sorted(merged)])
 
 
 def _roots(sources: Sequence[Source]) -> set[str]:

@@ -86,6 +86,19 @@ def test_an_adapter_that_was_cut_elsewhere(run: Path, tmp_path: Path):
     assert names.ids == {"maker/base": HubId("maker/base", SHA)}
 
 
+def test_a_merge_of_an_adapter_from_the_hub(run: Path, tmp_path: Path):
+    shutil.copytree(run / "merged", tmp_path / "alone")
+    path = tmp_path / "alone/manifest.json"
+    manifest = json.loads(path.read_text().replace(str(run / "adapter"), f"lab/long@{SHA}"))
+    manifest["inputs"]["adapter"] |= {"repo": "lab/long", "revision": SHA}
+    path.write_text(json.dumps(manifest))
+    card = extend.publish(tmp_path / "alone", "lab/x", ids={"sibling": "c/d"}, dry_run=True,
+                          results={}).card
+    assert "base_model:\n- c/d\n- lab/long\n" in card
+    assert f"adapter lab/long@{SHA}, target c/d" in card
+    assert "| | after |\n| --- | --- |\n| longest context, tokens | 128 |\n" in card
+
+
 def test_what_was_read_from_the_hub_keeps_its_name(run: Path, tmp_path: Path):
     shutil.copytree(run / "rescaled", tmp_path / "rescaled")
     path = tmp_path / "rescaled/manifest.json"
