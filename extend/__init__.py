@@ -27,7 +27,7 @@ _STAGES = {"plan": "extend.plan", "plan_recipe": "extend.recipe_plan",
            "adapter_report": "extend.adapter", "merge": "extend.merge",
            "fit": "extend.transfer", "repair": "extend.transfer", "lineage": "extend.lineage",
            "evaluate": "extend.evaluate", "report": "extend.evaluate",
-           "doctor": "extend.doctor", "run": "extend.run"}
+           "doctor": "extend.doctor", "publish": "extend.publish", "run": "extend.run"}
 
 __all__ = ["CheckpointError", "CompatibilityError", "DataError", "ExtendError", "LayoutError",
            "RecipeError", "TrainingError", "__version__", *_STAGES]

@@ -150,6 +150,13 @@ def hash_content(path: Path | str) -> str:
     return _Content(path).sha256()
 
 
+def recorded_content(manifest: Mapping[str, Any]) -> str:
+    """What `hash_content` gives for a stage's output, from its manifest alone."""
+    listing = {name: entry["sha256"] for name, entry in manifest["outputs"].items()
+               if name not in (METRICS_NAME, PICTURE_NAME)}
+    return hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
+
+
 def describe_inputs(inputs: Mapping[str, Path | str]) -> dict[str, dict[str, str]]:
     """`{role: {"path", "sha256"}}` for the inputs of a stage."""
     contents = {role: _Content(path) for role, path in inputs.items()}

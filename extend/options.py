@@ -22,6 +22,7 @@ from extend.option_types import (
     RopeOptions,
     parse_number,
 )
+from extend.publish_options import PublishOptions
 from extend.train_options import TrainOptions
 from extend.transfer_options import FitOptions, RepairOptions
 
@@ -117,7 +118,8 @@ class ReportOptions(Options):
 STAGES: dict[str, type[Options]] = {
     "rescale": RescaleOptions, "train": TrainOptions, "extract": ExtractOptions,
     "cut": CutOptions, "adapter-report": AdapterReportOptions, "merge": MergeOptions,
-    "fit": FitOptions, "repair": RepairOptions, "eval": EvalOptions, "report": ReportOptions}
+    "fit": FitOptions, "repair": RepairOptions, "eval": EvalOptions, "report": ReportOptions,
+    "publish": PublishOptions}
 
 
 def label_targets(target: Any) -> dict[str, str] | None:

@@ -102,10 +102,17 @@ def _report(options: Any, out: Path) -> Path:
                   overwrite=True)
 
 
+def _publish(options: Any, out: Path) -> Path:
+    from extend.publish import publish
+
+    publish(**options.model_dump(), out=out, overwrite=True)
+    return out
+
+
 RUNNERS: dict[str, Callable[[Any, Path], Path]] = {
     "rescale": _rescale, "train": _train, "extract": _extract, "cut": _cut,
     "adapter-report": _adapter_report, "merge": _merge, "fit": _fit, "repair": _repair,
-    "eval": _eval, "report": _report}
+    "eval": _eval, "report": _report, "publish": _publish}
 
 
 def run(recipe: Path | str, out: Path | str, *, overrides: Sequence[str] = ()) -> Path:
@@ -121,6 +128,7 @@ def run(recipe: Path | str, out: Path | str, *, overrides: Sequence[str] = ()) -
     Raises:
         RecipeError: the recipe is not valid, or torchrun or the like started several of this.
         CheckpointError: `out` cannot be written, or holds something in the place of an output.
+        HubError: what a stage would publish may not be, by this token or without one.
         ExtendError: whatever a stage raises.
     """
     if is_launched():
@@ -134,6 +142,7 @@ def run(recipe: Path | str, out: Path | str, *, overrides: Sequence[str] = ()) -
     except OSError as error:
         raise CheckpointError(f"{out}: no such directory can be made ({error.strerror}); choose "
                               "another --out") from None
+    _check_destinations(loaded, out)
     for number, stage in enumerate(loaded.stages, start=1):
         label = f"[{number}/{len(loaded.stages)}] {stage.name} ({stage.kind})"
         _run_stage(stage, loaded, out, label)
@@ -171,6 +180,15 @@ def decide_stages(recipe: Recipe, out: Path) -> list[Decision]:
         if decision.action != "skip":
             running.add(stage.name)
     return decisions
+
+
+def _check_destinations(recipe: Recipe, out: Path) -> None:
+    """See that what will be published may be, before hours of work."""
+    for stage in recipe.stages:
+        if stage.kind == "publish" and not (out / stage.name).exists():
+            from extend.publish import check_destination
+
+            check_destination(stage.options)
 
 
 def _decide(stage: Stage, directory: Path, known: dict[str, Any], fingerprint: str) -> Decision:

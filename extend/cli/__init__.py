@@ -12,6 +12,7 @@ from extend.cli import (  # noqa: F401  (each registers its subcommands with `ma
     export,
     lineage,
     plan,
+    publish,
     recipes,
     search,
     shell,
