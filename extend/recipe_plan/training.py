@@ -13,7 +13,8 @@ from extend.capacity import (
     plan_memory,
     plan_time,
 )
-from extend.capacity.memory import MemoryPlan, count_parameters
+from extend.capacity.memory import MemoryPlan
+from extend.capacity.parameters import count_parameters
 from extend.capacity.recompute import USABLE_FRAC
 from extend.data_options import TextData
 from extend.recipe_plan.cost import Cost, Phase, add_bytes
