@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 _UNITS = {"": 1, "k": 1024, "m": 1024 ** 2}
 
@@ -14,11 +14,16 @@ def parse_length(value: Any) -> int:
     Raises:
         ValueError: anything else, or a length below 1.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", str(value).strip())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", _digits(value))
     length = float(match[1]) * _UNITS[match[2].lower()] if match else 0
     if isinstance(value, bool) or length < 1 or length != int(length):
         raise ValueError(f"{value!r} is not a length in tokens; write 8192, 128k or 1m")
     return int(length)
+
+
+def _digits(value: Any) -> str:
+    """As text, less `_` between digits."""
+    return re.sub(r"(?<=\d)_(?=\d)", "", str(value).strip())
 
 
 def parse_bytes(value: Any) -> int:
@@ -27,7 +32,7 @@ def parse_bytes(value: Any) -> int:
     Raises:
         ValueError: anything else.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(|[KMGT]i?B)", str(value).strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(|[KMGT]i?B)", _digits(value), re.IGNORECASE)
     if isinstance(value, bool) or not match:
         raise ValueError(f"{value!r} is not a size; write bytes, or text such as 180GiB")
     unit = match[2].lower()
@@ -45,8 +50,12 @@ def parse_number(value: Any) -> Any:
     return value
 
 
-Length = Annotated[int, BeforeValidator(parse_length)]
-Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+_Count = Annotated[int, Field(ge=1)]
+_Size = Annotated[int, Field(ge=0)]
+Length = Annotated[int, BeforeValidator(parse_length, json_schema_input_type=(
+    _Count | Annotated[str, Field(pattern=r"^[\d_]+(\.\d+)?[kKmM]?$")]))]
+Bytes = Annotated[int, BeforeValidator(parse_bytes, json_schema_input_type=(
+    _Size | Annotated[str, Field(pattern=r"^[\d_]+(\.\d+)? ?([kKmMgGtT]i?[bB])?$")]))]
 Number = Annotated[float, BeforeValidator(parse_number)]
 FloatDtype = Literal["float32", "bfloat16", "float16"]
 InputPath = Annotated[str, "input path"]
@@ -77,5 +86,6 @@ def _parse_rope(value: Any) -> Any:
     return value
 
 
-RopeChoice = Annotated[RopeOptions, BeforeValidator(_parse_rope)]
+RopeChoice = Annotated[RopeOptions, BeforeValidator(
+    _parse_rope, json_schema_input_type=Literal["auto"] | RopeOptions)]
 """A mapping with `method` and `options`, or `auto`: the method that composes over stages."""

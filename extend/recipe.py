@@ -17,13 +17,12 @@ its file and line.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from extend.errors import RecipeError
 from extend.option_types import Options
@@ -38,12 +37,12 @@ from extend.options import (
     label_targets,
     output_names,
 )
+from extend.recipe_errors import explain
+from extend.recipe_text import Location, RecipeText, dotted
 from extend.registry import suggest
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _TOP_KEYS = ("name", "seed", "stages")
-
-Location = tuple[str | int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,56 +56,99 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A whole recipe; `path` is the file it was read from."""
+    """A whole recipe; `path` is the file it was read from, `overrides` what was changed in it."""
 
     path: Path
     name: str
     stages: tuple[Stage, ...]
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something wrong with a recipe.
+
+    Attributes:
+        where: `recipe.yaml:8`, or the `--set` that it comes from.
+        message: what is wrong, and what to do.
+        missing: the input that does not exist (yet), if that is all that is wrong.
+    """
+
+    where: str
+    message: str
+    missing: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}"
 
 
 class _Problems:
-    """Collects messages with the line of the YAML node that each is about."""
+    """Collects problems, each with the place of the value that it is about, and each once."""
 
-    def __init__(self, path: Path, root: yaml.Node):
-        self.path, self.root, self.messages = path, root, []
+    def __init__(self, text: RecipeText):
+        self.text = text
+        self.found = {Problem(where, message): None for where, message in text.problems()}
 
-    def add(self, location: Location, message: str) -> None:
-        self.messages.append((_line_of(self.root, location), message))
+    def add(self, location: Location, message: str, *, missing: str | None = None) -> None:
+        self.found[Problem(self.text.where(location), message, missing)] = None
 
-    def raise_if_any(self) -> None:
-        if self.messages:
-            lines = [f"{self.path}:{line}: {message}" for line, message in sorted(self.messages)]
-            raise RecipeError("\n".join(lines))
+    def sorted(self) -> list[Problem]:
+        """As they stand in the file; those of `--set` first."""
+        def place(problem: Problem) -> tuple[int, str]:
+            line = problem.where.rpartition(":")[2]
+            return (int(line) if line.isdecimal() else 0, problem.message)
+
+        return sorted(self.found, key=place)
 
 
-def load_recipe(path: Path | str, *, check_files: bool = True) -> Recipe:
+def load_recipe(path: Path | str, *, check_files: bool = True,
+                overrides: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe.
 
     Args:
         check_files: whether input paths must exist already.
+        overrides: `KEY=VALUE`, changes to make to it; see `extend.recipe_text.set_values`.
 
     Raises:
         RecipeError: everything that is wrong with it, one problem a line.
     """
-    path = Path(path)
-    root, data = _parse(path)
-    problems = _Problems(path, root)
+    recipe, problems = check_recipe(path, overrides)
+    wrong = [str(problem) for problem in problems if check_files or not problem.missing]
+    if wrong:
+        raise RecipeError("\n".join(wrong))
+    return recipe
+
+
+def check_recipe(path: Path | str, overrides: Sequence[str] = ()) -> tuple[Recipe, list[Problem]]:
+    """Read a recipe and find everything that is wrong with it.
+
+    Returns:
+        The recipe, of use only if nothing but inputs is missing, and the problems in their order.
+
+    Raises:
+        RecipeError: it cannot be read, or is not YAML.
+    """
+    text = RecipeText(Path(path), overrides)
+    problems, data = _Problems(text), text.data
     if not isinstance(data, dict):
         raise RecipeError(f"{path}:1: a recipe is a mapping with the keys {', '.join(_TOP_KEYS)}")
     for key in data:
         if key not in _TOP_KEYS:
             problems.add((key,), f"unknown key {key!r};{suggest(str(key), _TOP_KEYS)} a recipe has "
                                  f"{', '.join(_TOP_KEYS)}")
+    _check_top(data, problems)
     entries = data.get("stages")
     if not isinstance(entries, list) or not entries:
         problems.add(("stages",), "stages: a list of at least one stage is needed")
         entries = []
     names = [output_names(entry) for entry in entries]
-    read = [_read_stage(entry, index, names, data.get("seed"), problems, check_files)
+    seed = data.get("seed") if type(data.get("seed")) is int else None  # else it was told above
+    read = [_read_stage(entry, index, names, seed, problems)
             for index, entry in enumerate(entries)]
-    problems.raise_if_any()
-    stages = tuple(one for stage in read for one in _one_by_one(stage))
-    return Recipe(path.resolve(), str(data.get("name") or path.stem), stages)
+    stages = tuple(one for stage in read if stage is not None for one in _one_by_one(stage))
+    recipe = Recipe(text.path.resolve(), str(data.get("name") or text.path.stem), stages,
+                    tuple(overrides))
+    return recipe, problems.sorted()
 
 
 def _one_by_one(stage: Stage) -> list[Stage]:
@@ -119,75 +161,16 @@ def _one_by_one(stage: Stage) -> list[Stage]:
             for label, path in labels.items()]
 
 
-def _parse(path: Path) -> tuple[yaml.Node, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: no such recipe") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read ({error})") from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"{path}:{mark.line + 1}" if mark else f"{path}"
-        raise RecipeError(f"{where}: not valid YAML ({error.problem})") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RecipeError(f"{path}: not valid YAML ({error})") from None
-    if root is None:
-        raise RecipeError(f"{path}: is empty; a recipe has {', '.join(_TOP_KEYS)}")
-    for message, line in _unwanted(text, root):
-        raise RecipeError(f"{path}:{line}: {message}")
-    return root, data
+def _check_top(data: dict[str, Any], problems: _Problems) -> None:
+    for key, kind in (("name", str), ("seed", int)):
+        value = data.get(key)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            told = "text; put it in quotes" if kind is str else "a whole number"
+            problems.add((key,), f"{key}: {value!r} is not {told}")
 
 
-def _unwanted(text: str, root: yaml.Node) -> Iterator[tuple[str, int]]:
-    """What YAML allows and a recipe does not.
-
-    A key given twice: the last would win silently. An alias inside an anchored block: it could
-    hold itself, or grow without bound.
-    """
-    anchored: list[bool] = []
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        if isinstance(event, yaml.AliasEvent) and any(anchored):
-            yield f"alias *{event.anchor} inside an anchored block", event.start_mark.line + 1
-        elif isinstance(event, yaml.CollectionStartEvent):
-            anchored.append(event.anchor is not None)
-        elif isinstance(event, yaml.CollectionEndEvent):
-            anchored.pop()
-    yield from _duplicate_keys(root)
-
-
-def _duplicate_keys(node: yaml.Node) -> Iterator[tuple[str, int]]:
-    if isinstance(node, yaml.MappingNode):
-        keys = set()
-        for key, value in node.value:
-            if str(key.value) in keys:
-                yield f"key {key.value!r} is given twice", key.start_mark.line + 1
-            keys.add(str(key.value))
-            yield from _duplicate_keys(value)
-    elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            yield from _duplicate_keys(item)
-
-
-def _line_of(node: yaml.Node, location: Location) -> int:
-    """The line of the deepest node that `location` reaches, from 1."""
-    line = node.start_mark.line
-    for part in location:
-        if isinstance(node, yaml.MappingNode):
-            found = [(k, v) for k, v in node.value if k.value == str(part)]
-            if not found:
-                continue  # pydantic puts names of union members into locations
-            line, node = found[0][0].start_mark.line, found[0][1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int):
-            node = node.value[part]
-            line = node.start_mark.line
-    return line + 1
-
-
-def _read_stage(entry: Any, index: int, names: list[list[Any]], seed: Any, problems: _Problems,
-                check_files: bool) -> Stage | None:
+def _read_stage(entry: Any, index: int, names: list[list[Any]], seed: Any,
+                problems: _Problems) -> Stage | None:
     where = ("stages", index)
     if not isinstance(entry, dict):
         problems.add(where, "a stage is a mapping with name, stage and its options")
@@ -210,9 +193,12 @@ def _read_stage(entry: Any, index: int, names: list[list[Any]], seed: Any, probl
     for location, problem in check_family(options):
         problems.add((*where, *location), problem)
     for location, value in input_paths(options):
-        problem = _check_input(value, index, names, problems.path, check_files)
-        if problem:
-            problems.add((*where, *location), f"{_dotted(location)}: {problem}")
+        recipe = problems.text.path
+        problem = _check_input(value, index, names, recipe, check_files=False)
+        missing = None if problem else _check_input(value, index, names, recipe, check_files=True)
+        if problem or missing:
+            problems.add((*where, *location), f"{dotted(location)}: {problem or missing}",
+                         missing=value if missing else None)
     return Stage(str(name), kind, options)
 
 
@@ -221,7 +207,8 @@ def _read_options(kind: str, fields: dict[str, Any], where: Location,
     try:
         return STAGES[kind].model_validate(fields)
     except ValidationError as error:
-        _explain(error, STAGES[kind], where, kind, problems)
+        for location, message in explain(error, STAGES[kind], kind):
+            problems.add((*where, *location), message)
         return _without_wrong_fields(STAGES[kind], fields, error)
 
 
@@ -233,49 +220,6 @@ def _without_wrong_fields(model: type[Options], fields: dict[str, Any],
         return model.model_validate({k: v for k, v in fields.items() if k not in wrong})
     except ValidationError:
         return None
-
-
-def _explain(error: ValidationError, model: type[BaseModel], where: Location, kind: str,
-             problems: _Problems) -> None:
-    for item in error.errors(include_url=False, include_context=False):
-        location = tuple(item["loc"])
-        field = _dotted(location) or kind
-        if item["type"] == "extra_forbidden":
-            known = _fields_at(model, location[:-1])
-            message = (f"{field}: unknown key;{suggest(str(location[-1]), known)} "
-                       f"{kind} accepts {', '.join(known)}")
-        elif item["type"] == "missing":
-            message = f"{field}: is missing"
-        else:
-            message = f"{field}: {item['msg'].removeprefix('Value error, ')}"
-            if location and not isinstance(item["input"], dict | list):
-                message += f" (it is {item['input']!r})"
-        problems.add((*where, *location), message)
-
-
-def _fields_at(model: type[BaseModel], location: Location) -> list[str]:
-    """The field names of the option model that `location` leads to."""
-    for part in location:
-        candidates = _models_in(model.model_fields[part].annotation) \
-            if part in model.model_fields else []
-        by_kind = [m for m in candidates if _kind_of(m) in location]
-        model = (by_kind or candidates or [model])[0]
-    return list(model.model_fields)
-
-
-def _kind_of(model: type[BaseModel]) -> Any:
-    field = model.model_fields.get("kind")
-    return getattr(field.annotation, "__args__", [None])[0] if field else None
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [m for part in getattr(annotation, "__args__", ()) for m in _models_in(part)]
-
-
-def _dotted(location: Location) -> str:
-    return ".".join(str(part) for part in location)
 
 
 def check_family(options: Options) -> Iterator[tuple[Location, str]]:
@@ -291,7 +235,7 @@ def check_family(options: Options) -> Iterator[tuple[Location, str]]:
     for location, rope in ropes:
         yield from _problem(location, lambda rope=rope: _check_rope(rope))
     if isinstance(options, EvalOptions):
-        yield from _problem(("tasks",), lambda: _check_tasks(options))
+        yield from _check_tasks(options)
     if isinstance(options, MergeOptions):
         yield from _problem(("method",), lambda: _check_merge(options))
 
@@ -315,10 +259,13 @@ def _check_merge(options: MergeOptions) -> None:
     make_method(options.method, options.options)
 
 
-def _check_tasks(options: EvalOptions) -> None:
+def _check_tasks(options: EvalOptions) -> Iterator[tuple[Location, str]]:
+    """Each by itself and, if nothing is wrong with any, all together."""
     from extend.evaluate import check_tasks
 
-    check_tasks(options.tasks)
+    found = [problem for i, task in enumerate(options.tasks)
+             for problem in _problem(("tasks", i), lambda task=task: check_tasks([task]))]
+    yield from found or _problem(("tasks",), lambda: check_tasks(options.tasks))
 
 
 def _earlier(names: list[list[Any]], index: int) -> list[Any]:
@@ -335,6 +282,7 @@ def _check_input(value: str, index: int, names: list[list[Any]], recipe: Path,
         return f"stage {value!r} does not come before this one"
     path = recipe.parent / value
     if check_files and not path.exists():
-        return f"{path} does not exist, and no earlier stage is called {value!r};" \
-               f"{suggest(value, earlier)}"
+        hint = suggest(value, earlier)
+        return (f"{path} does not exist, and no earlier stage is called {value!r}"
+                + (hint and f";{hint}"))
     return None

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -108,12 +108,15 @@ RUNNERS: dict[str, Callable[[Any, Path], Path]] = {
     "eval": _eval, "report": _report}
 
 
-def run(recipe: Path | str, out: Path | str) -> Path:
+def run(recipe: Path | str, out: Path | str, *, overrides: Sequence[str] = ()) -> Path:
     """Run a recipe into `out`, one directory a stage; return `out`.
 
     A stage is skipped when it was run with the same options on inputs with the same content and
     its output is whole. An interrupted stage starts again, from its last checkpoint where it
     keeps one. The output of a stage stays until its successor is complete.
+
+    Args:
+        overrides: `KEY=VALUE`, changes to the recipe; see `extend.recipe_text.set_values`.
 
     Raises:
         RecipeError: the recipe is not valid, or torchrun or the like started several of this.
@@ -124,7 +127,7 @@ def run(recipe: Path | str, out: Path | str) -> Path:
         raise RecipeError("extend run starts the processes of each stage itself, but a launcher "
                           f"started {os.environ['WORLD_SIZE']} of it; start it alone, or for "
                           "several hosts `extend train --stage NAME` (docs/launch.md)")
-    loaded = load_recipe(recipe)
+    loaded = load_recipe(recipe, overrides=overrides)
     out = Path(out).absolute()
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -137,15 +140,18 @@ def run(recipe: Path | str, out: Path | str) -> Path:
     return out
 
 
-def decide(recipe: Path | str, out: Path | str) -> list[Decision]:
+def decide(recipe: Path | str, out: Path | str, *,
+           overrides: Sequence[str] = ()) -> list[Decision]:
     """What `run` would do with each stage of a recipe now; nothing is written.
+
+    Args:
+        overrides: as of `run`.
 
     Raises:
         RecipeError: the recipe is not valid.
         CheckpointError: `out` holds something in the place of an output.
     """
-    loaded, out = load_recipe(recipe), Path(out).absolute()
-    return decide_stages(loaded, out)
+    return decide_stages(load_recipe(recipe, overrides=overrides), Path(out).absolute())
 
 
 def decide_stages(recipe: Recipe, out: Path) -> list[Decision]:

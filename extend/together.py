@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from extend.console import printable
 from extend.errors import RankError
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def _point_to(first: dict[str, Any]) -> None:
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(f"extend: {text}\n")
+    sys.stderr.write(f"extend: {printable(text)}\n")
     sys.stderr.flush()
 
 

@@ -25,6 +25,7 @@ from extend.adapter_format.sidecar import (
     expert_infos,
 )
 from extend.checkpoint import TensorInfo, dtype_name, write_safetensors
+from extend.console import progress
 from extend.delta.pair import (
     Difference,
     ModelPair,
@@ -96,7 +97,8 @@ class Extraction:
                 log.info("layer %d of %d: %d modules, rank %d, residual %.4f, |delta| / |W| %.2e",
                          layer + 1, self.pair.base_config.num_layers, len(reports),
                          max(r.rank for r in reports), _mean([r.residual for r in reports]),
-                         _mean([r.relative_norm or 0.0 for r in reports]))
+                         _mean([r.relative_norm or 0.0 for r in reports]),
+                         extra=progress(layer + 1, self.pair.base_config.num_layers))
         if not self.modules:
             raise CompatibilityError(
                 f"no linear weight of {self.pair.tuned.directory} differs from "

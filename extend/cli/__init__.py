@@ -12,7 +12,9 @@ from extend.cli import (  # noqa: F401  (each registers its subcommands with `ma
     export,
     lineage,
     plan,
+    recipes,
     search,
+    shell,
     stages,
     transfer,
 )

@@ -3,7 +3,7 @@
 import click
 
 from extend.cli.group import main, out_option, overwrite_option, reporting
-from extend.cli.types import parse_labels
+from extend.cli.types import DTYPE, parse_labels
 
 
 @main.command()
@@ -13,7 +13,7 @@ from extend.cli.types import parse_labels
               help="Keep this share of the squared norm of what each module holds.")
 @click.option("--bytes", "adapter_bytes", type=int, default=None, metavar="N",
               help="Largest size of the adapter file, spent where it holds most.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default=None,
+@click.option("--dtype", type=DTYPE, default=None,
               help="Dtype of the factors; the adapter's own by default.")
 @out_option
 @overwrite_option

@@ -1,29 +1,17 @@
 """`extend doctor`: would every engine read this checkpoint alike?"""
 
-import sys
-from collections.abc import Callable
-from functools import wraps
-from typing import Any
+from collections.abc import Iterable
 
 import click
 
 from extend.cli.group import main, overwrite_option, reporting
-from extend.cli.types import LENGTH, ListType
-
-_FAILED = "extend.doctor.complaint"
+from extend.cli.types import LENGTH, Choice, ListType
 
 
-def _failing(command: Callable[..., None]) -> Callable[..., None]:
-    """Exit with 1 after the report when the diagnosis is not good."""
-    @wraps(command)
-    def run(**arguments: Any) -> None:
-        command(**arguments)
-        complaint = click.get_current_context().meta.get(_FAILED)
-        if complaint:
-            click.echo(f"extend: {complaint}", err=True)
-            sys.exit(1)
+def _readers() -> Iterable[str]:
+    from extend.doctor.readers import READERS
 
-    return run
+    return READERS
 
 
 @main.command()
@@ -33,15 +21,14 @@ def _failing(command: Callable[..., None]) -> Callable[..., None]:
               help="Directory for --fix; without it, DIR is changed and its files are kept as "
                    "*.before-doctor.")
 @overwrite_option
-@click.option("--readers", type=ListType(), default=None,
+@click.option("--readers", type=ListType(names=_readers), default=None,
               help="Compare these engines only, names separated by commas.")
 @click.option("--theta", type=float, default=None, help="The theta that is right.")
 @click.option("--max-length", type=LENGTH, default=None, help="The maximum length that is right.")
 @click.option("--original-length", type=LENGTH, default=None, help="The native length.")
 @click.option("--rope-type", default=None, help="The rope_type that is right.")
-@click.option("--keep", type=click.Choice(["rope_scaling", "rope_parameters"]), default=None,
+@click.option("--keep", type=Choice(["rope_scaling", "rope_parameters"]), default=None,
               help="Which of the two is right.")
-@_failing
 @reporting
 def doctor(directory, fix, out, overwrite, readers, theta, max_length, original_length, rope_type,
            keep):
@@ -61,5 +48,4 @@ def doctor(directory, fix, out, overwrite, readers, theta, max_length, original_
     diagnosis = examine(directory, fix=fix, out=out, overwrite=overwrite, readers=readers,
                         theta=theta, max_length=max_length, original_length=original_length,
                         rope_type=rope_type, keep=keep)
-    click.get_current_context().meta[_FAILED] = diagnosis.complaint
-    return diagnosis.to_json(), diagnosis.to_text()
+    return diagnosis.to_json(), diagnosis.to_text(), diagnosis.complaint

@@ -1,10 +1,13 @@
 """`extend eval-prompt`: one prompt of an evaluation, built again."""
 
 import json
+import logging
 
 import click
 
-from extend.cli.group import main, reporting
+from extend.cli.group import Exact, main, reporting
+
+logger = logging.getLogger(__name__)
 
 
 @main.command("eval-prompt")
@@ -35,5 +38,5 @@ def eval_prompt(results, row, trial, model, inputs, ids):
     rebuilt = rebuild_prompt(results, row, trial, model=model,
                              inputs=parse_labels(inputs, "--input"))
     for change in rebuilt.changed:
-        click.echo(f"note: {change}; this prompt is the same all the same", err=True)
-    return rebuilt.to_json(), json.dumps(rebuilt.ids) if ids else rebuilt.text
+        logger.warning("note: %s; this prompt is the same all the same", change)
+    return rebuilt.to_json(), Exact(json.dumps(rebuilt.ids) if ids else rebuilt.text)

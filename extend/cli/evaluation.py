@@ -5,8 +5,14 @@ from pathlib import Path
 
 import click
 
-from extend.cli.group import main, out_option, overwrite_option, reporting
-from extend.cli.types import LENGTH, ListType, parse_labels, parse_pairs
+from extend.cli.group import main, out_option, overwrite_option, reporting, say
+from extend.cli.types import LENGTH, Choice, ListType, parse_labels, parse_pairs
+
+
+def _task_names() -> list[str]:
+    from extend.evaluate.tasks import GROUPS, TASKS
+
+    return [*TASKS, *GROUPS]
 
 
 def _list_tasks(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -16,12 +22,13 @@ def _list_tasks(ctx: click.Context, param: click.Parameter, value: bool) -> None
 
     if not value or ctx.resilient_parsing:
         return
-    for name, task in TASKS.items():
-        options = ", ".join(option_names(task))
-        said = " ".join((task.__doc__ or "").split("\n\n")[0].split())
-        click.echo(f"{name}\n    {said}" + (f"\n    options: {options}" if options else ""))
-    for name, members in GROUPS.items():
-        click.echo(f"{name}\n    stands for {', '.join(members)}")
+    tasks = {name: {"about": " ".join((task.__doc__ or "").split("\n\n")[0].split()),
+                    "options": list(option_names(task))} for name, task in TASKS.items()}
+    lines = [f"{name}\n    {told['about']}" + (f"\n    options: {', '.join(told['options'])}"
+                                              if told["options"] else "")
+             for name, told in tasks.items()]
+    lines += [f"{name}\n    stands for {', '.join(members)}" for name, members in GROUPS.items()]
+    say({"tasks": tasks, "groups": GROUPS}, "\n".join(lines), as_json=bool(ctx.obj))
     ctx.exit()
 
 
@@ -29,7 +36,7 @@ def _list_tasks(ctx: click.Context, param: click.Parameter, value: bool) -> None
 @click.argument("model")
 @click.option("--list", is_flag=True, is_eager=True, expose_value=False, callback=_list_tasks,
               help="List the tasks and their options.")
-@click.option("--tasks", type=ListType(), default="passkey", show_default=True,
+@click.option("--tasks", type=ListType(names=_task_names), default="passkey", show_default=True,
               help="Names separated by commas; `extend eval --list` shows all.")
 @click.option("--lengths", type=ListType(LENGTH), default="", help="Lengths: 4k,8k,128k.")
 @click.option("--depths", type=int, default=10, show_default=True, help="Depths from 0 to 1.")
@@ -42,7 +49,7 @@ def _list_tasks(ctx: click.Context, param: click.Parameter, value: bool) -> None
 @click.option("--adapter", metavar="DIR", default=None, help="Adapter to add to MODEL first.")
 @click.option("--base", metavar="DIR", default=None,
               help="MODEL before its context was extended: asked too, at its native length.")
-@click.option("--template", type=click.Choice(["auto", "base", "chat"]), default="auto",
+@click.option("--template", type=Choice(["auto", "base", "chat"]), default="auto",
               show_default=True, help="chat puts prompts into MODEL's chat template.")
 @click.option("--thinking", type=int, default=0, show_default=True, metavar="N",
               help="Tokens that a thinking model may think before it answers (template chat).")

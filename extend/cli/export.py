@@ -3,13 +3,14 @@
 import click
 
 from extend.cli.group import main, out_option, overwrite_option, reporting
+from extend.cli.types import DTYPE
 
 
 @main.command()
 @click.argument("state")
 @click.option("--model", default=None, metavar="DIR",
               help="The model that the run started from, if it is not where it was.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default=None,
+@click.option("--dtype", type=DTYPE, default=None,
               help="Dtype of the output; that of the run's own output by default.")
 @out_option
 @overwrite_option

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from extend.cli.group import main, out_option, overwrite_option, reporting
-from extend.cli.types import LENGTH, ListType
+from extend.cli.types import LENGTH, Choice, ListType
 
 
 @main.command()
@@ -32,7 +32,7 @@ from extend.cli.types import LENGTH, ListType
               help="Text that each sibling reads for each candidate.")
 @click.option("--drift", type=float, default=0.005, show_default=True,
               help="Without siblings: relative size of the random deltas that stand in for them.")
-@click.option("--sliding-window", type=click.Choice(["refuse", "keep"]), default="refuse",
+@click.option("--sliding-window", type=Choice(["refuse", "keep"]), default="refuse",
               show_default=True, help="What to do with a window shorter than the target.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @out_option

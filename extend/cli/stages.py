@@ -4,24 +4,37 @@ from pathlib import Path
 
 import click
 
-from extend.cli.group import main, out_option, overwrite_option, reporting
-from extend.cli.types import LENGTH, parse_numbers, parse_pairs
+from extend.cli.group import (
+    main,
+    out_option,
+    overwrite_option,
+    recipe_argument,
+    reporting,
+    set_option,
+)
+from extend.cli.types import DTYPE, LENGTH, Choice, NameType, OpenName, parse_numbers, parse_pairs
 from extend.rope.methods import METHODS
 
 _NOT_OPTIONS = ("model", "out", "target_len", "method", "sliding_window", "overwrite", "from_len")
 
 
+def _merge_methods() -> list[str]:
+    from extend.merge.methods import METHODS as MERGE_METHODS
+
+    return list(MERGE_METHODS)
+
+
 @main.command()
 @click.argument("model")
 @click.option("--to", required=True, type=LENGTH, help="Target length in tokens: 131072 or 128k.")
-@click.option("--method", default="critical", show_default=True,
+@click.option("--method", type=NameType(METHODS), default="critical", show_default=True,
               help=f"RoPE method: {', '.join(METHODS)}.")
 @click.option("-o", "--option", multiple=True, metavar="KEY=VALUE",
               help="Option of the method; resonance=true goes with any.")
 @click.option("--from", "from_len", type=LENGTH, default=None, metavar="LENGTH",
               help="For a model that is extended already: start again from plain RoPE at this "
                    "native length.")
-@click.option("--sliding-window", type=click.Choice(["refuse", "drop", "keep"]), default="refuse",
+@click.option("--sliding-window", type=Choice(["refuse", "drop", "keep"]), default="refuse",
               show_default=True, help="What to do with a window shorter than the target.")
 @out_option
 @overwrite_option
@@ -41,32 +54,35 @@ def rescale(model, to, method, option, from_len, sliding_window, out, overwrite)
 
 
 @main.command()
-@click.argument("recipe")
+@recipe_argument
+@set_option
 @click.option("--stage", default=None, help="Name of the train stage, if the recipe has several.")
 @click.option("--nproc", type=int, default=None, help="Processes to start; one per GPU by default.")
 @out_option
 @overwrite_option
 @reporting
-def train(recipe, stage, nproc, out, overwrite):
+def train(recipe, overrides, stage, nproc, out, overwrite):
     """Run the train stage of RECIPE.
 
     \b
-    extend train recipes/my.yaml --out runs/long --nproc 2
-    torchrun --nproc_per_node 2 -m extend train recipes/my.yaml --out runs/long
+    extend train my.yaml --out runs/long --nproc 2
+    extend train my.yaml --set long.schedule.0.steps=2 --out runs/try
+    torchrun --nproc_per_node 2 -m extend train my.yaml --out runs/long
     """
     from extend.together import failing_together
 
     with failing_together():
-        return {"output": str(_train(recipe, stage, nproc, Path(out), overwrite))}
+        return {"output": str(_train(recipe, overrides, stage, nproc, Path(out),
+                                     overwrite))}
 
 
-def _train(recipe, stage, nproc, out, overwrite):
+def _train(recipe, overrides, stage, nproc, out, overwrite):
     from extend.errors import RecipeError
     from extend.options import resolve_inputs
     from extend.recipe import load_recipe
     from extend.train import train as run_stage
 
-    loaded = load_recipe(recipe)
+    loaded = load_recipe(recipe, overrides=overrides)
     found = [s for s in loaded.stages if s.kind == "train" and stage in (None, s.name)]
     if len(found) != 1:
         names = ", ".join(s.name for s in loaded.stages if s.kind == "train") or "none"
@@ -98,7 +114,7 @@ def _train(recipe, stage, nproc, out, overwrite):
 @click.option("--fold-norms", is_flag=True,
               help="Carry norm deltas inside the matrices after them, for servers that take LoRA "
                    "matrices alone.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
+@click.option("--dtype", type=DTYPE,
               default="float32",
               show_default=True, help="Dtype of the factors.")
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -137,7 +153,8 @@ def extract(base, tuned, rank, energy, adapter_bytes, exact, no_embeddings, fold
 @click.option("--weight", type=float, multiple=True,
               help="Factor of the deltas, 1 by default; or one for each adapter, in order, and "
                    "then one for TUNED - BASE.")
-@click.option("--method", default="add", show_default=True,
+@click.option("--method", type=OpenName(_merge_methods), default="add", show_default=True,
+              metavar="NAME",
               help="How a delta is fitted to the target: add, drift-aware, orthogonal; or one of "
                    "mergekit's, such as mergekit:ties, mergekit:della, mergekit:slerp.")
 @click.option("-o", "--option", multiple=True, metavar="KEY=VALUE",
@@ -149,7 +166,7 @@ def extract(base, tuned, rank, energy, adapter_bytes, exact, no_embeddings, fold
 @click.option("--no-sidecar", is_flag=True, help="Apply the LoRA matrices and the RoPE only.")
 @click.option("--rope-from", metavar="DIR", default=None,
               help="Long model to take the RoPE from, for an adapter without a sidecar.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default=None,
+@click.option("--dtype", type=DTYPE, default=None,
               help="Dtype of the output; the target's by default.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
 @click.option("--dry-run", is_flag=True,
@@ -185,25 +202,27 @@ def merge(adapter, target, weight, option, layer_weights, no_sidecar, device, dr
 
 
 @main.command()
-@click.argument("recipe")
+@recipe_argument
+@set_option
 @click.option("--dry-run", is_flag=True,
               help="Say which stages would run, and which are skipped and why; write nothing.")
 @out_option
 @reporting
-def run(recipe, dry_run, out):
+def run(recipe, overrides, dry_run, out):
     """Run every stage of RECIPE in order; what is done is skipped, what was interrupted resumes.
 
     \b
-    extend run recipes/demo.yaml --out runs/demo
-    extend run recipes/demo.yaml --out runs/demo --dry-run
-    extend plan recipes/demo.yaml --run runs/demo   # also time, memory and disk
+    extend run demo.yaml --out runs/demo
+    extend run demo.yaml --set seed=1 --set adapter.rank=8 --out runs/demo-8
+    extend run demo.yaml --out runs/demo --dry-run
+    extend plan demo.yaml --run runs/demo   # also time, memory and disk
     """
     from extend.run import decide
     from extend.run import run as run_recipe
 
     if not dry_run:
-        return {"output": str(run_recipe(recipe, out))}
-    found = decide(recipe, out)
+        return {"output": str(run_recipe(recipe, out, overrides=overrides))}
+    found = decide(recipe, out, overrides=overrides)
     lines = [f"[{number}/{len(found)}] {one.stage.name} ({one.stage.kind}): {one.action}"
              + f", {one.reason}" * bool(one.reason) for number, one in enumerate(found, start=1)]
     return {"stages": [{"name": one.stage.name, "stage": one.stage.kind, "action": one.action,

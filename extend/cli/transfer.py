@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from extend.cli.group import main, out_option, overwrite_option, reporting
-from extend.cli.types import LENGTH, ListType
+from extend.cli.types import LENGTH, Choice, ListType
 
 _LESSON = (
     click.option("--prompts", metavar="FILE", default=None,
@@ -70,7 +70,7 @@ def _results(directory: Path, name: str) -> dict[str, Any]:
               help="What the long model, or an adapter with whole values, was made from.")
 @click.option("--rope-from", metavar="DIR", default=None,
               help="Long model to take the RoPE from, for an adapter without a sidecar.")
-@click.option("--groups", type=click.Choice(["kind", "layer", "module"]), default="kind",
+@click.option("--groups", type=Choice(["kind", "layer", "module"]), default="kind",
               show_default=True, help="What shares a weight; kind: attention, MLP, norms.")
 @click.option("--steps", type=int, default=40, show_default=True,
               help="Most steps from each of the two starts.")

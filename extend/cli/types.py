@@ -1,9 +1,10 @@
 """How arguments are read: lengths, lists, `key=value` pairs."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 
 class _LengthType(click.ParamType):
@@ -19,10 +20,18 @@ class _LengthType(click.ParamType):
 
 
 class ListType(click.ParamType):
-    """Values separated by commas."""
+    """Values separated by commas.
 
-    def __init__(self, item: click.ParamType | None = None):
-        self.item, self.name = item, "list"
+    Args:
+        item: type of each; text unless given.
+        names: gives what a shell may complete them to.
+    """
+
+    name = "list"
+
+    def __init__(self, item: click.ParamType | None = None,
+                 names: Callable[[], Iterable[str]] = tuple):
+        self.item, self.names = item, names
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list:
         if isinstance(value, list):
@@ -30,24 +39,60 @@ class ListType(click.ParamType):
         parts = [part.strip() for part in str(value).split(",") if part.strip()]
         return [self.item.convert(p, param, ctx) if self.item else p for p in parts]
 
+    def shell_complete(self, ctx: click.Context, param: click.Parameter,
+                       incomplete: str) -> list[CompletionItem]:
+        before, comma, last = incomplete.rpartition(",")
+        return [CompletionItem(before + comma + name) for name in self.names()
+                if name.startswith(last)]
 
-class NameType(click.ParamType):
-    """One of a family's names; suggests the one that was probably meant."""
 
-    name = "name"
-
-    def __init__(self, names: Collection[str]):
-        self.names = tuple(names)
+class Choice(click.Choice):
+    """One of some names; suggests the one that was probably meant."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         from extend.registry import suggest
 
-        if value not in self.names:
-            self.fail(f"unknown {value!r};{suggest(value, self.names)} choose one of "
-                      f"{', '.join(self.names)}", param, ctx)
+        if value not in self.choices:
+            self.fail(f"unknown {value!r};{suggest(str(value), self.choices)} choose one of "
+                      f"{', '.join(self.choices)}", param, ctx)
         return value
 
 
+class NameType(Choice):
+    """One of a family's names, too many for a line of help."""
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return "NAME"
+
+
+class OpenName(click.ParamType):
+    """Text for which there are names that a shell may complete it to.
+
+    Args:
+        names: gives them.
+    """
+
+    name = "name"
+
+    def __init__(self, names: Callable[[], Iterable[str]]):
+        self.names = names
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter,
+                       incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(name) for name in self.names() if name.startswith(incomplete)]
+
+
+class PathType(click.ParamType):
+    """Text that a shell completes to a path; whether it is one, the stages say."""
+
+    name = "path"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter,
+                       incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="file")]
+
+
+DTYPE = Choice(["float32", "bfloat16", "float16"])
 LENGTH = _LengthType()
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from extend.console import progress
 from extend.evaluate.adapted import adapted_config
 from extend.evaluate.backends.backend import Backend
 from extend.evaluate.backends.local import LocalBackend
@@ -68,7 +69,7 @@ def score_with(backend: Backend, job: Job, units: Sequence[Unit], rank: int = 0)
         for cell, row in zip(unit.cells, rows, strict=True):
             store.append(rank, cell.key, row)
             logger.info("%s (%d of %d, %.1f s)", describe(row), number, len(units),
-                        time.monotonic() - start)
+                        time.monotonic() - start, extra=progress(number, len(units)))
 
 
 def score_unit(backend: Backend, frame: Frame, unit: Unit, *, seed: int, native_len: int,

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 from extend import errors
+from extend.console import showing_logs
 from extend.errors import CompatibilityError, ExtendError, RankError, RecipeError
 from extend.evaluate.backends.ring import RingBackend
 from extend.evaluate.cells import Job, score_unit, score_with
@@ -98,7 +99,7 @@ def _start(job: Job, units: Sequence[Unit], ranks: int) -> None:
         path.unlink()
     # The store outlives whichever rank fails, so that the others can still say who is missing.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    level = logging.getLogger().getEffectiveLevel()
+    level = logging.getLogger("extend").getEffectiveLevel()
     multiprocessing.set_forkserver_preload(["extend.evaluate.ring_workers"])
     try:
         multiprocessing.start_processes(_work, (ranks, store.port, job, units, level),
@@ -108,9 +109,8 @@ def _start(job: Job, units: Sequence[Unit], ranks: int) -> None:
 
 
 def _work(rank: int, world: int, port: int, job: Job, units: Sequence[Unit], level: int) -> None:
-    logging.basicConfig(level=level if rank == 0 else logging.WARNING, format="%(message)s")
     try:
-        with join_local(rank, world, port, job.device):
+        with showing_logs(level, rank=rank), join_local(rank, world, port, job.device):
             _measure(job, units, rank, rank)
     except Exception as error:  # of any kind: the parent tells the first one of all ranks
         known = isinstance(error, ExtendError)

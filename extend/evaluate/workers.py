@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import multiprocessing
 
+from extend.console import showing_logs
 from extend.errors import CompatibilityError, ExtendError
 from extend.evaluate.cells import Job, score_units
 from extend.evaluate.plan import Unit
@@ -36,7 +37,7 @@ def score_in_processes(job: Job, units: Sequence[Unit], nproc: int) -> None:
     """
     for path in job.rows.glob("error-*.txt"):
         path.unlink()
-    level = logging.getLogger().getEffectiveLevel()
+    level = logging.getLogger("extend").getEffectiveLevel()
     # One server process imports torch and transformers, and the others are forked from it; it
     # touches no GPU, so they may.
     multiprocessing.set_forkserver_preload(["extend.evaluate.cells"])
@@ -57,13 +58,13 @@ def score_in_processes(job: Job, units: Sequence[Unit], nproc: int) -> None:
 
 
 def _work(rank: int, job: Job, units: Sequence[Unit], nproc: int, level: int) -> None:
-    logging.basicConfig(level=level, format="%(message)s")
     if job.device in ("auto", "cuda") and torch.cuda.is_available():
         job = replace(job, device=f"cuda:{rank}")
     else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // nproc))
     try:
-        score_units(job, units[rank::nproc], rank)
+        with showing_logs(level, rank=rank):
+            score_units(job, units[rank::nproc], rank)
     except ExtendError as error:
         # The parent prints this instead of a traceback: it is the user's to put right.
         (job.rows / f"error-{rank}.txt").write_text(str(error), encoding="utf-8")

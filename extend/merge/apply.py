@@ -1,6 +1,7 @@
 """The stage `merge`: deltas into any fine-tune of their base, tensor by tensor."""
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from extend.adapter_format.peft_files import stored_dtype
 from extend.adapter_format.serving_files import checkpoint_serving, write_serving
 from extend.adapter_format.sidecar import RopeChange
 from extend.checkpoint import copy_side_files, write_checkpoint
+from extend.console import progress
 from extend.errors import ExtendError, RecipeError
 from extend.manifest import Manifest, versions
 from extend.merge.dry_run import preview
@@ -110,7 +112,7 @@ def merge(adapter: Paths, target: Path | str, out: Path | str, *, weight: Weight
         manifest.write(partial, **summary, lineage=related)
     log.info("merged %(modules)d modules, %(sidecar_tensors)d sidecar tensors and %(raw_tensors)d "
              "differences into %(tensors)d tensors; context %(max_position_embeddings)d tokens",
-             summary)
+             summary, extra=progress(1, 1))
     return Path(out)
 
 
@@ -156,9 +158,12 @@ def _write_weights(partial: Path, plan: Plan, device: str, looking: Future) -> N
         total = Total(plan, {info.name: info for info in plan.written}, pool, device,
                       ahead=-(-threads // writers))
 
+        done = itertools.count()
+
         def read(name: str) -> Iterator[torch.Tensor]:
             if looking.done():
                 looking.result()
+            log.info("merging %s", name, extra=progress(next(done), len(plan.written)))
             return total.read(name)
 
         write_checkpoint(partial, plan.written, read, file_of=file_of, threads=writers)

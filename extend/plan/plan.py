@@ -13,7 +13,7 @@ from extend.output import atomic_directory, write_json
 from extend.plan.capacity import capacity_json, plan_capacity
 from extend.plan.report import to_json
 from extend.plan.rope import DEFAULT_METHOD, RopePlan, plan_rope
-from extend.rope.rescale import starting_rope
+from extend.rope.rescaling import starting_rope
 
 PLAN_NAME = "plan.json"
 PLOT_NAME = "frequencies.png"

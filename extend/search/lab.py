@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from extend.console import progress
 from extend.errors import CompatibilityError
 from extend.model_config import RopeSpec
 from extend.search.candidates import Candidate
@@ -134,7 +135,8 @@ class Lab:
     def _log(self, candidate: Candidate, length: int, split: str) -> None:
         needle, short, disturbance = self.result(candidate, split).point(length)
         logger.info("%3d/%d  %-36s %7d %-8s needle %.3f  short %.4f  siblings %.4f", self.used,
-                    self.budget, candidate.name[:36], length, split, needle, short, disturbance)
+                    self.budget, candidate.name[:36], length, split, needle, short, disturbance,
+                    extra=progress(self.used, self.budget))
 
 
 def _check_finite(candidate: Candidate, items: Items, length: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from extend.console import progress
 from extend.errors import CheckpointError
 from extend.train.mesh import Processes
 from extend.train.trackers import Trackers
@@ -96,7 +97,7 @@ class Progress:
             raise CheckpointError(f"{self._file.name}: cannot be written ({error.strerror}); free "
                                   "space, and the same command goes on from the last "
                                   "checkpoint") from None
-        logger.info("%s", progress_line(record))
+        logger.info("%s", progress_line(record), extra=progress(record["step"], record["steps"]))
         if self._trackers is not None:
             self._trackers.log(record)
 

@@ -1,7 +1,6 @@
 """One process of a run that `extend.train.launch` started: `python -m extend.train.worker JOB`."""
 
 import json
-import logging
 import os
 import sys
 import threading
@@ -11,6 +10,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from transformers.utils.logging import disable_progress_bar
 
+from extend.console import showing_logs
 from extend.together import failing_together
 from extend.train.loop import run_process
 from extend.train_options import TrainOptions
@@ -32,15 +32,14 @@ def _follow_parent(launcher: int) -> None:
 def main(ticket: str) -> int:
     """Run the job described in the file `ticket`; an error is left for the launcher to tell."""
     job = json.loads(Path(ticket).read_text(encoding="utf-8"))
-    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
-    logging.getLogger("extend").setLevel(job["log_level"])
     disable_progress_bar()
     sys.stdout = sys.stderr  # the launcher alone prints results
     _follow_parent(job["launcher"])
     handler = get_error_handler()
     handler.initialize()
     try:
-        with failing_together():
+        # All processes have their level: what is for one of them is logged by that one alone.
+        with showing_logs(job["log_level"]), failing_together():
             run_process(TrainOptions(**job["options"]), Path(job["out"]), job["overwrite"])
     except Exception as error:  # of any kind: the launcher tells the first one of all processes
         handler.record_exception(error)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from extend.console import progress
 from extend.errors import DataError, RecipeError, TrainingError
 from extend.transfer.batches import Batch
 from extend.transfer.objective import Lesson, Scores, judge, token_losses
@@ -122,7 +123,8 @@ def _look(model: PreTrainedModel, lesson: Lesson, settings: LearnSettings, step:
     if not math.isfinite(objective):
         raise TrainingError(f"after step {step} the objective is {objective}; give a lower lr than "
                             f"{settings.lr}, or check the models")
-    log.info("step %d/%d: objective %.4f, %s", step, settings.steps, objective, scores.text())
+    log.info("step %d/%d: objective %.4f, %s", step, settings.steps, objective, scores.text(),
+             extra=progress(step, settings.steps))
     look = {"step": step, "objective": objective, **scores.to_json()}
     return Course(scores, objective, step, [*history, look])
 

@@ -66,7 +66,7 @@ def test_json_is_one_object(ok, healthy, broken):
 
 def test_json_of_an_error_is_one_object(tmp_path):
     result = invoke(tmp_path, "--json")
-    assert result.exit_code == 1 and set(json.loads(result.stdout)) == {"error"}
+    assert result.exit_code == 1 and set(json.loads(result.stdout)) == {"error", "kind"}
 
 
 def test_fix(broken, tmp_path):

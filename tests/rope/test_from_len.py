@@ -11,7 +11,7 @@ from extend.errors import CompatibilityError, RecipeError
 from extend.manifest import MANIFEST_NAME
 from extend.model_config import RopeSpec, read_config, write_rope
 from extend.rope import rescale
-from extend.rope.rescale import starting_rope
+from extend.rope.rescaling import starting_rope
 from tests.rope.conftest import NATIVE, edit_config
 from tests.rope.specs import TINY, call
 

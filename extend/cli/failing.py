@@ -1,0 +1,84 @@
+"""How a command fails: one message on stderr, an exit code, and with --json an object on stdout.
+
+Exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 130 interrupted.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+
+from extend.console import printable
+from extend.errors import ExtendError
+
+
+@contextmanager
+def telling_errors(*, as_json: bool, debug: bool) -> Iterator[None]:
+    """End the process with a message and a code when the block raises an error.
+
+    Args:
+        as_json: also print `{"error", "kind"}` on stdout.
+        debug: let errors pass, so that Python shows their traceback.
+    """
+    try:
+        yield
+    except click.UsageError as error:
+        _show_usage(error)
+        _end(error.format_message(), "UsageError", error.exit_code, as_json)
+    except (KeyboardInterrupt, click.Abort):
+        tell("interrupted; the same command goes on where it can")
+        _end("interrupted", "KeyboardInterrupt", 130, as_json)
+    except Exception as error:
+        if debug:
+            raise
+        message = _message(error)
+        tell(message)
+        _end(message, type(error).__name__, 1, as_json)
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, ExtendError):
+        return str(error)
+    if isinstance(error, click.ClickException):
+        return error.format_message()
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}; --debug shows where this happened"
+    told = traceback.format_exception_only(error)[-1].strip()
+    return (f"a fault of extend itself, {told}; {_keep_traceback(error)}. Please report it with "
+            "what `extend env` prints")
+
+
+def _keep_traceback(error: Exception) -> str:
+    """Write the traceback to a file, since what took hours is not run again just to see it."""
+    text = "".join(traceback.format_exception(error))
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="extend-", suffix=".log", delete=False,
+                                         encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+    except OSError:
+        sys.stderr.write(printable(text))
+        return "its traceback is above"
+    return f"its traceback is in {file.name}"
+
+
+def tell(message: str) -> None:
+    """Say what is wrong on stderr."""
+    click.echo(f"extend: {printable(message)}", err=True)
+
+
+def _show_usage(error: click.UsageError) -> None:
+    if error.ctx is not None:
+        click.echo(f"{error.ctx.get_usage()}\nTry '{error.ctx.command_path} --help' for help.\n",
+                   err=True)
+    click.echo(f"Error: {printable(error.format_message())}", err=True)
+
+
+def _end(message: str, kind: str, code: int, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps({"error": message, "kind": kind}))
+    sys.exit(code)
