@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1] / "extend"
 LAYERS = [
     {"errors"},
     {"registry", "model_config", "documents", "encoding", "option_types", "output", "page",
-     "together"},
+     "together", "hub"},
     {"checkpoint", "haystack", "tokenizer", "transfer_options", "adapter_options", "data_options",
      "curves"},
     {"train_options"},
