@@ -26,6 +26,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from extend.errors import RecipeError
+from extend.inputs.names import HubInput
 from extend.option_types import Options
 from extend.options import (
     STAGES,
@@ -35,6 +36,7 @@ from extend.options import (
     RopeOptions,
     TrainOptions,
     input_paths,
+    model_inputs,
 )
 from extend.registry import suggest
 
@@ -196,8 +198,10 @@ def _read_stage(entry: Any, index: int, names: list[Any], seed: Any, problems: _
         return None
     for location, problem in check_family(options):
         problems.add((*where, *location), problem)
+    on_the_hub = {where for where, value in model_inputs(options) if HubInput.parse(value)}
     for location, value in input_paths(options):
-        problem = _check_input(value, index, names, problems.path, check_files)
+        problem = _check_input(value, index, names, problems.path,
+                               check_files and location not in on_the_hub)
         if problem:
             problems.add((*where, *location), f"{_dotted(location)}: {problem}")
     return Stage(str(name), kind, options)

@@ -15,10 +15,17 @@ from extend.option_types import Options
 from extend.options import input_paths, resolve_inputs
 from extend.output import remove_directory, write_json
 from extend.recipe import Recipe, Stage, load_recipe
+from extend.recipe_inputs import input_path, is_pinned, pin_inputs
 from extend.together import is_launched
 
 logger = logging.getLogger(__name__)
 RUN_RECORD = "run.json"
+
+
+def _import(options: Any, out: Path) -> Path:
+    from extend.gguf import import_gguf
+
+    return import_gguf(**options.model_dump(), out=out, overwrite=True)
 
 
 def _rescale(options: Any, out: Path) -> Path:
@@ -85,7 +92,7 @@ def _report(options: Any, out: Path) -> Path:
 
 
 RUNNERS: dict[str, Callable[[Any, Path], Path]] = {
-    "rescale": _rescale, "train": _train, "extract": _extract, "cut": _cut,
+    "import": _import, "rescale": _rescale, "train": _train, "extract": _extract, "cut": _cut,
     "adapter-report": _adapter_report, "merge": _merge, "fit": _fit, "repair": _repair,
     "eval": _eval, "report": _report}
 
@@ -98,7 +105,8 @@ def run(recipe: Path | str, out: Path | str) -> Path:
     keeps one. The output of a stage stays until its successor is complete.
 
     Raises:
-        RecipeError: the recipe is not valid, or torchrun or the like started several of this.
+        RecipeError: the recipe is not valid, models that it names cannot be had from the Hub (all
+            are asked for first), or torchrun or the like started several of this.
         CheckpointError: `out` cannot be written, or holds something in the place of an output.
         ExtendError: whatever a stage raises.
     """
@@ -113,6 +121,7 @@ def run(recipe: Path | str, out: Path | str) -> Path:
     except OSError as error:
         raise CheckpointError(f"{out}: no such directory can be made ({error.strerror}); choose "
                               "another --out") from None
+    loaded = pin_inputs(loaded)
     for number, stage in enumerate(loaded.stages, start=1):
         label = f"[{number}/{len(loaded.stages)}] {stage.name} ({stage.kind})"
         _run_stage(stage, loaded, out, label)
@@ -122,7 +131,7 @@ def run(recipe: Path | str, out: Path | str) -> Path:
 def _run_stage(stage: Stage, recipe: Recipe, out: Path, label: str) -> None:
     names = {s.name for s in recipe.stages}
     options = resolve_inputs(stage.options, lambda value: str(
-        out / value if value in names else (recipe.path.parent / value).resolve()))
+        out / value if value in names else input_path(recipe, value)))
     fingerprint = _fingerprint(stage, options)
     directory = out / stage.name
     record = read_json(out / RUN_RECORD) if (out / RUN_RECORD).exists() else {}
@@ -191,13 +200,19 @@ def _write_record(out: Path, record: dict[str, Any]) -> None:
 
 
 def _fingerprint(stage: Stage, options: Options) -> str:
-    """Hash of the stage's options, with each input path replaced by its content's hash."""
+    """Hash of the stage's options, with each path replaced by its content's hash.
+
+    A commit of a repository stands for its content.
+    """
     hashes = {}
     for location, value in input_paths(options):
-        if not Path(value).exists():
+        if Path(value).exists():
+            hashes[value] = hash_content(value)
+        elif is_pinned(value):
+            hashes[value] = value
+        else:
             raise RecipeError(f"{stage.name}: {'.'.join(map(str, location))}: {value} does not "
                               "exist")
-        hashes[value] = hash_content(value)
     data = resolve_inputs(options, lambda value: hashes[value]).model_dump(mode="json")
     text = json.dumps({"stage": stage.kind, "options": data}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -11,6 +11,7 @@ from extend.errors import CheckpointError, CompatibilityError, RecipeError
 from extend.gguf.architectures import Architecture, find_architecture
 from extend.gguf.header import Header
 from extend.gguf.tokenizer import write_tokenizer
+from extend.inputs import local_path, takes_models
 from extend.manifest import Manifest
 from extend.model_config import parse_config, write_rope
 from extend.output import atomic_directory, write_json
@@ -25,6 +26,7 @@ _BLOCK_VALUES = 2**24  # that exist in fp32 at once: 64 MiB
 _STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
+@takes_models("file")
 def import_gguf(file: Path | str, out: Path | str, *, dtype: str = "bfloat16",
                 tokenizer: Path | str | None = None, overwrite: bool = False) -> Path:
     """Write a GGUF model as a safetensors checkpoint with config and tokenizer.
@@ -59,7 +61,7 @@ def import_gguf(file: Path | str, out: Path | str, *, dtype: str = "bfloat16",
     inputs = {"file" if number == 0 else f"file.{number + 1}": path
               for number, path in enumerate(header.paths)}
     if tokenizer is not None:
-        inputs["tokenizer"] = Path(tokenizer)
+        inputs["tokenizer"] = tokenizer = local_path(tokenizer, weights=False)
     with atomic_directory(out, overwrite=overwrite, inputs=inputs) as partial:
         manifest = Manifest("import", inputs, {"dtype": dtype})
         _write_tokenizer(header, partial, config["max_position_embeddings"], tokenizer)

@@ -149,7 +149,7 @@ def _merges_of(tokens: list[str], types: list[int], scores: list[float]) -> list
     for number in sorted(normal, key=lambda number: -scores[number]):
         token = tokens[number]
         parts = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        merges += sorted((pair for pair in parts if pair[0] in vocabulary and pair[1] in vocabulary),
+        merges += sorted((pair for pair in parts if vocabulary.keys() >= set(pair)),
                          key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
     return merges
 
