@@ -130,8 +130,8 @@ class _Content:
             self._files = _files_of(self._path)
             if recorded_name(self._path):  # others keep files there too
                 kept = files_in_cache(self._path)
-                self._files = {name: self._files[name] for name in kept}
-            elif (self._path / MANIFEST_NAME).is_file():
+                self._files = {name: self._files[name] for name in kept if name in self._files}
+            if (self._path / MANIFEST_NAME).is_file():
                 for name in (METRICS_NAME, PICTURE_NAME):
                     self._files.pop(name, None)
         else:
@@ -212,7 +212,7 @@ class Manifest:
     def write(self, directory: Path, **results: Any) -> None:
         """Hash the files in `directory` and write the manifest beside them."""
         record = self.record
-        record["results"] = results
+        record["results"] = name_inputs(results)
         record["wall_seconds"] = round(time.monotonic() - self._start, 3)
         record["peak_memory_bytes"] = peak_memory()
         record["outputs"] = hash_files(directory)

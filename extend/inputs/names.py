@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -14,6 +15,8 @@ log = logging.getLogger(__name__)
 
 _FORM = re.compile(r"(?P<repo>[^@:]+)(?:@(?P<revision>[^:]+))?(?::(?P<file>.+))?")
 _SNAPSHOT = re.compile(r".*[/\\]snapshots[/\\][0-9a-f]{40}(?:[/\\](?P<file>.+))?")
+_CACHED_PATH = re.compile(r"[^\s\"']*models--[^\s\"'/\\]+[/\\]snapshots[/\\][0-9a-f]{40}"
+                          r"(?:[/\\][\w./\\-]*\w)?")
 _MANIFEST = "manifest.json"  # of a stage's output, which nobody takes for a repository
 
 
@@ -63,11 +66,14 @@ def _tell_local(value: str) -> None:
 def name_inputs(data: Any) -> Any:
     """JSON data with every path into the Hub's cache replaced by what it is called there."""
     if isinstance(data, dict):
-        return {key: name_inputs(value) for key, value in data.items()}
+        return {name_inputs(key): name_inputs(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
         return [name_inputs(value) for value in data]
-    known = recorded_name(data) if isinstance(data, str) else None
-    return data if known is None else str(known)
+    if not isinstance(data, str) or "models--" not in data:
+        return data
+    if os.path.exists(data):  # also one with spaces in it
+        return str(recorded_name(data) or data)
+    return _CACHED_PATH.sub(lambda found: str(recorded_name(found[0]) or found[0]), data)
 
 
 def recorded_name(path: Path | str) -> HubInput | None:

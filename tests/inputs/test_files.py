@@ -50,9 +50,11 @@ def test_the_cache_is_never_recorded():
     assert str(recorded_name(SNAPSHOT)) == f"lab/base@{SHA}"
     assert str(recorded_name(f"{SNAPSHOT}/a/config.json")) == f"lab/base@{SHA}:a/config.json"
     assert recorded_name("/data/base") is recorded_name("models--lab--base/snapshots/main") is None
-    told = {"a": [SNAPSHOT, 3, None], "b": {"c": "base"}, "d": "lab/base"}
-    assert name_inputs(told) == {"a": [f"lab/base@{SHA}", 3, None], "b": {"c": "base"},
-                                 "d": "lab/base"}
+    told = {"a": [SNAPSHOT, 3, None], SNAPSHOT: {"c": "base"}, "d": "lab/base",
+            "e": f"{SNAPSHOT} has {SNAPSHOT}/config.json."}
+    assert name_inputs(told) == {
+        "a": [f"lab/base@{SHA}", 3, None], f"lab/base@{SHA}": {"c": "base"}, "d": "lab/base",
+        "e": f"lab/base@{SHA} has lab/base@{SHA}:config.json."}
 
 
 def choose(*names: str, index: dict | None = None, weights: bool = True) -> list[str]:
