@@ -10,6 +10,7 @@
       TrainingError       training cannot go on (loss not finite, ranks disagree, resume mismatch)
       RankError           another rank does not answer: it died, hangs, or is too slow
       ServerError         a server that is evaluated does not answer, or not what it was asked
+      HubError            the Hugging Face Hub refuses, cannot be reached, or holds something else
 
 Each message says what is wrong, both values, where, and what to do. The command line prints it
 alone and exits with 1; `--debug` adds the traceback.
@@ -54,3 +55,7 @@ class RankError(ExtendError):
 
 class ServerError(ExtendError):
     """A server that does not answer, or that answers something else than it was asked."""
+
+
+class HubError(ExtendError):
+    """The Hub refuses what it is asked for, cannot be reached, or holds something else."""

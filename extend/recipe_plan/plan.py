@@ -9,11 +9,12 @@ from pathlib import Path
 from extend.capacity import GIB, GPUS, Machine, gpu_rates
 from extend.errors import CompatibilityError, RecipeError
 from extend.recipe import Recipe, load_recipe
+from extend.recipe_inputs import pin_inputs
 from extend.recipe_plan.cost import Cost
 from extend.recipe_plan.facts import Facts, look_at, look_up_inputs
 from extend.recipe_plan.stages import COSTS, unknown_cost
 from extend.registry import suggest
-from extend.run import Decision, decide_stages
+from extend.run import RUN_RECORD, Decision, decide_stages
 
 ASSUMED_GPUS = 8
 
@@ -96,7 +97,7 @@ class RecipePlan:
     def missing(self) -> dict[str, str]:
         """Input -> why it cannot be had."""
         return {value: facts.problem for value, facts in self.inputs.items()
-                if facts.where == "missing"}
+                if facts.where == "missing" or (facts.where == "hub" and facts.problem)}
 
     @property
     def problems(self) -> list[str]:
@@ -115,7 +116,8 @@ class RecipePlan:
 
 def plan_recipe(recipe: Path | str, *, run_dir: Path | str | None = None,
                 machine: Machine | None = None,
-                configs: Mapping[str, Path | str] | None = None) -> RecipePlan:
+                configs: Mapping[str, Path | str] | None = None,
+                overrides: Sequence[str] = ()) -> RecipePlan:
     """Estimate what every stage of a recipe takes; nothing is written, no weights are read.
 
     Args:
@@ -123,13 +125,14 @@ def plan_recipe(recipe: Path | str, *, run_dir: Path | str | None = None,
             None: nothing is done, and the disk is that of the working directory.
         machine: None: the GPUs that are visible, else eight H200 of one host.
         configs: input, as the recipe calls it -> config.json, for models that are not here.
+        overrides: `KEY=VALUE`, changes to the recipe.
 
     Raises:
         RecipeError: the recipe is not valid, or `configs` names what it does not read.
         CheckpointError: `run_dir` holds something in the place of an output.
         CompatibilityError: a visible GPU of a kind whose rates are not known.
     """
-    loaded = load_recipe(recipe, check_files=False)
+    loaded = load_recipe(recipe, check_files=False, overrides=overrides)
     given, found = dict(configs or {}), machine or visible_machine()
     inputs = look_up_inputs(loaded, given)
     for value in given:
@@ -149,10 +152,10 @@ def plan_recipe(recipe: Path | str, *, run_dir: Path | str | None = None,
 def _walk(recipe: Recipe, inputs: Mapping[str, Facts], machine: Machine,
           run_dir: Path | None) -> list[StagePlan]:
     facts, plans = dict(inputs), []
-    decisions = [Decision(stage, "run") for stage in recipe.stages] if run_dir is None \
-        else decide_stages(recipe, run_dir)
-    for decision in decisions:
-        stage = decision.stage
+    decisions = [Decision(stage, "run") for stage in recipe.stages]
+    if run_dir is not None and (run_dir / RUN_RECORD).exists():
+        decisions = decide_stages(pin_inputs(recipe, fetch=False), run_dir)
+    for stage, decision in zip(recipe.stages, decisions, strict=True):
         cost = COSTS.get(stage.kind, unknown_cost)(stage.options, facts.__getitem__, machine)
         facts[stage.name] = cost.output
         if decision.action == "skip":
