@@ -8,6 +8,7 @@ import re
 from importlib.resources import files
 from pathlib import Path
 
+from extend.console import printable
 from extend.errors import CheckpointError, RecipeError
 from extend.output import write_text
 from extend.registry import lookup
@@ -56,7 +57,7 @@ def copy_recipe(name: str, out: Path | str, *, overwrite: bool = False) -> Path:
     source, out = lookup(shipped_recipes(), name, "recipe"), Path(out)
     text = source.read_text(encoding="utf-8")
     text = text.replace(f"{EDITOR_LINE}{SCHEMA_NAME}", f"{EDITOR_LINE}{schema_file()}", 1)
-    text = text.replace(f"recipes/{source.name}", str(out))
+    text = text.replace(f"recipes/{source.name}", printable(str(out)))
     if out.is_dir():
         raise RecipeError(f"{out}: is a directory; give the name of a file, such as "
                           f"{out / source.name}")

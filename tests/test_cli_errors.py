@@ -13,6 +13,7 @@ from extend import environment
 from extend.cli import main
 from extend.cli.group import to_json
 from extend.environment import describe_environment, hide
+from extend.errors import RecipeError
 
 NUMBERS = ("--head-dim", "128", "--theta", "500000", "--from", "8k", "--to", "64k")
 
@@ -51,6 +52,12 @@ def test_wrong_usage_suggests_and_is_json_where_asked(arguments, message):
         assert message in told["error"] and told["kind"] == "UsageError"
 
 
+def test_without_a_command_there_is_help():
+    result = invoke()
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Usage: ") and "Error" not in result.stderr
+
+
 def test_a_fault_is_one_line_and_its_traceback_is_kept(failing, tmp_path):
     failing(ZeroDivisionError("a \x1b[31m"))
     result = invoke("plan", *NUMBERS, "--json")
@@ -61,6 +68,17 @@ def test_a_fault_is_one_line_and_its_traceback_is_kept(failing, tmp_path):
         f"{kept}. Please report it with what `extend env` prints\n")
     assert json.loads(result.stdout)["kind"] == "ZeroDivisionError"
     assert "in plan\n    raise error" in kept.read_text()
+
+
+def test_what_libraries_print_is_not_on_stdout(monkeypatch):
+    def plan(*_, **__):
+        sys.stdout.write("100%|####| a bar\n")
+        raise RecipeError("no")
+
+    monkeypatch.setattr(import_module("extend.plan"), "plan", plan)
+    result = invoke("plan", *NUMBERS, "--json")
+    assert json.loads(result.stdout) == {"error": "no", "kind": "RecipeError"}
+    assert result.stderr == "100%|####| a bar\nextend: no\n"
 
 
 @pytest.mark.parametrize("place", [0, 1])

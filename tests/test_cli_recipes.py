@@ -1,6 +1,7 @@
 """`init`, `validate` and `schema`, and that the shipped recipes fit their schema."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def test_the_recipes_of_the_tree_are_those_of_the_package():
 
 
 def test_the_shipped_schema_is_current(schema):
-    """`extend schema > recipes/recipe.schema.json` makes it so."""
+    """`scripts/update_schema.py` makes it so."""
     assert json.loads(schema_file().read_text()) == json.loads(json.dumps(schema))
 
 
@@ -102,8 +103,14 @@ def test_init_copies_a_recipe_that_loads(tmp_path):
     assert load_recipe(out, check_files=False).stages == load_recipe(shipped).stages
     again = invoke("init", "demo", "--out", out)
     assert again.exit_code == 1 and "exists already" in again.stderr
-    assert invoke("init", "demo", "--out", out, "--overwrite").stdout.splitlines()[-1] == str(out)
+    assert invoke("init", "demo", "--out", out, "--overwrite").stdout == f"{out}\n"
     assert list(out.parent.iterdir()) == [out]
+
+
+def test_init_writes_to_any_path(tmp_path):
+    out = tmp_path / os.fsdecode(b"\xff\x1b.yaml")
+    assert invoke("init", "demo", "--out", out).stdout_bytes == os.fsencode(out) + b"\n"
+    assert f"extend run {tmp_path}/\\udcff\\x1b.yaml --out" in out.read_text()
 
 
 def test_init_lists_and_suggests(tmp_path):

@@ -72,6 +72,9 @@ def tell(message: str) -> None:
 
 
 def _show_usage(error: click.UsageError) -> None:
+    if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
+        error.show()  # the whole help
+        return
     if error.ctx is not None:
         click.echo(f"{error.ctx.get_usage()}\nTry '{error.ctx.command_path} --help' for help.\n",
                    err=True)

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import wraps
 from inspect import cleandoc
 from pathlib import Path
@@ -149,7 +149,8 @@ def reporting(function: Callable[..., Results]) -> Callable[..., None]:
         before = click.get_current_context().find_root().params
         flags = {name: arguments.pop(name) or before.get(name, False)
                  for name in ("json_", "debug", "verbose", "quiet")}
-        with _logging(flags["verbose"], flags["quiet"]):
+        # What libraries print is no result.
+        with _logging(flags["verbose"], flags["quiet"]), redirect_stdout(sys.stderr):
             returned = function(**arguments)
         if _rank() != 0:
             return  # another process of the same launch prints the result

@@ -1,6 +1,7 @@
 """Recipes before they run: `init`, `validate`, `schema`."""
 
 import json
+import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +11,8 @@ import click
 
 from extend.cli.group import main, overwrite_option, reporting, set_option
 from extend.cli.types import OpenName
+
+logger = logging.getLogger(__name__)
 
 
 def _names() -> Iterable[str]:
@@ -44,9 +47,9 @@ def init(name, list_, out, overwrite):
 
     path = copy_recipe(name, out or f"{name}.yaml", overwrite=overwrite)
     missing = list(dict.fromkeys(p.missing for p in check_recipe(path)[1] if p.missing))
-    note = [f"inputs to be provided: {', '.join(missing)}"] if missing else []
-    return ({"output": str(path), "recipe": name, "missing_inputs": missing},
-            "\n".join([*note, str(path)]))
+    if missing:
+        logger.warning("inputs to be provided, or named otherwise: %s", ", ".join(missing))
+    return {"output": str(path), "recipe": name, "missing_inputs": missing}
 
 
 def _listing() -> tuple[dict[str, Any], str]:
