@@ -119,7 +119,8 @@ class ReportOptions(Options):
 STAGES: dict[str, type[Options]] = {
     "import": ImportOptions, "rescale": RescaleOptions, "train": TrainOptions,
     "extract": ExtractOptions, "cut": CutOptions, "adapter-report": AdapterReportOptions,
-    "merge": MergeOptions, "fit": FitOptions, "repair": RepairOptions, "eval": EvalOptions, "report": ReportOptions}
+    "merge": MergeOptions, "fit": FitOptions, "repair": RepairOptions, "eval": EvalOptions,
+    "report": ReportOptions}
 
 
 def input_paths(options: BaseModel,
