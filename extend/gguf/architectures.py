@@ -15,15 +15,15 @@ import numpy as np
 
 from extend.errors import CompatibilityError
 from extend.gguf.header import Header
-from extend.gguf.rope import FACTORS, rope_parameters
+from extend.gguf.rope import FACTORS, YARN_KEYS, rope_parameters, shortest
 
 Config = dict[str, Any]
 
 _KEYS = {"context_length", "embedding_length", "block_count", "feed_forward_length", "vocab_size",
          "attention.head_count", "attention.head_count_kv", "attention.key_length",
          "attention.value_length", "attention.layer_norm_rms_epsilon", "rope.dimension_count",
-         "rope.freq_base", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.attn_factor",
-         "rope.scaling.original_context_length", "rope.scaling.finetuned"}
+         "rope.freq_base", "rope.scaling.type", "rope.scaling.factor",
+         "rope.scaling.original_context_length", "rope.scaling.finetuned", *YARN_KEYS}
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _INNER = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj",
           "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
@@ -133,7 +133,7 @@ def _common(header: Header) -> Config:
         "max_position_embeddings": _whole(header, "context_length"),
         "num_attention_heads": heads, "num_hidden_layers": _whole(header, "block_count"),
         "num_key_value_heads": int(header.of_model("attention.head_count_kv", heads)),
-        "rms_norm_eps": _shortest(header.need_of_model("attention.layer_norm_rms_epsilon")),
+        "rms_norm_eps": shortest(header.need_of_model("attention.layer_norm_rms_epsilon")),
         "rope_parameters": rope_parameters(header, head_dim),
         "tie_word_embeddings": "output.weight" not in header.tensors, "use_cache": True,
         "vocab_size": int(header.tensors["token_embd.weight"].shape[1])
@@ -147,11 +147,6 @@ def _whole(header: Header, key: str) -> int:
         raise CompatibilityError(f"{header.path}: {header.architecture}.{key} is {value}; only "
                                  "models whose layers are all alike are supported")
     return value
-
-
-def _shortest(value: float) -> float:
-    """A number that was stored as fp32 as it was written before: 1e-05, not 9.99999975e-06."""
-    return float(str(np.float32(value)))
 
 
 def _llama(header: Header) -> Config:

@@ -23,7 +23,7 @@ def rope_parameters(header: Header, head_dim: int) -> dict[str, Any]:
     Raises:
         CompatibilityError: a scaling that a config cannot say.
     """
-    theta = float(header.of_model("rope.freq_base", 10000.0))
+    theta = shortest(header.of_model("rope.freq_base", 10000.0))
     kind = header.of_model("rope.scaling.type", "none")
     if FACTORS in header.tensors:
         if kind not in ("none", "linear") or header.of_model("rope.scaling.factor", 1.0) != 1.0:
@@ -33,7 +33,16 @@ def rope_parameters(header: Header, head_dim: int) -> dict[str, Any]:
     if kind not in SCALINGS:
         raise CompatibilityError(f"{header.path}: rope.scaling.type is {kind!r}; supported are "
                                  f"{', '.join(SCALINGS)}")
+    if kind != "yarn" and header.of_model("rope.scaling.attn_factor", 1.0) != 1.0:
+        raise CompatibilityError(f"{header.path}: rope.scaling.attn_factor is for yarn, but "
+                                 f"rope.scaling.type is {kind!r}; import the model from its "
+                                 "original checkpoint")
     return {"rope_theta": theta, **SCALINGS[kind](header)}
+
+
+def shortest(value: float) -> float:
+    """A number that was stored as fp32 as it was written before: 1e-05, not 9.99999975e-06."""
+    return float(str(np.float32(value)))
 
 
 def _none(header: Header) -> dict[str, Any]:
@@ -41,18 +50,19 @@ def _none(header: Header) -> dict[str, Any]:
 
 
 def _linear(header: Header) -> dict[str, Any]:
-    factor = float(header.of_model("rope.scaling.factor", 1.0))
+    factor = shortest(header.of_model("rope.scaling.factor", 1.0))
     return _none(header) if factor == 1.0 else {"rope_type": "linear", "factor": factor}
 
 
 def _yarn(header: Header) -> dict[str, Any]:
-    """llama.cpp multiplies by attn_factor (0.1 ln(factor) + 1), other programs by the latter."""
-    factor = float(header.need_of_model("rope.scaling.factor"))
-    found = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings":
-             int(header.need_of_model("rope.scaling.original_context_length"))}
-    beside = float(header.of_model("rope.scaling.attn_factor", 1.0))
-    if beside != 1.0:
-        found["attention_factor"] = beside * (0.1 * math.log(factor) + 1.0)
+    """The converter copies what the config says; llama.cpp itself reads no attention factor."""
+    found: dict[str, Any] = {
+        "rope_type": "yarn", "factor": shortest(header.need_of_model("rope.scaling.factor")),
+        "original_max_position_embeddings":
+            int(header.need_of_model("rope.scaling.original_context_length"))}
+    for key, name in YARN_KEYS.items():
+        if header.of_model(key) is not None:
+            found[name] = shortest(header.of_model(key))
     return found
 
 
@@ -81,4 +91,6 @@ def _llama3_factors(head_dim: int, theta: float, factor: float, native: int) -> 
     return 1 / ((1 - smooth) / factor + smooth)
 
 
+YARN_KEYS = {"rope.scaling.attn_factor": "attention_factor",
+             "rope.scaling.yarn_beta_fast": "beta_fast", "rope.scaling.yarn_beta_slow": "beta_slow"}
 SCALINGS = {"none": _none, "linear": _linear, "yarn": _yarn}

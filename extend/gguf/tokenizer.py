@@ -52,7 +52,13 @@ def write_tokenizer(header: Header, directory: Path, max_len: int) -> None:
             f"{header.path}: its tokenizer is {kind!r}; built are {', '.join(BUILDERS)}; give the "
             "tokenizer of the original model (--tokenizer)")
     types = header.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
-    tokenizer = BUILDERS[kind](header, tokens, types)
+    try:
+        tokenizer = BUILDERS[kind](header, tokens, types)
+    except CompatibilityError:
+        raise
+    except Exception as error:  # the library has no class of its own for what does not fit
+        raise CompatibilityError(f"{header.path}: its tokenizer cannot be built ({error}); give "
+                                 "that of the original model (--tokenizer)") from None
     special = {f"{short}_token": tokens[token] for short, name in _SPECIAL.items()
                if (token := header.get(f"tokenizer.ggml.{name}_token_id")) is not None}
     if _adds_bos(header, kind):
