@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from extend.option_types import FloatDtype, InputPath, Number, Options
+from extend.option_types import FloatDtype, InputPath, ModelPath, Number, Options
 
 
 class _SizeOptions(Options):
@@ -28,8 +28,8 @@ class _SizeOptions(Options):
 class ExtractOptions(_SizeOptions):
     """extract: tuned - base as a LoRA adapter and a sidecar."""
 
-    base: InputPath
-    tuned: InputPath
+    base: ModelPath
+    tuned: ModelPath
     exact: bool = False
     embeddings: bool = True
     """Keep embedding and output head deltas in the sidecar."""
@@ -42,7 +42,7 @@ class ExtractOptions(_SizeOptions):
 class CutOptions(_SizeOptions):
     """cut: an adapter made smaller, by one of rank, energy and adapter_bytes."""
 
-    adapter: InputPath
+    adapter: ModelPath
     dtype: FloatDtype | None = None
     """Of the factors; the adapter's own unless given."""
 
@@ -56,8 +56,8 @@ class CutOptions(_SizeOptions):
 class AdapterReportOptions(Options):
     """adapter-report: the size of adapters against what they scored."""
 
-    adapter: InputPath
+    adapter: ModelPath
     results: dict[str, InputPath] = {}
     """Label -> results.json, its directory, or the name of an eval stage."""
-    base: InputPath | None = None
+    base: ModelPath | None = None
     """Checkpoint to measure the rounding of a merge on, for an adapter of PEFT's."""

@@ -22,6 +22,8 @@ from typing import Any
 
 from extend.curves import METRICS_NAME, PICTURE_NAME
 from extend.errors import CheckpointError
+from extend.inputs.files import files_in_cache
+from extend.inputs.names import name_inputs, recorded_name
 from extend.model_config import read_json
 from extend.output import FINISHED_NAME, finished_files, write_json
 
@@ -126,6 +128,9 @@ class _Content:
             self._files = {}
         elif self._path.is_dir():
             self._files = _files_of(self._path)
+            if recorded_name(self._path):  # others keep files there too
+                kept = files_in_cache(self._path)
+                self._files = {name: self._files[name] for name in kept if name in self._files}
             if (self._path / MANIFEST_NAME).is_file():
                 for name in (METRICS_NAME, PICTURE_NAME):
                     self._files.pop(name, None)
@@ -158,10 +163,22 @@ def recorded_content(manifest: Mapping[str, Any]) -> str:
 
 
 def describe_inputs(inputs: Mapping[str, Path | str]) -> dict[str, dict[str, str]]:
-    """`{role: {"path", "sha256"}}` for the inputs of a stage."""
+    """Role -> `describe_input`, for the inputs of a stage."""
     contents = {role: _Content(path) for role, path in inputs.items()}
-    return {role: {"path": str(inputs[role]), "sha256": content.sha256()}
+    return {role: describe_input(inputs[role], content.sha256())
             for role, content in contents.items()}
+
+
+def describe_input(path: Path | str, sha256: str) -> dict[str, str]:
+    """What a record says of an input with this content.
+
+    A commit of a repository is called `ORG/NAME@COMMIT`, wherever it is kept.
+    """
+    known = recorded_name(path)
+    if known is None:
+        return {"path": str(path), "sha256": sha256}
+    return {"path": str(known), "repo": known.id.repo, "revision": str(known.id.revision),
+            "sha256": sha256}
 
 
 class Manifest:
@@ -183,7 +200,8 @@ class Manifest:
         self._inputs = {role: (str(path), _Content(path)) for role, path in inputs.items()}
         self._record: dict[str, Any] = {
             "schema": 1, "stage": stage, "inputs": None,
-            "options": json.loads(json.dumps(options)), "seed": seed, "versions": versions()}
+            "options": name_inputs(json.loads(json.dumps(options))), "seed": seed,
+            "versions": versions()}
 
     @property
     def record(self) -> dict[str, Any]:
@@ -193,14 +211,15 @@ class Manifest:
             CheckpointError: an input cannot be read, or changed since the start.
         """
         if self._record["inputs"] is None:
-            self._record["inputs"] = {role: {"path": path, "sha256": content.sha256()}
-                                      for role, (path, content) in self._inputs.items()}
+            self._record["inputs"] = {
+                role: describe_input(path, content.sha256())
+                for role, (path, content) in self._inputs.items()}
         return self._record
 
     def write(self, directory: Path, **results: Any) -> None:
         """Hash the files in `directory` and write the manifest beside them."""
         record = self.record
-        record["results"] = results
+        record["results"] = name_inputs(results)
         record["wall_seconds"] = round(time.monotonic() - self._start, 3)
         record["peak_memory_bytes"] = peak_memory()
         record["outputs"] = hash_files(directory)

@@ -60,6 +60,8 @@ Number = Annotated[float, BeforeValidator(parse_number)]
 FloatDtype = Literal["float32", "bfloat16", "float16"]
 InputPath = Annotated[str, "input path"]
 """A path, or in a recipe the name of an earlier stage; relative paths start at the recipe."""
+ModelPath = Annotated[str, "input path", "or Hub id"]
+"""A model or adapter: a path as above, or `ORG/NAME[@REVISION]` on the Hub."""
 
 
 class Options(BaseModel):

@@ -7,7 +7,7 @@ options travel to other processes, takes its model whole).
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
@@ -17,6 +17,7 @@ from extend.option_types import (
     FloatDtype,
     InputPath,
     Length,
+    ModelPath,
     Number,
     Options,
     RopeOptions,
@@ -26,15 +27,25 @@ from extend.publish_options import PublishOptions
 from extend.train_options import TrainOptions
 from extend.transfer_options import FitOptions, RepairOptions
 
-# Options of evaluation tasks that name files, or models.
-TASK_PATHS = ("haystack", "file", "text", "essays", "words", "reference", "evaluator",
-              "include_path")
+# Options of evaluation tasks that name files, and those that name models.
+TASK_MODELS = ("reference", "evaluator")
+TASK_PATHS = ("haystack", "file", "text", "essays", "words", "include_path", *TASK_MODELS)
+
+
+class ImportOptions(Options):
+    """import: a GGUF file, dequantized, as a checkpoint."""
+
+    file: ModelPath
+    """A file, the first of its parts, or `ORG/NAME:FILE.gguf` on the Hub."""
+    tokenizer: ModelPath | None = None
+    """Checkpoint whose tokenizer to take in place of the file's own."""
+    dtype: FloatDtype = "bfloat16"
 
 
 class RescaleOptions(RopeOptions):
     """rescale: new RoPE keys for a checkpoint."""
 
-    model: InputPath
+    model: ModelPath
     to: Length
     """Tokens, the context length the RoPE is made for."""
     from_len: Length | None = None
@@ -45,15 +56,15 @@ class RescaleOptions(RopeOptions):
 class MergeOptions(Options):
     """merge: adapters, or a long model's whole delta, into a fine-tune of the same base."""
 
-    adapter: InputPath | list[InputPath] | None = None
-    target: InputPath | list[InputPath] | dict[str, InputPath]
+    adapter: ModelPath | list[ModelPath] | None = None
+    target: ModelPath | list[ModelPath] | dict[str, ModelPath]
     """A fine-tune, or several: a list, or label -> fine-tune. Of several each is merged by a stage
     of its own, called NAME-LABEL, where a list's labels are the last parts of its paths."""
     weight: Number | list[Number] = 1.0
     """Of all deltas, or one for each adapter and then one for tuned - base."""
-    tuned: InputPath | None = None
+    tuned: ModelPath | None = None
     """A long model; tuned - base is added, with no LoRA between."""
-    base: InputPath | None = None
+    base: ModelPath | None = None
     method: str = "add"
     """A member of `extend.merge.METHODS`, or one of mergekit's, such as `mergekit:ties`."""
     options: dict[str, Annotated[Any, BeforeValidator(parse_number)]] = {}
@@ -61,7 +72,7 @@ class MergeOptions(Options):
     layer_weights: Number | list[Number] | dict[str, Number] | InputPath | None = None
     """A number, a list laid over the layers, name or expression -> number, or a JSON file."""
     sidecar: bool = True
-    rope_from: InputPath | None = None
+    rope_from: ModelPath | None = None
     dtype: FloatDtype | None = None
 
     @model_validator(mode="after")
@@ -81,15 +92,15 @@ class MergeOptions(Options):
 class EvalOptions(Options):
     """eval: a grid of tasks, lengths and depths."""
 
-    model: InputPath
+    model: ModelPath
     tasks: Annotated[list[str | dict[str, Any]], Field(min_length=1)]
     """Names, or mappings with `task`, its options, and its own lengths, depths or trials."""
     lengths: list[Length] = []
     depths: Annotated[int, Field(ge=1)] = 10
     """Number of equally spaced depths from 0 to 1."""
     trials: Annotated[int, Field(ge=1)] = 5
-    adapter: InputPath | None = None
-    base: InputPath | None = None
+    adapter: ModelPath | None = None
+    base: ModelPath | None = None
     """The model before its context was extended: a control at its native length."""
     template: Literal["auto", "base", "chat"] = "auto"
     """chat puts every prompt into the model's chat template."""
@@ -116,10 +127,10 @@ class ReportOptions(Options):
 
 
 STAGES: dict[str, type[Options]] = {
-    "rescale": RescaleOptions, "train": TrainOptions, "extract": ExtractOptions,
-    "cut": CutOptions, "adapter-report": AdapterReportOptions, "merge": MergeOptions,
-    "fit": FitOptions, "repair": RepairOptions, "eval": EvalOptions, "report": ReportOptions,
-    "publish": PublishOptions}
+    "import": ImportOptions, "rescale": RescaleOptions, "train": TrainOptions,
+    "extract": ExtractOptions, "cut": CutOptions, "adapter-report": AdapterReportOptions,
+    "merge": MergeOptions, "fit": FitOptions, "repair": RepairOptions, "eval": EvalOptions,
+    "report": ReportOptions, "publish": PublishOptions}
 
 
 def label_targets(target: Any) -> dict[str, str] | None:
@@ -159,36 +170,66 @@ def _label_of(path: str) -> str:
     return re.sub(r"[^A-Za-z0-9_]+", "-", path.rstrip("/").rpartition("/")[2].partition("@")[0])
 
 
-def _is_path(metadata: Sequence[Any]) -> bool:
-    return "input path" in metadata
+def input_paths(options: BaseModel,
+                mark: str = "input path") -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """Yield (location, value) of every field that names an input.
 
-
-def input_paths(options: BaseModel) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    """Yield (location, value) of every field that names an input."""
+    Args:
+        mark: "or Hub id" for those alone that may name a repository.
+    """
+    keys = TASK_PATHS if mark == "input path" else TASK_MODELS
     for name, field in type(options).model_fields.items():
         value = getattr(options, name)
-        text = "input path" in str(field.annotation) or _is_path(field.metadata)
-        if isinstance(value, str) and text:
+        marked = mark in str(field.annotation) or mark in field.metadata
+        if isinstance(value, str) and marked:
             yield (name,), value
-        elif isinstance(value, dict) and text:
+        elif isinstance(value, dict) and marked:
             yield from (((name, key), item) for key, item in value.items() if isinstance(item, str))
         elif isinstance(value, list):
             for i, item in enumerate(value):
-                if isinstance(item, str) and text:
+                if isinstance(item, str) and marked:
                     yield (name, i), item
                 elif isinstance(item, BaseModel):
-                    yield from (((name, i, *loc), v) for loc, v in input_paths(item))
+                    yield from (((name, i, *loc), v) for loc, v in input_paths(item, mark))
                 elif isinstance(item, dict):
-                    yield from (((name, i, key), item[key]) for key in TASK_PATHS
+                    yield from (((name, i, key), item[key]) for key in keys
                                 if item.get(key) not in (None, "self"))
 
 
-def resolve_inputs(options: Options, resolve: Callable[[str], str]) -> Options:
-    """Return the options with every input path replaced by `resolve(value)`."""
+def model_inputs(options: BaseModel) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """As `input_paths`, of the inputs that may name a repository of the Hub."""
+    return input_paths(options, "or Hub id")
+
+
+def resolve_inputs(options: Options, resolve: Callable[[str], str],
+                   found: Callable[[Options], Iterator[Any]] = input_paths) -> Options:
+    """Return the options with every input, or those that `found` yields, as `resolve(value)`."""
     data = options.model_dump()
-    for location, value in input_paths(options):
+    for location, value in found(options):
         target = data
         for part in location[:-1]:
             target = target[part]
         target[location[-1]] = resolve(value)
     return type(options).model_validate(data)
+
+
+def local_tasks(tasks: Any) -> Any:
+    """Evaluation tasks with the models of the Hub that they name as paths."""
+    from extend.inputs import local_path
+
+    return tasks if isinstance(tasks, str) else [task if not isinstance(task, Mapping) else {
+        **task, **{key: str(local_path(task[key])) for key in TASK_MODELS
+                   if isinstance(task.get(key), str) and task[key] != "self"}} for task in tasks]
+
+
+def local_options(options: Options) -> Options:
+    """The options with models and adapters of the Hub as paths, fetched where they are not there.
+
+    Raises:
+        HubError, CheckpointError: see `extend.inputs.local_path`.
+    """
+    from extend.inputs import as_hub_input, local_path
+
+    if not any(as_hub_input(value) for _, value in model_inputs(options)):
+        return options
+    return resolve_inputs(options, lambda value: str(local_path(value)), model_inputs)

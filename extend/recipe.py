@@ -25,6 +25,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from extend.errors import RecipeError
+from extend.inputs.names import HubInput
 from extend.option_types import Options
 from extend.options import (
     STAGES,
@@ -35,6 +36,7 @@ from extend.options import (
     TrainOptions,
     input_paths,
     label_targets,
+    model_inputs,
     output_names,
 )
 from extend.recipe_errors import explain
@@ -169,8 +171,8 @@ def _check_top(data: dict[str, Any], problems: _Problems) -> None:
             problems.add((key,), f"{key}: {value!r} is not {told}")
 
 
-def _read_stage(entry: Any, index: int, names: list[list[Any]], seed: Any, problems: _Problems,
-                ) -> Stage | None:
+def _read_stage(entry: Any, index: int, names: list[list[Any]], seed: Any,
+                problems: _Problems) -> Stage | None:
     where = ("stages", index)
     if not isinstance(entry, dict):
         problems.add(where, "a stage is a mapping with name, stage and its options")
@@ -192,10 +194,12 @@ def _read_stage(entry: Any, index: int, names: list[list[Any]], seed: Any, probl
         return None
     for location, problem in check_family(options):
         problems.add((*where, *location), problem)
+    on_the_hub = {where for where, value in model_inputs(options) if HubInput.parse(value)}
     for location, value in input_paths(options):
         recipe = problems.text.path
         problem = _check_input(value, index, names, recipe, check_files=False)
-        missing = None if problem else _check_input(value, index, names, recipe, check_files=True)
+        missing = None if problem or location in on_the_hub else _check_input(
+            value, index, names, recipe, check_files=True)
         if problem or missing:
             problems.add((*where, *location), f"{dotted(location)}: {problem or missing}",
                          missing=value if missing else None)

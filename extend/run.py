@@ -16,6 +16,7 @@ from extend.option_types import Options
 from extend.options import input_paths, resolve_inputs
 from extend.output import remove_directory, write_json
 from extend.recipe import Recipe, Stage, load_recipe
+from extend.recipe_inputs import input_path, is_pinned, pin_inputs
 from extend.together import is_launched
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,11 @@ class Decision:
     action: Literal["run", "again", "resume", "skip", "open"]
     reason: str = ""
 
+
+def _import(options: Any, out: Path) -> Path:
+    from extend.gguf import import_gguf
+
+    return import_gguf(**options.model_dump(), out=out, overwrite=True)
 
 
 def _rescale(options: Any, out: Path) -> Path:
@@ -110,7 +116,7 @@ def _publish(options: Any, out: Path) -> Path:
 
 
 RUNNERS: dict[str, Callable[[Any, Path], Path]] = {
-    "rescale": _rescale, "train": _train, "extract": _extract, "cut": _cut,
+    "import": _import, "rescale": _rescale, "train": _train, "extract": _extract, "cut": _cut,
     "adapter-report": _adapter_report, "merge": _merge, "fit": _fit, "repair": _repair,
     "eval": _eval, "report": _report, "publish": _publish}
 
@@ -126,7 +132,8 @@ def run(recipe: Path | str, out: Path | str, *, overrides: Sequence[str] = ()) -
         overrides: `KEY=VALUE`, changes to the recipe; see `extend.recipe_text.set_values`.
 
     Raises:
-        RecipeError: the recipe is not valid, or torchrun or the like started several of this.
+        RecipeError: the recipe is not valid, models that it names cannot be had from the Hub (all
+            are asked for first), or torchrun or the like started several of this.
         CheckpointError: `out` cannot be written, or holds something in the place of an output.
         HubError: what a stage would publish may not be, by this token or without one.
         ExtendError: whatever a stage raises.
@@ -143,6 +150,7 @@ def run(recipe: Path | str, out: Path | str, *, overrides: Sequence[str] = ()) -
         raise CheckpointError(f"{out}: no such directory can be made ({error.strerror}); choose "
                               "another --out") from None
     _check_destinations(loaded, out)
+    loaded = pin_inputs(loaded)
     for number, stage in enumerate(loaded.stages, start=1):
         label = f"[{number}/{len(loaded.stages)}] {stage.name} ({stage.kind})"
         _run_stage(stage, loaded, out, label)
@@ -151,18 +159,21 @@ def run(recipe: Path | str, out: Path | str, *, overrides: Sequence[str] = ()) -
 
 def decide(recipe: Path | str, out: Path | str, *,
            overrides: Sequence[str] = ()) -> list[Decision]:
-    """What `run` would do with each stage of a recipe now; nothing is written.
+    """What `run` would do with each stage of a recipe now; nothing is written or fetched.
+
+    Args:
+        overrides: as of `run`.
 
     Raises:
-        RecipeError: the recipe is not valid.
+        RecipeError: the recipe is not valid, or models that it names cannot be had from the Hub.
         CheckpointError: `out` holds something in the place of an output.
     """
-    loaded, out = load_recipe(recipe, overrides=overrides), Path(out).absolute()
-    return decide_stages(loaded, out)
+    loaded = pin_inputs(load_recipe(recipe, overrides=overrides), fetch=False)
+    return decide_stages(loaded, Path(out).absolute())
 
 
 def decide_stages(recipe: Recipe, out: Path) -> list[Decision]:
-    """As `decide`, for a recipe that is read already."""
+    """As `decide`, for a recipe that is read already and whose models are pinned."""
     record, running, decisions = _read_record(out), set(), []
     for stage in recipe.stages:
         known, directory = record.get(stage.name, {}), out / stage.name
@@ -209,7 +220,7 @@ def _resolve(stage: Stage, recipe: Recipe, out: Path) -> Options:
     """The stage's options with every input as a path."""
     names = {s.name for s in recipe.stages}
     return resolve_inputs(stage.options, lambda value: str(
-        out / value if value in names else (recipe.path.parent / value).resolve()))
+        out / value if value in names else input_path(recipe, value)))
 
 
 def _run_stage(stage: Stage, recipe: Recipe, out: Path, label: str) -> None:
@@ -286,13 +297,19 @@ def _write_record(out: Path, record: dict[str, Any]) -> None:
 
 
 def _fingerprint(stage: Stage, options: Options) -> str:
-    """Hash of the stage's options, with each input path replaced by its content's hash."""
+    """Hash of the stage's options, with each path replaced by its content's hash.
+
+    A commit of a repository stands for its content.
+    """
     hashes = {}
     for location, value in input_paths(options):
-        if not Path(value).exists():
+        if Path(value).exists():
+            hashes[value] = hash_content(value)
+        elif is_pinned(value):
+            hashes[value] = value
+        else:
             raise RecipeError(f"{stage.name}: {'.'.join(map(str, location))}: {value} does not "
                               "exist")
-        hashes[value] = hash_content(value)
     data = resolve_inputs(options, lambda value: hashes[value]).model_dump(mode="json")
     text = json.dumps({"stage": stage.kind, "options": data}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

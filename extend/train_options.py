@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from extend.data_options import DataSource, Mix, check_sources, source_weights
-from extend.option_types import Bytes, FloatDtype, InputPath, Length, Number, Options, RopeChoice
+from extend.option_types import Bytes, FloatDtype, Length, ModelPath, Number, Options, RopeChoice
 
 STRATEGIES = {"auto": False, "ring": False, "all-gather": False, "ulysses": False, "usp": True,
               "double-ring": True}
@@ -78,7 +78,7 @@ class Phase(Options):
 class TrainOptions(Options):
     """train: fine-tune on long rows."""
 
-    model: InputPath
+    model: ModelPath
     schedule: Annotated[list[Phase], Field(min_length=1)]
     """Phases of growing length."""
     rope: RopeChoice | None = None

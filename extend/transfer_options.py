@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from extend.option_types import InputPath, Length, Number, Options
+from extend.option_types import InputPath, Length, ModelPath, Number, Options
 
 
 class LessonOptions(Options):
@@ -45,13 +45,13 @@ class LessonOptions(Options):
 class FitOptions(LessonOptions):
     """fit: weights of a merge for each group of parameters."""
 
-    target: InputPath
-    adapter: InputPath | None = None
-    tuned: InputPath | None = None
+    target: ModelPath
+    adapter: ModelPath | None = None
+    tuned: ModelPath | None = None
     """In place of an adapter: the delta is tuned - base."""
-    base: InputPath | None = None
+    base: ModelPath | None = None
     """Also for an adapter with whole values, from which the base's are subtracted."""
-    rope_from: InputPath | None = None
+    rope_from: ModelPath | None = None
     """For an adapter without a sidecar, the model whose RoPE and lengths the merge gets."""
     groups: Literal["kind", "layer", "module"] = "kind"
     """kind: attention, MLP and norms of each layer."""
@@ -71,8 +71,8 @@ class FitOptions(LessonOptions):
 class RepairOptions(LessonOptions):
     """repair: a few steps after which a merged model answers as its target did."""
 
-    merged: InputPath
-    reference: InputPath
+    merged: ModelPath
+    reference: ModelPath
     """The target before the merge."""
     steps: Annotated[int, Field(ge=0)] = 100
     lr: Annotated[Number, Field(gt=0)] | None = None

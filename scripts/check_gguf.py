@@ -1,4 +1,4 @@
-"""Convert merged checkpoints with llama.cpp's converter and read the GGUF files back.
+"""Convert merged checkpoints with llama.cpp's converter, and read and import the GGUF files.
 
     pip download --no-deps --no-binary :all: --no-build-isolation llama-cpp-python==0.3.36
     tar xzf llama_cpp_python-0.3.36.tar.gz     # vendor/llama.cpp is a checkout
@@ -8,7 +8,8 @@
 For each RoPE: a tiny Llama with a real tokenizer is rescaled, moved, extracted and merged into a
 sibling; the merged model is converted, and so is the adapter. Every tensor of the GGUF must be the
 merged one, bit for bit, and the frequencies that its keys give must be those that `extend doctor`
-says llama.cpp computes. Needs `pip install gguf` beside the project, and no compiler. With --model
+says llama.cpp computes. `extend import` of the file must give the merged weights, config keys and
+tokenizer again. Needs `pip install gguf` beside the project, and no compiler. With --model
 the first method is also run on a real checkpoint (its long model is the checkpoint, moved).
 """
 
@@ -32,8 +33,11 @@ from extend.adapter import extract
 from extend.checkpoint import Checkpoint, write_checkpoint
 from extend.doctor.readers import read_with
 from extend.doctor.reading import ModelFiles
+from extend.gguf import import_gguf
 from extend.merge import merge
+from extend.model_config import read_config
 from extend.rope import rescale
+from extend.tokenizer import load_tokenizer
 
 NATIVE, LONG = 2048, 16384
 METHODS: dict[str, dict[str, Any]] = {
@@ -133,10 +137,47 @@ def check(method: str, base: Path, llama_cpp: Path, folder: Path) -> dict[str, A
            "tensors": len(expected), "different": different, "extra": sorted(extra),
            "largest_frequency_gap": gap,
            "lora_tensors": lora_tensors(folder / "adapter.gguf", adapter, config),
-           "convert_seconds": seconds}
-    row["ok"] = (not different and set(extra) <= {"rope_freqs.weight"} and gap < 1e-6
+           "convert_seconds": seconds, "import": import_back(folder / "merged.gguf", merged)}
+    row["ok"] = (row["import"] == "same" and not different and set(extra) <= {"rope_freqs.weight"} and gap < 1e-6
                  and row["context_length"] == length and isinstance(row["lora_tensors"], int))
     return row
+
+
+def import_back(file: Path, merged: Path) -> str:
+    """`same`, or what an import of the file does not give back."""
+    out = import_gguf(file, file.with_name("imported"))
+    files, wanted = Checkpoint(out), Checkpoint(merged)
+    if files.infos != wanted.infos:
+        return "names, shapes or dtypes differ"
+    other = [n for n in files.names if not torch.equal(files.read(n), wanted.read(n))]
+    if other:
+        return f"{len(other)} tensors differ, the first {other[0]}"
+    found, config = read_config(out), read_config(merged)
+    for key in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size",
+                "intermediate_size", "max_position_embeddings", "tie_word_embeddings"):
+        if getattr(found, key) != getattr(config, key):
+            return f"{key} is {getattr(found, key)}, not {getattr(config, key)}"
+    if not alike(found.rope.to_json(), config.rope.to_json()):
+        return f"the RoPE is {found.rope.to_json()}, not {config.rope.to_json()}"
+    return same_tokens(out, merged)
+
+
+def alike(found: Any, wanted: Any) -> bool:
+    """Equal, but for the rounding of numbers to fp32 in the file."""
+    if isinstance(wanted, dict):
+        return found.keys() == wanted.keys() and all(alike(found[k], wanted[k]) for k in wanted)
+    return math.isclose(found, wanted, rel_tol=2e-7) if isinstance(wanted, float) \
+        else found == wanted
+
+
+def same_tokens(out: Path, merged: Path) -> str:
+    """`same` when both tokenizers give the same ids for the project's own sources."""
+    ours, theirs = load_tokenizer(out), load_tokenizer(merged)
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        text = source.read_text()
+        if ours.encode(text) != theirs.encode(text):
+            return f"the tokens of {source.name} differ"
+    return "same"
 
 
 def convert(script: Path, source: Path, out: Path, base: Path | None = None) -> None:

@@ -147,10 +147,12 @@ class Hub(ThreadingHTTPServer):
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
         self.waits: list[float] = []
+        self.moved: dict[str, str] = {}  # old name -> new
 
     def reset(self) -> None:
         """Forget everything: repositories, requests, faults."""
-        for kept in (self.repos, self.objects, self.requests, self.faults, self.waits):
+        for kept in (self.repos, self.objects, self.requests, self.faults, self.waits,
+                     self.moved):
             kept.clear()
 
     def handle_error(self, request: Any, client_address: Any) -> None:

@@ -93,6 +93,9 @@ class Handler(BaseHTTPRequestHandler):
         return USERS[token] if token else None
 
     def _repo(self, repo_id: str, kind: str | None = None) -> Repo:
+        if repo_id in self.server.moved:
+            new = self.path.replace(repo_id, self.server.moved[repo_id])
+            raise Refused(307, message="moved", Location=self.server.url + new)
         user, repo = self._user(), self.server.repos.get(repo_id)
         hidden = repo is not None and repo.private and not self._may_write(repo_id, user)
         if repo is None or hidden or kind not in (None, repo.type):

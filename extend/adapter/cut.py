@@ -30,6 +30,7 @@ from extend.adapter_format.sidecar import SIDECAR_JSON, ModuleReport
 from extend.checkpoint import DTYPE_BYTES, torch_dtype
 from extend.delta.lowrank import Product, product_values, squared_distance, truncate
 from extend.errors import CheckpointError, CompatibilityError, RecipeError
+from extend.inputs import takes_models
 from extend.manifest import MANIFEST_NAME, Manifest
 from extend.model_config import read_json
 from extend.output import atomic_directory, copy_or_link, require_apart
@@ -41,6 +42,7 @@ _WRITTEN_ANEW = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, SIDECAR_JSON, SERVING_JSON, SE
                  MANIFEST_NAME, REPORT_JSON, REPORT_PAGE}
 
 
+@takes_models("adapter")
 def cut(adapter: Path | str, out: Path | str, *, rank: int | None = None,
         energy: float | None = None, adapter_bytes: int | None = None, dtype: str | None = None,
         overwrite: bool = False) -> Path:

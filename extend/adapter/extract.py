@@ -28,6 +28,7 @@ from extend.delta.pair import (
 )
 from extend.delta.sample import write_sample
 from extend.errors import CompatibilityError, RecipeError
+from extend.inputs import takes_models
 from extend.manifest import Manifest
 from extend.output import atomic_directory, stamp_files
 from extend.rope.engines import differing_engines
@@ -36,6 +37,7 @@ from extend.tokenizer import read_vocabulary
 log = logging.getLogger(__name__)
 
 
+@takes_models("base", "tuned")
 def extract(base: Path | str, tuned: Path | str, out: Path | str, *, rank: int | None = None,
             energy: float | None = None, adapter_bytes: int | None = None, exact: bool = False,
             embeddings: bool = True, fold_norms: bool = False, dtype: str = "float32",
@@ -102,7 +104,7 @@ def extract(base: Path | str, tuned: Path | str, out: Path | str, *, rank: int |
         with Parts(out, mark) as parts, Workers(devices, threads) as workers:
             found = Extraction(pair, workers, store, embeddings, rule, parts)
             _take(found, linear, frozenset(folding.folded), partial)
-            found.write_adapter(partial, base_name=str(base))
+            found.write_adapter(partial, base_name=base)
             # Parts stay until all is written, so that what fails late has not lost them.
             sidecar = found.describe(manifest.record, {**options, "seed": seed})
             sidecar.model_copy(update={"folded": folding.folded}).write(partial)

@@ -281,7 +281,7 @@ class Extraction:
         size = (rank, columns) if factor == "lora_A" else (rows, rank)
         return torch.zeros(size, dtype=self.store)
 
-    def write_adapter(self, directory: Path, *, base_name: str) -> None:
+    def write_adapter(self, directory: Path, *, base_name: Path | str) -> None:
         """Write PEFT's two files, one factor at a time."""
         modules = [LoraModule(module, report.rank, 1.0, *report.shape)
                    for module, report in self.modules.items()]
@@ -306,7 +306,8 @@ class Extraction:
         pair = self.pair
         return Sidecar(rope=RopeChange.between(pair.base_config, pair.tuned_config),
                        base=pair.identity, extraction=options, modules=self.modules,
-                       sources={role: Source(**entry) for role, entry in record["inputs"].items()},
+                       sources={role: Source(path=entry["path"], sha256=entry["sha256"])
+                                for role, entry in record["inputs"].items()},
                        tensors=self.tensors, experts=self.experts, left_out=self.left_out,
                        unchanged=sorted(self.unchanged))
 

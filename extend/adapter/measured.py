@@ -7,6 +7,7 @@ from typing import Any
 
 from extend.adapter_format.peft_files import ADAPTER_WEIGHTS, Adapter
 from extend.errors import CheckpointError
+from extend.inputs import local_path
 from extend.manifest import MANIFEST_NAME, hash_content
 from extend.model_config import read_json
 from extend.results import Results, format_length, format_rate, read_results
@@ -77,8 +78,9 @@ def _measured(results: Results) -> Measured:
     size = rank = None
     if entry is not None:
         _check_unchanged(entry, results)
-        size = (Path(entry["path"]) / ADAPTER_WEIGHTS).stat().st_size
-        rank = max(module.rank for module in Adapter(entry["path"]).modules.values())
+        adapter = Adapter(local_path(entry["path"]))
+        size = (adapter.directory / ADAPTER_WEIGHTS).stat().st_size
+        rank = max(module.rank for module in adapter.modules.values())
     summary = results.data["summary"]
     losses = {name: loss["loss"] for name, loss in summary["losses"].items()}
     return Measured(results.label, str(results.path), entry and entry["path"], size, rank, weight,
@@ -119,7 +121,7 @@ def _find_adapter(results: Results) -> tuple[Mapping[str, str] | None, float]:
 
 
 def _check_unchanged(entry: Mapping[str, str], results: Results) -> None:
-    directory = Path(entry["path"])
+    directory = local_path(entry["path"])
     if not (directory / ADAPTER_WEIGHTS).is_file():
         raise CheckpointError(f"{results.path}: was measured with the adapter {directory}, which "
                               "is not there; its size is needed, so put it back")

@@ -21,6 +21,7 @@ from extend.delta.lowrank import Product, product_values
 from extend.delta.pair import in_layer_order, layer_of
 from extend.delta.parallel import side_by_side
 from extend.errors import CheckpointError, CompatibilityError
+from extend.inputs import takes_models
 from extend.manifest import Manifest
 from extend.model_config import read_json
 from extend.output import atomic_directory, require_apart, write_json
@@ -32,6 +33,7 @@ _INSIDE_LAYER = re.compile(r".*?\blayers\.\d+\.(?:(?:self_attn|mlp)\.)?")
 _NUMBER = re.compile(r"\.\d+(?=\.)")
 
 
+@takes_models("adapter", "base")
 def adapter_report(adapter: Path | str, out: Path | str, *,
                    results: Mapping[str, Path | str] | None = None,
                    base: Path | str | None = None, overwrite: bool = False) -> Path:

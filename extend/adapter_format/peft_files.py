@@ -30,6 +30,7 @@ from extend.checkpoint import (
     write_safetensors,
 )
 from extend.errors import CheckpointError
+from extend.inputs.names import recorded_name
 from extend.model_config import read_json
 from extend.registry import lookup
 
@@ -175,12 +176,13 @@ def find_weights(directory: Path) -> Path:
 
 
 def write_adapter(directory: Path, factors: "Mapping[str, tuple[torch.Tensor, torch.Tensor]]",
-                  *, base_name: str, all_modules: Iterable[str]) -> None:
+                  *, base_name: Path | str, all_modules: Iterable[str]) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`.
 
     Args:
         factors: module -> (lora_A [r, in], lora_B [out, r]), all of one dtype.
-        base_name: path or repository of the base, for `base_model_name_or_path`.
+        base_name: path or repository of the base, for `base_model_name_or_path`; for a path in the
+            Hub's cache the repository and the commit are written.
         all_modules: every module of the base that has a weight; see `shorten`.
     """
     modules = [LoraModule(name, lora_a.shape[0], 1.0, lora_b.shape[0], lora_a.shape[1])
@@ -191,7 +193,7 @@ def write_adapter(directory: Path, factors: "Mapping[str, tuple[torch.Tensor, to
 
 
 def stream_adapter(directory: Path, modules: Sequence[LoraModule], dtype: str,
-                   read: "Callable[[str, str], torch.Tensor]", *, base_name: str,
+                   read: "Callable[[str, str], torch.Tensor]", *, base_name: Path | str,
                    all_modules: Iterable[str]) -> None:
     """`write_adapter` with one factor at a time in memory.
 
@@ -246,14 +248,16 @@ def header_bytes(modules: Iterable[LoraModule], dtype: str) -> int:
 
 
 def peft_config(ranks: Mapping[str, int], target_modules: list[str],
-                base_name: str) -> dict[str, Any]:
+                base_name: Path | str) -> dict[str, Any]:
     """The content of `adapter_config.json`; alpha is the rank everywhere.
 
     The keys are those that PEFT has written for years and that readers look for. PEFT itself fills
     in the rest, and takes seconds to import, which is why its class is not asked here.
     """
-    return {**_PLAIN_LORA, "base_model_name_or_path": base_name, "target_modules": target_modules,
-            **rank_fields(ranks)}
+    known = recorded_name(base_name)
+    named = {"base_model_name_or_path": str(base_name)} if known is None else {
+        "base_model_name_or_path": known.id.repo, "revision": known.id.revision}
+    return {**_PLAIN_LORA, **named, "target_modules": target_modules, **rank_fields(ranks)}
 
 
 def rank_fields(ranks: Mapping[str, int]) -> dict[str, Any]:

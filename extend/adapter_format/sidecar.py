@@ -230,7 +230,7 @@ def expert_infos(name: str, report: ExpertsReport, dtype: str) -> dict[str, Tens
 
 
 class Source(_Frozen):
-    """A checkpoint that was read."""
+    """A checkpoint that was read; `path` is `ORG/NAME@COMMIT` for one of the Hub."""
 
     path: str
     sha256: str

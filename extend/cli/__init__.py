@@ -10,6 +10,7 @@ from extend.cli import (  # noqa: F401  (each registers its subcommands with `ma
     eval_prompt,
     evaluation,
     export,
+    importing,
     lineage,
     plan,
     publish,

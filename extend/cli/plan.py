@@ -43,6 +43,7 @@ GPU_NAMES = ("h200", "h100", "h800", "a100", "b200")
 @click.option("--weight-dtype", type=NameType(("float32", "bfloat16")), default="float32")
 @click.option("--optimizer", type=NameType(("adamw", "adamw-8bit", "adamw-offload")),
               default="adamw")
+@set_option
 @click.option("--run", "run_dir", default=None, metavar="DIR",
               help="With RECIPE: the --out of `extend run`. What is done there is skipped, and its "
                    "disk is looked at.")
@@ -56,8 +57,8 @@ GPU_NAMES = ("h200", "h100", "h800", "a100", "b200")
 @reporting
 @click.pass_context
 def plan(context, model, to, head_dim, theta, from_len, method, option, schedule, gpus, gpu,
-         gpu_memory, host_memory, hosts, rows, trained, weight_dtype, optimizer, run_dir, config,
-         overrides, out, overwrite):
+         gpu_memory, host_memory, hosts, rows, trained, weight_dtype, optimizer, overrides,
+         run_dir, config, out, overwrite):
     """Compare the RoPE methods that could take MODEL to a length; no weights are read.
 
     MODEL is a checkpoint directory or a config.json. With --gpus, also choose how training at that
@@ -81,10 +82,12 @@ def plan(context, model, to, head_dim, theta, from_len, method, option, schedule
     """
     if model is not None and model.endswith((".yaml", ".yml")):
         _check_recipe_usage(context)
-        return _plan_recipe(model, overrides, run_dir, config, gpus, gpu, gpu_memory, host_memory,
-                            hosts)
+        return _plan_recipe(model, overrides, run_dir, config, {
+            "gpus": gpus, "gpu": gpu, "gpu_memory": gpu_memory, "host_memory": host_memory,
+            "hosts": hosts})
     if run_dir is not None or config or overrides:
-        raise click.UsageError("--run, --config and --set belong to a recipe, a file called *.yaml")
+        raise click.UsageError("--run, --config and --set belong to a recipe, a file called "
+                               "*.yaml")
     from extend.plan import plan as stage
     from extend.plan import write_plan
     from extend.plan.capacity import capacity_tables
@@ -127,15 +130,16 @@ def _check_recipe_usage(context):
         raise click.UsageError(f"with a recipe, which says it itself, leave out {', '.join(given)}")
 
 
-def _plan_recipe(recipe, overrides, run_dir, config, gpus, gpu, gpu_memory, host_memory, hosts):
+def _plan_recipe(recipe, overrides, run_dir, config, given):
     from extend.capacity import GIB, Machine, gpu_rates
     from extend.recipe_plan import plan_json, plan_recipe, plan_text
 
-    machine = None if gpus is None else Machine(
-        gpu=gpu, num_gpus=gpus, hosts=hosts, host_memory_bytes=int(host_memory * GIB),
-        gpu_memory_bytes=int((gpu_memory or gpu_rates(gpu).memory_gib) * GIB))
-    found = plan_recipe(recipe, run_dir=run_dir, machine=machine,
-                        configs=parse_labels(config, "--config"), overrides=overrides)
+    memory = given["gpu_memory"] or gpu_rates(given["gpu"]).memory_gib
+    machine = None if given["gpus"] is None else Machine(
+        gpu=given["gpu"], num_gpus=given["gpus"], hosts=given["hosts"],
+        gpu_memory_bytes=int(memory * GIB), host_memory_bytes=int(given["host_memory"] * GIB))
+    found = plan_recipe(recipe, run_dir=run_dir, machine=machine, overrides=overrides,
+                        configs=parse_labels(config, "--config"))
     return plan_json(found), plan_text(found)
 
 

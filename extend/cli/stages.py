@@ -80,6 +80,7 @@ def _train(recipe, overrides, stage, nproc, out, overwrite):
     from extend.errors import RecipeError
     from extend.options import resolve_inputs
     from extend.recipe import load_recipe
+    from extend.recipe_inputs import input_path
     from extend.train import train as run_stage
 
     loaded = load_recipe(recipe, overrides=overrides)
@@ -94,7 +95,7 @@ def _train(recipe, overrides, stage, nproc, out, overwrite):
         if value in names:
             raise RecipeError(f"{recipe}: {found[0].name} needs the output of stage {value!r}; "
                               "use `extend run`, or give a path")
-        return str((loaded.path.parent / value).resolve())
+        return input_path(loaded, value)
 
     options = resolve_inputs(found[0].options, resolve)
     return run_stage(options, out, nproc=nproc, overwrite=overwrite)
@@ -131,7 +132,9 @@ def extract(base, tuned, rank, energy, adapter_bytes, exact, no_embeddings, fold
     extend extract --base ./llama --tuned ./llama-128k --rank 32 --out ./adapter
     """
     from extend.checkpoint import reading_ahead
+    from extend.inputs import local_path
 
+    base, tuned = local_path(base), local_path(tuned)
     with reading_ahead(base, tuned):
         from extend.adapter import extract as stage
 
@@ -186,7 +189,10 @@ def merge(adapter, target, weight, option, layer_weights, no_sidecar, device, dr
         --method mergekit:ties -o density=0.5 -o target.density=1 --out ./my-finetune-128k
     """
     from extend.checkpoint import reading_ahead
+    from extend.inputs import local_path
 
+    target, options["base"], options["tuned"] = (
+        path and local_path(path) for path in (target, options["base"], options["tuned"]))
     with reading_ahead(*([] if dry_run else [target, options["base"], options["tuned"]])):
         from extend.merge import merge as stage
         from extend.merge import preview

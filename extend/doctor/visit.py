@@ -28,6 +28,7 @@ from extend.doctor.fix import list_changes, portable_form, write_copy, write_in_
 from extend.doctor.readers import READERS, read_with
 from extend.doctor.reading import ModelFiles, Reading
 from extend.errors import CompatibilityError, RecipeError
+from extend.inputs import as_hub_input, local_path
 from extend.registry import lookup
 
 _ORDER = (ERROR, WARNING, NOTE)
@@ -43,7 +44,7 @@ def doctor(directory: Path | str, *, fix: bool = False, out: Path | str | None =
 
     Args:
         directory: a checkpoint (weights are optional), or a LoRA adapter, whose files are also
-            judged by the rules of serving engines.
+            judged by the rules of serving engines; or a repository of the Hub with one.
         fix: write the portable form of its configuration; of an adapter, the form that every
             engine serves, which needs `out`.
         out: where to write it, with the rest of the directory; None: in place, and the files as
@@ -69,6 +70,10 @@ def doctor(directory: Path | str, *, fix: bool = False, out: Path | str | None =
         lookup(READERS, name, "readers")
     if out is not None and not fix:
         raise RecipeError("out is for what --fix writes; give --fix as well")
+    if as_hub_input(directory) and fix and out is None:
+        raise RecipeError(f"{directory} is on the Hub, so it cannot be changed in place; give out, "
+                          "the directory to write (--out)")
+    directory = local_path(directory, weights=fix)
     if is_adapter(Path(directory)):
         found = without_sidecar(Path(directory)) or _diagnose(examine(directory), choices, names)[0]
         found = diagnose_serving(found, names)

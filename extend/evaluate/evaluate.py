@@ -15,8 +15,10 @@ from extend.evaluate.runner import Runner, Server, make_runner
 from extend.evaluate.summary import summarize
 from extend.evaluate.summary_text import summary_text
 from extend.evaluate.tasks.task import BASE
+from extend.inputs import name_inputs, takes_models
 from extend.manifest import Manifest
 from extend.model_config import ModelConfig, read_config
+from extend.options import local_tasks
 from extend.output import atomic_directory, write_json
 
 logger = logging.getLogger(__name__)
@@ -24,6 +26,7 @@ RESULTS_NAME = "results.json"
 SCHEMA = 1
 
 
+@takes_models("model", "adapter", "base")
 def evaluate(model: Path | str, out: Path | str, *,
              tasks: Sequence[str | Mapping[str, Any]], lengths: Sequence[int | str] = (),
              depths: int | Sequence[float] = 10, trials: int = 5, seed: int = 0,
@@ -70,7 +73,7 @@ def evaluate(model: Path | str, out: Path | str, *,
     if int(os.environ.get("RANK", 0)) > 0:
         return _follow(out)
     _check_numbers(seed, chunk, nproc)
-    planned = plan_tasks(tasks, lengths=lengths, depths=depths, trials=trials)
+    planned = plan_tasks(local_tasks(tasks), lengths=lengths, depths=depths, trials=trials)
     native_len = None if base is None else read_config(base).max_position_embeddings
     planned = planned if native_len is None else with_base(planned, native_len)
     paths = _input_paths(model, adapter, base, planned)
@@ -99,11 +102,12 @@ def evaluate(model: Path | str, out: Path | str, *,
         except (ExtendError, OSError):
             store.remove_if_empty()
             raise
-        results = {"schema": SCHEMA, "model": _describe_model(config, manifest, settings),
-                   "run": describe_run(manifest.record, planned, model=model, template=template,
-                                       thinking=thinking, lengths=lengths, depths=depths,
-                                       trials=trials, base_len=native_len),
-                   "summary": summarize(rows, chance_levels(planned)), "rows": rows}
+        results = name_inputs({
+            "schema": SCHEMA, "model": _describe_model(config, manifest, settings),
+            "run": describe_run(manifest.record, planned, model=model, template=template,
+                                thinking=thinking, lengths=lengths, depths=depths,
+                                trials=trials, base_len=native_len),
+            "summary": summarize(rows, chance_levels(planned)), "rows": rows})
         logger.info("%s", summary_text(results["summary"]))
         write_json(partial / RESULTS_NAME, results)
         manifest.write(partial, rows=len(rows),

@@ -11,6 +11,7 @@ from extend.evaluate.measures.row import hash_ids
 from extend.evaluate.plan import plan_tasks, with_base
 from extend.evaluate.provenance import hash_tokenizer
 from extend.evaluate.tasks.task import BASE, Cell, Prompt, Task
+from extend.inputs import local_path
 from extend.manifest import hash_content, versions
 from extend.results import read_results
 from extend.tokenizer import load_tokenizer
@@ -67,7 +68,7 @@ def rebuild_prompt(results: Path | str, row: int, trial: int = 0, *,
     found = read_results({"results": results})[0]
     run, entry = _entry(found.data, found.path, row)
     expected = _recorded_hash(entry, found.path, row, trial)
-    model = Path(model or found.data["model"]["path"])
+    model = local_path(model or found.data["model"]["path"], weights=False)
     spec = _spec(run, entry["name"], found.path, inputs or {})
     changed = [*_changed_tokenizer(run, model), *_changed_inputs(run, spec)]
     try:

@@ -8,6 +8,7 @@ from extend.delta.lineage import Lineage, compare
 from extend.delta.sample import SAMPLE_NAME, compare_with_sample, read_sample
 from extend.delta.sources import AdapterDelta, BaseModel, DeltaSource, ModelDelta
 from extend.errors import CheckpointError, RecipeError
+from extend.inputs import takes_models
 from extend.lineage.plot import draw_lineage
 from extend.lineage.report import Report
 from extend.manifest import Manifest
@@ -17,6 +18,7 @@ LINEAGE_NAME = "lineage.json"
 PLOT_NAME = "lineage.png"
 
 
+@takes_models("target", "base", "tuned", "adapter")
 def lineage(target: Path | str, base: Path | str | None = None, *, tuned: Path | str | None = None,
             adapter: Path | str | None = None, rank: int = 16, seed: int = 0) -> Report:
     """Say whether a target is a fine-tune of a base, and whether a long delta fits it.

@@ -18,6 +18,7 @@ from extend.adapter_format.sidecar import RopeChange
 from extend.checkpoint import copy_side_files, write_checkpoint
 from extend.console import progress
 from extend.errors import ExtendError, RecipeError
+from extend.inputs import takes_models
 from extend.manifest import Manifest, versions
 from extend.merge.dry_run import preview
 from extend.merge.prepare import Plan, Problems, prepare
@@ -34,6 +35,7 @@ _MOST_SHARDS_AT_ONCE = 4
 _MOST_BLOCKS_AT_ONCE = 16
 
 
+@takes_models("adapter", "target", "tuned", "base", "rope_from")
 def merge(adapter: Paths, target: Path | str, out: Path | str, *, weight: Weights = 1.0,
           tuned: Path | str | None = None, base: Path | str | None = None, method: str = "add",
           options: Mapping[str, Any] | None = None, layer_weights: Any = None,

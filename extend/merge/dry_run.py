@@ -12,6 +12,7 @@ from typing import Any
 from extend.adapter_format.sidecar import RopeChange
 from extend.checkpoint import TensorInfo
 from extend.errors import CompatibilityError
+from extend.inputs import takes_models
 from extend.merge.prepare import Problems, prepare
 from extend.merge.request import Paths, Request
 from extend.output import require_inputs_outside, require_new, require_space
@@ -78,6 +79,7 @@ class Preview:
                                      f"\n{self.text()}")
 
 
+@takes_models("adapter", "target", "tuned", "base", "rope_from")
 def preview(adapter: Paths, target: Path | str, out: Path | str, **options: Any) -> Preview:
     """Check a merge without reading a weight or writing a byte; the arguments are `merge`'s.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from extend.capacity import CapacityPlan
 from extend.errors import CheckpointError, RecipeError
+from extend.inputs import local_path
 from extend.manifest import Manifest
 from extend.model_config import ModelConfig, RopeSpec, parse_config, read_json
 from extend.output import atomic_directory, write_json
@@ -49,7 +50,8 @@ def plan(model: Path | str | None = None, *, target_len: int, head_dim: int | No
     With a machine, also choose how a step of training at that length is laid out on it.
 
     Args:
-        model: checkpoint directory, or its config.json; no weights are read.
+        model: checkpoint directory, its config.json, or a repository of the Hub; no weights are
+            read.
         target_len: tokens.
         head_dim, rope_theta, from_len: rotated channels per head, theta and native length, in place
             of a model. With a model, `from_len` alone starts again from plain RoPE at that length.
@@ -68,7 +70,7 @@ def plan(model: Path | str | None = None, *, target_len: int, head_dim: int | No
         raise RecipeError(f"plan: head_dim ({head_dim}) and rope_theta ({rope_theta}) take the "
                           f"place of a model, but {model} is given too; leave one of them out")
     else:
-        config = _read_model(Path(model))
+        config = _read_model(local_path(model, only="config.json"))
         native = starting_rope(config, from_len)
     rope = plan_rope(native, target_len, method=method, options=options, schedule=schedule)
     notes = [] if config is None else _notes(config, target_len)

@@ -8,7 +8,7 @@ from extend.capacity import Machine, ModelShape, gpu_rates, prefill_seconds
 from extend.errors import ExtendError
 from extend.options import EvalOptions, input_paths, resolve_inputs
 from extend.recipe_plan.cost import START_SECONDS, STREAMED, Cost, add_bytes
-from extend.recipe_plan.facts import NOT_KNOWN, Facts
+from extend.recipe_plan.facts import Facts, shape_unknown
 
 _CHUNK = 131072  # tokens in one forward on a GPU, as in extend.evaluate.load
 _VALUE = 2
@@ -24,7 +24,7 @@ def eval_cost(options: EvalOptions, look: Callable[[str], Facts], machine: Machi
         return Cost(reads=reads, writes=2**20, notes=("the server's time is not known",))
     model = look(options.model)
     if model.shape is None:
-        return Cost(reads=reads, writes=2**20, notes=(NOT_KNOWN.format(options.model),))
+        return Cost(reads=reads, writes=2**20, notes=(shape_unknown(options.model, model),))
     shape, notes = model.shape, []
     here = resolve_inputs(options, lambda value: str(look(value).path or value))
     prompts = list(_prompts(here, notes))

@@ -8,15 +8,16 @@ from typing import Any
 
 from extend.capacity import ModelShape, model_shape
 from extend.errors import CheckpointError, CompatibilityError
+from extend.inputs import as_hub_input
 from extend.model_config import ModelConfig, parse_config, read_json
 from extend.options import input_paths
 from extend.recipe import Recipe, Stage
-from extend.recipe_plan.hub import HubFacts, look_at_hub, repository_of
+from extend.recipe_plan.hub import HubFacts, look_at_hub
 from extend.recipe_plan.known import known_config
 
 _VALUE_BYTES = {"float32": 4, "float64": 8}  # the others have 2
-NOT_KNOWN = "its shape is not known; give --config {}=CONFIG.JSON"
-MODEL_FIELDS = ("model", "base", "tuned", "target", "adapter", "merged", "reference", "rope_from")
+MODEL_FIELDS = ("model", "base", "tuned", "target", "adapter", "merged", "reference", "rope_from",
+                "file")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +55,13 @@ class Facts:
 
 
 NOTHING = Facts()
+
+
+def shape_unknown(value: str, facts: Facts) -> str:
+    """What to do where the shape of an input is needed and not known."""
+    if facts.where == "stage":
+        return f"not counted: the shape of what {value} writes is not known"
+    return f"not counted: the shape of {value} is not known; give --config {value}=CONFIG.JSON"
 
 
 def look_up_inputs(recipe: Recipe, configs: Mapping[str, Path | str]) -> dict[str, Facts]:
@@ -108,10 +116,11 @@ def _kin(stages: Iterable[Stage]) -> dict[str, list[str]]:
 
 def _look_up(value: str, directory: Path, config: Path | str | None) -> Facts:
     path = directory / value
-    if path.exists():
+    wanted = as_hub_input(value, directory)
+    if wanted is not None:
+        facts = _from_hub(value, look_at_hub(wanted))
+    elif path.exists():
         facts = look_at(path)
-    elif repository_of(value) is not None:
-        facts = _from_hub(value, look_at_hub(value))
     else:
         facts = _presumed(value, "missing", f"{path} is not there")
     if config is None:
@@ -137,15 +146,16 @@ def look_at(path: Path) -> Facts:
 
 
 def _from_hub(value: str, hub: HubFacts) -> Facts:
-    if hub.directory is not None:
-        return replace(look_at(hub.directory), where="hub")
+    if hub.path is not None:
+        return replace(look_at(hub.path), where="hub")
     if hub.config is None:
         facts = _presumed(value, "hub", hub.problem)
         size = hub.num_bytes or facts.num_bytes
-        return replace(facts, num_bytes=size, download_bytes=size)
+        return replace(facts, num_bytes=size, download_bytes=size if hub.download_bytes is None
+                       else hub.download_bytes)
     config = _parse(hub.config, Path(value) / "config.json")
     return Facts(num_bytes=hub.num_bytes, shape=model_shape(config), where="hub",
-                 value_bytes=_value_bytes(config), download_bytes=hub.num_bytes)
+                 value_bytes=_value_bytes(config), download_bytes=hub.download_bytes)
 
 
 def _presumed(value: str, where: str, problem: str) -> Facts:

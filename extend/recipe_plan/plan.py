@@ -9,11 +9,12 @@ from pathlib import Path
 from extend.capacity import GIB, GPUS, Machine, gpu_rates
 from extend.errors import CompatibilityError, RecipeError
 from extend.recipe import Recipe, load_recipe
+from extend.recipe_inputs import pin_inputs
 from extend.recipe_plan.cost import Cost
 from extend.recipe_plan.facts import Facts, look_at, look_up_inputs
 from extend.recipe_plan.stages import COSTS, unknown_cost
 from extend.registry import suggest
-from extend.run import Decision, decide_stages
+from extend.run import RUN_RECORD, Decision, decide_stages
 
 ASSUMED_GPUS = 8
 
@@ -96,7 +97,7 @@ class RecipePlan:
     def missing(self) -> dict[str, str]:
         """Input -> why it cannot be had."""
         return {value: facts.problem for value, facts in self.inputs.items()
-                if facts.where == "missing"}
+                if facts.where == "missing" or (facts.where == "hub" and facts.problem)}
 
     @property
     def problems(self) -> list[str]:
@@ -151,10 +152,10 @@ def plan_recipe(recipe: Path | str, *, run_dir: Path | str | None = None,
 def _walk(recipe: Recipe, inputs: Mapping[str, Facts], machine: Machine,
           run_dir: Path | None) -> list[StagePlan]:
     facts, plans = dict(inputs), []
-    decisions = [Decision(stage, "run") for stage in recipe.stages] if run_dir is None \
-        else decide_stages(recipe, run_dir)
-    for decision in decisions:
-        stage = decision.stage
+    decisions = [Decision(stage, "run") for stage in recipe.stages]
+    if run_dir is not None and (run_dir / RUN_RECORD).exists():
+        decisions = decide_stages(pin_inputs(recipe, fetch=False), run_dir)
+    for stage, decision in zip(recipe.stages, decisions, strict=True):
         cost = COSTS.get(stage.kind, unknown_cost)(stage.options, facts.__getitem__, machine)
         facts[stage.name] = cost.output
         if decision.action == "skip":

@@ -142,7 +142,7 @@ def _notes(plan: RecipePlan) -> Iterator[str]:
     for value, facts in plan.inputs.items():
         if facts.source:
             yield f"{value}: {facts.source}"
-        elif facts.problem and facts.where != "missing":
+        elif facts.problem and value not in plan.missing:
             yield f"{value}: {facts.problem}"
     for stage in plan.stages:
         if stage.decision.reason:

@@ -7,10 +7,16 @@ from typing import Any
 from extend.adapter_options import AdapterReportOptions, CutOptions, ExtractOptions
 from extend.capacity import Machine, ModelShape
 from extend.capacity.parameters import adapter_width
-from extend.options import MergeOptions, ReportOptions, RescaleOptions, input_paths
+from extend.options import (
+    ImportOptions,
+    MergeOptions,
+    ReportOptions,
+    RescaleOptions,
+    input_paths,
+)
 from extend.recipe_plan.cost import Cost, Estimate, add_bytes, streamed_seconds
 from extend.recipe_plan.evaluation import eval_cost
-from extend.recipe_plan.facts import NOT_KNOWN, Facts
+from extend.recipe_plan.facts import Facts, shape_unknown
 from extend.recipe_plan.training import train_cost
 from extend.transfer_options import FitOptions, RepairOptions
 
@@ -20,6 +26,17 @@ _SMALL = 2**20
 _TORCH_BYTES = 2**29  # of a process that has loaded torch; assumed
 
 Look = Callable[[str], Facts]
+
+
+def import_cost(options: ImportOptions, look: Look, machine: Machine) -> Cost:
+    file = look(options.file)
+    if file.shape is None:
+        return Cost(reads=file.num_bytes, writes=None, notes=(shape_unknown(options.file, file),))
+    size = file.shape.parameters * _BYTES[options.dtype]
+    output = Facts(num_bytes=size, shape=file.shape, value_bytes=_BYTES[options.dtype])
+    return Cost(reads=file.num_bytes, writes=size, output=output,
+                seconds=streamed_seconds(file.num_bytes, size),
+                host_bytes=_TORCH_BYTES + 4 * _largest(file.shape))
 
 
 def rescale_cost(options: RescaleOptions, look: Look, machine: Machine) -> Cost:
@@ -39,7 +56,7 @@ def extract_cost(options: ExtractOptions, look: Look, machine: Machine) -> Cost:
     reads = add_bytes(base.num_bytes, tuned.num_bytes)
     shape = tuned.shape or base.shape
     if shape is None:
-        return Cost(reads=reads, writes=None, notes=(NOT_KNOWN.format(options.base),))
+        return Cost(reads=reads, writes=None, notes=(shape_unknown(options.base, base),))
     notes = []
     rank = options.rank
     if rank is None and options.energy is None and options.adapter_bytes is None:
@@ -87,7 +104,7 @@ def merge_cost(options: MergeOptions, look: Look, machine: Machine) -> Cost:
     deltas = [look(value) for value in _as_list(options.adapter) + _as_list(options.tuned)]
     shape = next((facts.shape for facts in deltas if facts.shape is not None), target.shape)
     if shape is None:
-        return Cost(reads=read, writes=None, notes=(NOT_KNOWN.format(options.target),))
+        return Cost(reads=read, writes=None, notes=(shape_unknown(options.target, target),))
     value_bytes = _BYTES.get(options.dtype or "", target.value_bytes)
     size = shape.parameters * value_bytes
     output = Facts(num_bytes=size, shape=shape, value_bytes=value_bytes)
@@ -128,8 +145,8 @@ def _largest(shape: ModelShape) -> int:
 
 
 COSTS: dict[str, Estimate] = {
-    "rescale": rescale_cost, "train": train_cost, "extract": extract_cost, "cut": cut_cost,
-    "adapter-report": adapter_report_cost, "merge": merge_cost, "fit": fit_cost,
+    "import": import_cost, "rescale": rescale_cost, "train": train_cost, "extract": extract_cost,
+    "cut": cut_cost, "adapter-report": adapter_report_cost, "merge": merge_cost, "fit": fit_cost,
     "repair": repair_cost, "eval": eval_cost, "report": report_cost}
 
 __all__ = ["COSTS", "unknown_cost"]

@@ -18,7 +18,7 @@ from extend.capacity.parameters import count_parameters
 from extend.capacity.recompute import USABLE_FRAC
 from extend.data_options import TextData
 from extend.recipe_plan.cost import Cost, Phase, add_bytes
-from extend.recipe_plan.facts import NOT_KNOWN, Facts
+from extend.recipe_plan.facts import Facts, shape_unknown
 from extend.train_options import TrainOptions
 
 _EXPORT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -34,7 +34,7 @@ def train_cost(options: TrainOptions, look: Callable[[str], Facts], machine: Mac
     notes = _tell_data(options, texts)
     if model.shape is None:
         return Cost(reads=reads, writes=None, output=Facts(),
-                    notes=(NOT_KNOWN.format(options.model), *notes))
+                    notes=(shape_unknown(options.model, model), *notes))
     shape = model.shape
     world = machine.num_gpus if options.nproc == "auto" else options.nproc
     size = shape.parameters * _EXPORT_BYTES.get(options.export_dtype or "", model.value_bytes)

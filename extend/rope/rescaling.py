@@ -14,6 +14,7 @@ from typing import Any
 
 from extend.checkpoint import INDEX_NAME, Checkpoint, copy_side_files, write_checkpoint
 from extend.errors import CompatibilityError, RecipeError
+from extend.inputs import takes_models
 from extend.manifest import Manifest
 from extend.model_config import ModelConfig, RopeSpec, read_config, write_rope
 from extend.output import atomic_directory, copy_or_link, require_apart, write_json
@@ -36,6 +37,7 @@ _FREQUENCY_TENSOR = "rotary_emb.inv_freq"
 _NULL_MEANS_FULL = {"mistral", "mixtral", "phi3", "phimoe", "starcoder2"}
 
 
+@takes_models("model")
 def rescale(model: Path | str, out: Path | str, *, target_len: int, method: str = "critical",
             overwrite: bool = False, sliding_window: str = "refuse", from_len: int | None = None,
             **options: Any) -> Path:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from extend.errors import CheckpointError
+from extend.inputs import takes_models
 from extend.manifest import Manifest
 from extend.model_config import read_config
 from extend.output import remove_directory, require_apart, write_json
@@ -19,6 +20,7 @@ SEARCH_NAME = "search.json"
 EVALUATIONS_NAME = "evaluations.jsonl"
 
 
+@takes_models("model", "siblings")
 def search(model: Path | str, out: Path | str, *, target_len: int, text: Path | str,
            siblings: Sequence[Path | str] = (), sibling_text: Sequence[Path | str] = (),
            budget: int = 80, merge_safe: bool = False, reach: float | None = None, seed: int = 0,

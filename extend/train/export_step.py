@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from extend.checkpoint import Checkpoint, copy_side_files
 from extend.errors import CheckpointError, CompatibilityError
+from extend.inputs import takes_models
 from extend.manifest import METRICS_NAME, Manifest
 from extend.model_config import read_config, read_json
 from extend.output import (
@@ -43,6 +44,7 @@ from extend.train_options import Phase, TrainOptions
 logger = logging.getLogger(__name__)
 
 
+@takes_models("model")
 def export_step(state: Path | str, out: Path | str, *, model: Path | str | None = None,
                 dtype: str | None = None, overwrite: bool = False) -> Path:
     """Write what a run had trained after some step as a checkpoint that loads everywhere.

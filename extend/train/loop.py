@@ -15,7 +15,7 @@ from typing import Any
 from extend.checkpoint import copy_side_files
 from extend.curves import METRICS_NAME, PICTURE_NAME, draw_courses, read_courses
 from extend.errors import CheckpointError, TrainingError
-from extend.options import input_paths
+from extend.options import input_paths, local_options
 from extend.output import atomic_directory, require_inputs_outside, write_json
 from extend.together import failing_together
 from extend.train.equality import check_equal
@@ -66,6 +66,7 @@ def train(options: TrainOptions, out: Path | str, *, nproc: int | None = None,
     """
     out = Path(out).absolute()
     with failing_together():
+        options = local_options(options)
         world = count_processes(options.nproc if nproc is None else nproc)
         require_inputs_outside(out, _inputs(options))
         plan_ropes(options, world)

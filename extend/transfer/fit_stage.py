@@ -12,6 +12,7 @@ from extend.errors import CompatibilityError, RecipeError
 from extend.loading import choose_device, choose_dtype, load_causal_lm
 from extend.manifest import Manifest
 from extend.model_config import ModelConfig, parse_config, read_config
+from extend.options import local_options
 from extend.output import atomic_directory, require_new, write_json
 from extend.tokenizer import load_tokenizer
 from extend.transfer.fit import Fit, fit_weights
@@ -49,6 +50,7 @@ def fit(options: FitOptions, out: Path | str, *, overwrite: bool = False) -> Pat
         CheckpointError: a file is missing or damaged, or `out` cannot be written.
         TrainingError: a loss that is not finite.
     """
+    options = local_options(options)
     require_new(out, overwrite=overwrite)
     config, source = read_config(options.target), open_source(options)
     change = _context_change(options, source, config)

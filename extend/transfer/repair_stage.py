@@ -15,6 +15,7 @@ from extend.errors import CompatibilityError
 from extend.loading import choose_device, choose_dtype, load_causal_lm
 from extend.manifest import Manifest
 from extend.model_config import ModelConfig, read_config
+from extend.options import local_options
 from extend.output import atomic_directory, require_new, write_json
 from extend.tokenizer import load_tokenizer
 from extend.transfer.learn import LearnSettings
@@ -52,6 +53,7 @@ def repair(options: RepairOptions, out: Path | str, *, overwrite: bool = False) 
         CheckpointError: a file is missing or damaged, or `out` cannot be written.
         TrainingError: a loss that is not finite.
     """
+    options = local_options(options)
     require_new(out, overwrite=overwrite)
     config, reference = read_config(options.merged), read_config(options.reference)
     files = Checkpoint(options.merged)

@@ -118,7 +118,7 @@ def test_later_stages_read_what_earlier_ones_write(whole):
 
 
 def test_what_is_not_here_is_told(whole):
-    assert set(whole.missing) == {"Meta-Llama-3-8B", "sibling"}
+    assert set(whole.missing) == {"Meta-Llama-3-8B", "sibling", "org/fine-tune"}
     assert whole.downloads == {"org/fine-tune": 2 * 8_030_261_248}
     told = plan_json(whole)
     assert json.loads(json.dumps(told)) == told
@@ -144,7 +144,8 @@ def test_unknown_shapes_ask_for_a_config(tmp_path):
     path = write(tmp_path, {**LONG, "model": "mine"})
     found = plan_recipe(path, machine=machine())
     assert found.untimed == ["long"] and found.seconds == 0
-    assert "long: its shape is not known; give --config mine=CONFIG.JSON" in plan_text(found)
+    assert ("long: not counted: the shape of mine is not known; give --config mine=CONFIG.JSON"
+            in plan_text(found))
     config = tmp_path / "config.json"
     config.write_text(json.dumps(known_config("Qwen3-8B")[1]))
     given = ["plan", str(path), "--gpus", "8", "--config", f"mine={config}", "--json"]

@@ -1,0 +1,109 @@
+"""What a GGUF file says of itself; its tensors stay on disk."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from extend.errors import CheckpointError, CompatibilityError
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader, ReaderTensor
+
+_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+
+
+class Header:
+    """The metadata and tensors of a GGUF model, in one file or in the parts of one.
+
+    Attributes:
+        paths: of the file, or of all parts in order.
+        architecture: llama.cpp's name for it, such as `gemma3`.
+        tensors: name -> tensor, of which nothing is read yet.
+
+    Raises:
+        CheckpointError: no such file, a part missing, or no GGUF.
+        CompatibilityError: the package that reads such files is not installed.
+    """
+
+    def __init__(self, path: Path):
+        self.paths = list_parts(path)
+        readers = [_open(part) for part in self.paths]
+        self._fields = readers[0].fields
+        self._known: dict[str, Any] = {}
+        count = self.get("split.count") or 1
+        if count != len(self.paths):
+            raise CheckpointError(f"{path}: is one of {count} parts, but its name is not that of a "
+                                  "part; give the first as NAME-00001-of-0000N.gguf, with the "
+                                  "others beside it")
+        self.tensors: dict[str, ReaderTensor] = {
+            tensor.name: tensor for reader in readers for tensor in reader.tensors}
+        self.architecture = str(self.need("general.architecture"))
+
+    @property
+    def path(self) -> Path:
+        return self.paths[0]
+
+    @property
+    def keys(self) -> list[str]:
+        return list(self._fields)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a metadata key: a number, text, or a list."""
+        if key not in self._known:
+            if key not in self._fields:
+                return default
+            self._known[key] = self._fields[key].contents()  # slow for a whole vocabulary
+        return self._known[key]
+
+    def need(self, key: str) -> Any:
+        """The value of a key that must be there."""
+        value = self.get(key)
+        if value is None:
+            raise CheckpointError(f"{self.path}: the key {key} is missing; fetch the file again, "
+                                  "or convert the model anew")
+        return value
+
+    def of_model(self, key: str, default: Any = None) -> Any:
+        """The value of a key below the name of the architecture, such as `block_count`."""
+        return self.get(f"{self.architecture}.{key}", default)
+
+    def need_of_model(self, key: str) -> Any:
+        return self.need(f"{self.architecture}.{key}")
+
+
+def list_parts(path: Path) -> list[Path]:
+    """The parts of a model that was split over files, or the file alone.
+
+    Raises:
+        CheckpointError: a part is not there.
+    """
+    match = _PART.fullmatch(path.name)
+    count = int(match["count"]) if match else 1
+    parts = [path] if match is None else [
+        path.with_name(f"{match['stem']}-{number:05d}-of-{count:05d}.gguf")
+        for number in range(1, count + 1)]
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        raise CheckpointError(f"{path}: {', '.join(missing)} is not there" + (
+            f"; all {count} parts are needed" if count > 1 else "; give a GGUF file"))
+    return parts
+
+
+def _open(path: Path) -> "GGUFReader":
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise CompatibilityError("reading GGUF files needs the package gguf; install it with "
+                                 "`pip install 'extend-context[gguf]'`") from None
+    try:
+        reader = GGUFReader(path)
+    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read as GGUF ({error}); fetch it again") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    size = path.stat().st_size
+    end = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
+    if end > size:
+        raise CheckpointError(f"{path}: its tensors end at byte {end:,}, but it has {size:,}; "
+                              "it is truncated, fetch it again")
+    return reader
