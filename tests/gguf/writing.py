@@ -65,8 +65,10 @@ def names_of(model: PreTrainedModel) -> dict[str, str]:
             for name in model.state_dict() if name not in tied}
 
 
-def write_gguf(path: Path, model: PreTrainedModel, types: dict[str, GGMLQuantizationType] = {},
-               keys: dict[str, Any] = {}, raw: dict[str, tuple] = {}, **options: Any) -> Path:
+def write_gguf(path: Path, model: PreTrainedModel,
+               types: dict[str, GGMLQuantizationType] | None = None,
+               keys: dict[str, Any] | None = None, raw: dict[str, tuple] | None = None,
+               **options: Any) -> Path:
     """Write a model.
 
     Args:
@@ -90,14 +92,14 @@ def write_gguf(path: Path, model: PreTrainedModel, types: dict[str, GGMLQuantiza
     writer.add_rope_freq_base(parameters.get("full_attention", parameters)["rope_theta"])
     if architecture == "gemma3":
         writer.add_sliding_window(config.sliding_window)
-    for key, value in keys.items():
+    for key, value in (keys or {}).items():
         name = key[1:] if key.startswith(".") else f"{architecture}.{key}"
         add_value(writer, name, value)
     for name, new in names_of(model).items():
-        kind = next((kind for part, kind in types.items() if part in name), F32)
+        kind = next((kind for part, kind in (types or {}).items() if part in name), F32)
         data = stored(model, name)
         writer.add_tensor(new, quantize(data, kind), raw_dtype=kind)
-    for name, (data, kind) in raw.items():
+    for name, (data, kind) in (raw or {}).items():
         writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
