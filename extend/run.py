@@ -1,24 +1,34 @@
 """Run a recipe's stages in order; skip what is done, resume what was interrupted."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from extend.errors import CheckpointError, ExtendError, RecipeError
 from extend.manifest import MANIFEST_NAME, hash_content, hash_file, outputs_intact
-from extend.model_config import read_json
 from extend.option_types import Options
 from extend.options import input_paths, resolve_inputs
-from extend.output import remove_directory, write_json
+from extend.output import remove_directory
 from extend.recipe import Recipe, Stage, load_recipe
+from extend.run_record import (
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    RUN_RECORD,
+    keep_recipe,
+    note_end,
+    note_skip,
+    note_start,
+    read_entries,
+)
 from extend.together import is_launched
 
 logger = logging.getLogger(__name__)
-RUN_RECORD = "run.json"
 
 
 def _rescale(options: Any, out: Path) -> Path:
@@ -97,6 +107,9 @@ def run(recipe: Path | str, out: Path | str) -> Path:
     its output is whole. An interrupted stage starts again, from its last checkpoint where it
     keeps one. The output of a stage stays until its successor is complete.
 
+    `out` also holds index.html, the page of the run (`extend.run_page`), as of the last stage that
+    was started or has ended.
+
     Raises:
         RecipeError: the recipe is not valid, or torchrun or the like started several of this.
         CheckpointError: `out` cannot be written, or holds something in the place of an output.
@@ -113,10 +126,22 @@ def run(recipe: Path | str, out: Path | str) -> Path:
     except OSError as error:
         raise CheckpointError(f"{out}: no such directory can be made ({error.strerror}); choose "
                               "another --out") from None
+    keep_recipe(out, _describe(loaded))
     for number, stage in enumerate(loaded.stages, start=1):
         label = f"[{number}/{len(loaded.stages)}] {stage.name} ({stage.kind})"
         _run_stage(stage, loaded, out, label)
+    _refresh_page(out)
     return out
+
+
+def _describe(recipe: Recipe) -> dict[str, Any]:
+    """What is kept of a recipe beside what it gave."""
+    text = recipe.path.read_text(encoding="utf-8")
+    return {"schema": 1, "name": recipe.name, "path": str(recipe.path),
+            "sha256": hash_file(recipe.path), "text": text,
+            "stages": [{"name": stage.name, "stage": stage.kind,
+                        "options": stage.options.model_dump(mode="json", exclude_unset=True)}
+                       for stage in recipe.stages]}
 
 
 def _run_stage(stage: Stage, recipe: Recipe, out: Path, label: str) -> None:
@@ -125,8 +150,7 @@ def _run_stage(stage: Stage, recipe: Recipe, out: Path, label: str) -> None:
         out / value if value in names else (recipe.path.parent / value).resolve()))
     fingerprint = _fingerprint(stage, options)
     directory = out / stage.name
-    record = read_json(out / RUN_RECORD) if (out / RUN_RECORD).exists() else {}
-    known = record.get(stage.name, {})
+    known = read_entries(out).get(stage.name, {})
     _check_ours(directory, known)
     made_with = _made_with(directory, known)
     problem = None if made_with is None else outputs_intact(directory)
@@ -134,19 +158,52 @@ def _run_stage(stage: Stage, recipe: Recipe, out: Path, label: str) -> None:
         logger.info("%s: done already, skipped", label)
         if known["started"] == fingerprint:
             _remove_leftovers(directory)
+        note_skip(out, stage.name)
         return
     if made_with not in (None, fingerprint):
         problem = "its options or inputs have changed"
     logger.info("%s%s", label, f": again, because {problem}" if problem else "")
     if known.get("started") != fingerprint:
         _remove_leftovers(directory)
-    _write_record(out, {**record, stage.name: {
-        "started": fingerprint, "found": {"fingerprint": made_with,
-                                          "manifest": _manifest_hash(directory)}}})
-    try:
+    order = [s.name for s in recipe.stages]
+    note_start(out, stage.name, fingerprint, {"fingerprint": made_with,
+                                              "manifest": _manifest_hash(directory)},
+               later=order[order.index(stage.name) + 1:])
+    _refresh_page(out)
+    with _noting_the_end(out, stage.name):
         RUNNERS[stage.kind](options, directory)
-    except ExtendError as error:
-        raise type(error)(f"{stage.name}: {error}") from error
+
+
+@contextlib.contextmanager
+def _noting_the_end(out: Path, name: str) -> Iterator[None]:
+    """Record how a stage ended, and put its name before what it raises for the user."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        state = INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
+        with contextlib.suppress(ExtendError):  # what stopped the stage may be a full disk
+            note_end(out, name, state, _told(error))
+        _refresh_page(out)
+        if isinstance(error, ExtendError):
+            raise type(error)(f"{name}: {error}") from error
+        raise
+    note_end(out, name, DONE)
+    _refresh_page(out)
+
+
+def _told(error: BaseException) -> str:
+    return str(error) if isinstance(error, ExtendError) else f"{type(error).__name__}: {error}"
+
+
+def _refresh_page(out: Path) -> None:
+    """Write the page of the run; a stage's hours of work must not be lost for want of it."""
+    from extend.run_page import write_run_page
+
+    try:
+        write_run_page(out)
+    except Exception as error:
+        logger.warning("the page of the run could not be written (%s: %s); `extend run-page %s` "
+                       "tries again", type(error).__name__, error, out)
 
 
 def _check_ours(directory: Path, known: dict[str, Any]) -> None:
@@ -180,14 +237,6 @@ def _remove_leftovers(directory: Path) -> None:
                  f".{directory.name}.parts", f".{directory.name}.partial",
                  f".{directory.name}.old"):
         remove_directory(directory.with_name(name))
-
-
-def _write_record(out: Path, record: dict[str, Any]) -> None:
-    try:
-        write_json(out / RUN_RECORD, record)
-    except OSError as error:
-        raise CheckpointError(f"{out / RUN_RECORD}: cannot be written ({error.strerror}); free "
-                              "space or choose another --out") from None
 
 
 def _fingerprint(stage: Stage, options: Options) -> str:
