@@ -21,8 +21,12 @@ _RECORDING = threading.Lock()
 
 def write_json(path: Path, data: object) -> None:
     """Write JSON under a temporary name, then rename: readers see the old file or the new one."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """The same for text."""
     temporary = path.with_name(f".{path.name}.partial")
-    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
     try:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)

@@ -197,9 +197,9 @@ def _told(error: BaseException) -> str:
 
 def _refresh_page(out: Path) -> None:
     """Write the page of the run; a stage's hours of work must not be lost for want of it."""
-    from extend.run_page import write_run_page
-
     try:
+        from extend.run_page import write_run_page
+
         write_run_page(out)
     except Exception as error:
         logger.warning("the page of the run could not be written (%s: %s); `extend run-page %s` "

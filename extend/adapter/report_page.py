@@ -13,6 +13,7 @@ _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 _ORDER = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj",
           "gate_up_proj", "down_proj")
 _MAX_LINE_POINTS = 40
+_FAR = 1000.0  # times the noise edge
 
 Data = Mapping[str, Any]
 
@@ -97,6 +98,8 @@ def _kind_key(kind: str) -> tuple[int, str]:
 
 def percent(share: float | None) -> str:
     """Three digits: 58.3 %; a dash for what is not known."""
+    if share is not None and 0 < share < 1e-6:
+        return "< 0.0001 %"
     return "-" if share is None else f"{100 * share:.3g} %"
 
 
@@ -216,14 +219,15 @@ def spectrum_chart(kind: str, groups: Sequence[Group], most_lines: int | None = 
     edges = all(m["noise_edge"] for g in groups for m in g.modules)
     lines = [_mean_spectrum(g, edges) for g in groups]
     values = [v for line in lines for _, v in line if v > 0] or [1.0]
-    low, high = min(*values, 1.0 if edges else max(values)), max(values)
+    near = edges and min(values) < _FAR  # else the mark would press the lines together
+    low, high = min(*values, 1.0 if near else max(values)), max(values)
     low = max(low, high * 1e-6)
     longest = max(rank for line in lines for rank, _ in line)
     chart = Chart(kind, "rank", (1, max(longest, 2)), (low / 1.2, high * 1.2), log_y=True,
                   legend=False)
     for i, line in enumerate(lines):
         chart.add(f"layer {groups[i].layer}", shade(i / max(1, len(lines) - 1)), line, thin=True)
-    if edges and chart.y_range[0] < 1 < chart.y_range[1]:
+    if near and chart.y_range[0] < 1 < chart.y_range[1]:
         chart.mark_y(1.0, "rounding")
     return chart
 

@@ -197,3 +197,21 @@ def run(recipe, out):
     from extend.run import run as run_recipe
 
     return {"output": str(run_recipe(recipe, out))}
+
+
+@main.command("run-page")
+@click.argument("directory", metavar="DIR")
+@reporting
+def run_page(directory):
+    """Write index.html, the page of a run, again: from what lies in DIR, the --out of `extend run`.
+
+    `extend run` does so after every stage. The page is one file that loads nothing, and tells the
+    whole story of the run: RoPE, stages, training, evaluations side by side, adapter, merge, what
+    failed and what is missing.
+
+    \b
+    extend run-page runs/demo
+    """
+    from extend.run_page import write_run_page
+
+    return {"output": str(write_run_page(directory))}

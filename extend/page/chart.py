@@ -24,7 +24,7 @@ class Line:
     points: str
     dots: Sequence[tuple[float, float, str]] = ()
     dashed: bool = False
-    thin: bool = False
+    width: float = 2.0
     said: str = ""
 
 
@@ -66,13 +66,20 @@ class Chart:
 
     def add(self, name: str, color: str, points: Iterable[tuple[float, float]], *,
             dots: Sequence[tuple[float, float, str]] = (), dashed: bool = False,
-            thin: bool = False) -> None:
-        """Add a curve, in the units of the data."""
+            thin: bool = False, above: int = 0) -> None:
+        """Add a curve, in the units of the data.
+
+        Args:
+            thin: for many curves in one chart.
+            above: curves that come after it; it is wider for them, so that one at the same place
+                leaves its edges to be seen.
+        """
         points = list(points)
         drawn = " ".join(f"{self.x(x)},{self.y(y)}" for x, y in points)
         marks = [(self.x(x), self.y(y), text) for x, y, text in dots]
         said = f"{name} from {_number(points[0][1])} to {_number(points[-1][1])}" if points else ""
-        self.lines.append(Line(name, color, drawn, marks, dashed, thin, said))
+        width = 0.8 if thin else 2.0 + 1.6 * above
+        self.lines.append(Line(name, color, drawn, marks, dashed, width, said))
 
     def add_bar(self, x: float, low: float, high: float, color: str) -> None:
         self.bars.append((self.x(x), self.y(low), self.y(high), color))
