@@ -1,6 +1,6 @@
 """`manifest.json`: what a stage read (with hashes), what it did, and what it wrote.
 
-Everything but the time, the memory, the machine and the versions is the same for the same inputs and options.
+Everything but time, memory, machine and versions is the same for the same inputs and options.
 Inputs are hashed in the background while the stage works, because hashing takes as long as reading.
 """
 

@@ -15,13 +15,17 @@ from extend.errors import CheckpointError, RecipeError
 from extend.manifest import MANIFEST_NAME, hash_content, hash_files
 from extend.merge import merge
 from extend.model_config import read_config
+from extend.output import write_json
 from extend.rope import rescale
-from extend.run import RUN_RECORD, run
+from extend.run import run
+from extend.run_page import PAGE_NAME
+from extend.run_record import RECIPE_RECORD, RUN_RECORD
 from tests.adapter_format.tiny_models import make_models
 
 run_module = importlib.import_module("extend.run")  # `extend.run` is the function
 
 STAGES = ["adapter", "merged", "wide", "wider"]
+RECORDS = [RUN_RECORD, RECIPE_RECORD, PAGE_NAME]
 RECIPE = """\
 name: unit
 stages:
@@ -108,7 +112,7 @@ def test_stages_run_in_order_with_references_resolved(fresh):
     assert fresh.manifest("merged")["inputs"]["adapter"]["path"] == str(fresh.out / "adapter")
     assert fresh.manifest("merged")["inputs"]["target"]["path"] == str(
         fresh.root / "models" / "target")
-    assert sorted(os.listdir(fresh.out)) == sorted([*STAGES, RUN_RECORD])
+    assert sorted(os.listdir(fresh.out)) == sorted([*STAGES, *RECORDS])
 
 
 def test_a_run_gives_what_its_stages_give_by_hand(project, tmp_path):
@@ -216,7 +220,7 @@ def test_a_fixed_recipe_goes_on_from_the_failing_stage(fresh):
     fresh.write("target: models/target}", "target: models/target, weight: .nan}")
     with pytest.raises(RecipeError, match="^merged: weight is nan"):
         fresh.run()
-    assert sorted(os.listdir(fresh.out)) == ["adapter", RUN_RECORD]
+    assert sorted(os.listdir(fresh.out)) == sorted(["adapter", *RECORDS])
     fresh.write()
     assert fresh.run() == {"adapter": "skipped", "merged": "new", "wide": "new", "wider": "new"}
 
@@ -304,14 +308,17 @@ def test_out_that_cannot_be_made(project):
         project.run()
 
 
-def test_record_that_cannot_be_written(fresh, monkeypatch):
+@pytest.mark.parametrize("name, left", [(RECIPE_RECORD, []), (RUN_RECORD, [RECIPE_RECORD])])
+def test_record_that_cannot_be_written(name, left, fresh, monkeypatch):
     def full(path, data):
-        raise OSError(28, "No space left on device")
+        if path.name == name:
+            raise OSError(28, "No space left on device")
+        write_json(path, data)
 
-    monkeypatch.setattr(run_module, "write_json", full)
-    with pytest.raises(CheckpointError, match=r"run\.json: cannot be written \(No space left"):
+    monkeypatch.setattr("extend.run_record.write_json", full)
+    with pytest.raises(CheckpointError, match=rf"{name}: cannot be written \(No space left"):
         fresh.run()
-    assert os.listdir(fresh.out) == []
+    assert os.listdir(fresh.out) == left
 
 
 def test_several_processes_of_a_launcher_are_refused(tmp_path, monkeypatch):

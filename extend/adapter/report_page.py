@@ -7,7 +7,7 @@ from typing import Any
 
 from extend.adapter.report_quality import quality_charts, quality_table, reference_of
 from extend.page import render
-from extend.page.chart import PALETTE, SCALE, Chart, format_bytes, ink_on, shade
+from extend.page.chart import PALETTE, SCALE, Chart, blend, format_bytes, ink_on, shade
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 _ORDER = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj",
@@ -226,7 +226,7 @@ def spectrum_chart(kind: str, groups: Sequence[Group], most_lines: int | None = 
     chart = Chart(kind, "rank", (1, max(longest, 2)), (low / 1.2, high * 1.2), log_y=True,
                   legend=False)
     for i, line in enumerate(lines):
-        chart.add(f"layer {groups[i].layer}", shade(i / max(1, len(lines) - 1)), line, thin=True)
+        chart.add(f"layer {groups[i].layer}", blend(i / max(1, len(lines) - 1)), line, thin=True)
     if near and chart.y_range[0] < 1 < chart.y_range[1]:
         chart.mark_y(1.0, "rounding")
     return chart

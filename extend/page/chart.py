@@ -13,6 +13,7 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7
 """Colours of lines, told apart by colour-blind eyes too."""
 _SHADES = ("#00204c", "#213d6b", "#4a5a6d", "#666970", "#7d7c78", "#a59c74", "#c9b869", "#ecd84a",
            "#ffea46")  # the colour map cividis at eighths
+_BLENDS = ("#0072b2", "#7f8790", "#d55e00")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ class Chart:
         drawn = " ".join(f"{self.x(x)},{self.y(y)}" for x, y in points)
         marks = [(self.x(x), self.y(y), text) for x, y, text in dots]
         said = f"{name} from {_number(points[0][1])} to {_number(points[-1][1])}" if points else ""
-        width = 0.8 if thin else 2.0 + 1.6 * above
+        width = 1.1 if thin else 2.0 + 1.6 * above
         self.lines.append(Line(name, color, drawn, marks, dashed, width, said))
 
     def add_bar(self, x: float, low: float, high: float, color: str) -> None:
@@ -143,13 +144,23 @@ def _channels(color: str) -> list[int]:
     return [int(color[i:i + 2], 16) for i in (1, 3, 5)]
 
 
-def shade(share: float) -> str:
-    """A colour between dark blue (0) and yellow (1), even in lightness."""
-    place = min(max(share, 0.0), 1.0) * (len(_SHADES) - 1)
-    first = min(int(place), len(_SHADES) - 2)
-    low, high = (_channels(_SHADES[first + i]) for i in (0, 1))
+def _mix(colors: Sequence[str], share: float) -> str:
+    place = min(max(share, 0.0), 1.0) * (len(colors) - 1)
+    first = min(int(place), len(colors) - 2)
+    low, high = (_channels(colors[first + i]) for i in (0, 1))
     mixed = (round(a + (b - a) * (place - first)) for a, b in zip(low, high))
     return "#" + "".join(f"{channel:02x}" for channel in mixed)
+
+
+def shade(share: float) -> str:
+    """A colour between dark blue (0) and yellow (1), even in lightness; for areas."""
+    return _mix(_SHADES, share)
+
+
+def blend(share: float) -> str:
+    """A colour between blue (0) and orange (1), to be seen on light and on dark paper; for lines.
+    """
+    return _mix(_BLENDS, share)
 
 
 SCALE = tuple(shade(eighth / 8) for eighth in range(9))

@@ -1,7 +1,6 @@
 """Put the page together and write it in one step."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +28,6 @@ _MOST_RECIPE = 60_000  # characters
 _LINKED = ("*.html", "*.md", "results.json", "report.json", "fit.json", "weights.json", "*.png",
            "metrics.jsonl", MANIFEST_NAME)
 _TOLD = ("train", "extract", "cut", "merge", "eval", "report", "rescale", "adapter-report")
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """One part of the page; `id` is where the list of contents leads."""
-
-    id: str
-    title: str
 
 
 def write_run_page(out: Path | str) -> Path:
@@ -80,7 +71,7 @@ def render_run_page(story: Story) -> str:
         _TEMPLATE, title=f"Run {story.name}", story=story, **parts,
         facts=_facts(story, ropes, evaluations), troubles=_troubles(story),
         others=[s for s in story.stages if s.manifest is not None and s.kind not in _TOLD],
-        reports=[s for s in story.of("report", "adapter-report")],
+        reports=story.of("report", "adapter-report"),
         versions=_versions(story), machines=_machines(story), scale=SCALE, links=links_of,
         files=_files, share=_time_shares(story), recipe_text=_recipe_text(story),
         options=_options, duration=duration, gib=gib, when=when, short_path=short_path,
