@@ -42,12 +42,14 @@ class Evaluations:
 
     Attributes:
         models: label -> (which model that is, the stage that asked it).
+        made: labels of models that stages of this run wrote.
         effective, rest: rows of tables; `rest` by section.
         warnings: (label, what to know before believing it).
     """
 
     labels: Sequence[str]
     models: Mapping[str, tuple[str, StageStory]]
+    made: frozenset[str]
     effective: Sequence[TableRow]
     maps: Sequence[Map]
     rest: Sequence[tuple[str, Sequence[TableRow]]]
@@ -141,7 +143,10 @@ def _compare(results: list[Results], models: Mapping[str, tuple[str, StageStory]
     rest = [(name, rows) for name, rows in sections.items() if name not in (*tasks, _EFFECTIVE)]
     losses = story.gaps.attempt("loss by position", loss_plots, results) or []
     return Evaluations(
-        [r.label for r in results], models, sections.get(_EFFECTIVE, []),
+        [r.label for r in results], models,
+        frozenset(label for label, (_, stage) in models.items()
+                  if story.stage_at(stage.inputs.get("model", {}).get("path", ""))),
+        sections.get(_EFFECTIVE, []),
         _maps(results, tasks, sections, story), rest, [plot.chart() for plot in losses],
         [(r.label, warning) for r in results for warning in r.data["summary"]["warnings"]],
         results)

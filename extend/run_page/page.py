@@ -104,14 +104,13 @@ def _facts(story: Story, ropes: Sequence[Rope],
 
 
 def _effective(evaluations: Evaluations) -> list[tuple[str, str, str]]:
-    words = {label: evaluations.effective_words(label) for label in evaluations.labels}
-    known = [(label, text) for label, text in words.items() if text]
-    if not known:
-        return []
-    (first, before), (last, after) = known[0], known[-1]
-    if len(known) == 1:
-        return [(before, "effective length", first)]
-    return [(f"{before} to {after}", "effective length", f"of {first} and of {last}")]
+    known = {label: text for label in evaluations.labels
+             if (text := evaluations.effective_words(label))}
+    before = next((label for label in known if label not in evaluations.made), None)
+    after = next((label for label in reversed(known) if label in evaluations.made), None)
+    shown = [label for label in (before, after) if label is not None]
+    return [(" to ".join(known[label] for label in shown), "effective length",
+             f"of {' and of '.join(shown)}")] if shown else []
 
 
 def _stopped(story: Story) -> str:

@@ -28,7 +28,7 @@ def planned_of(story: Story) -> list[Planned]:
                                "set against what was measured")
         return []
     plan = story.gaps.attempt("plan", read_json, path)
-    return story.gaps.attempt("plan", _rows, plan, story) or [] if plan else []
+    return [] if plan is None else story.gaps.attempt("plan", _rows, plan, story) or []
 
 
 def _rows(plan: Mapping[str, Any], story: Story) -> list[Planned]:
