@@ -61,8 +61,8 @@ class Course:
         chart = Chart(self.title, "step", self.x_range, self.y_range)
         for step, number in self.phases:
             chart.mark_x(step, f"phase {number}", "var(--soft)")
-        for curve in self.curves:
-            chart.add(curve.name, curve.color, curve.points)
+        for number, curve in enumerate(self.curves):  # the third may lie on the first
+            chart.add(curve.name, curve.color, curve.points, dashed=number > 1)
         return chart
 
 

@@ -84,7 +84,7 @@ def _facts(story: Story, ropes: Sequence[Rope],
     done = sum(s.state == DONE for s in story.stages)
     known = [s.seconds for s in story.stages if s.seconds is not None]
     facts = [(f"{done} of {len(story.stages)}", "stages done", _stopped(story)),
-             (duration(sum(known)), "wall time", f"of {len(known)} stages together")]
+             (duration(sum(known)), "wall time", f"of {_stages(len(known))}")]
     made = [r.made_for for r in ropes if r.made_for]
     if made:
         facts.append((f"{format_length(ropes[0].spec.original_len)} to {format_length(max(made))}",
@@ -93,14 +93,17 @@ def _facts(story: Story, ropes: Sequence[Rope],
         facts += _effective(evaluations)
     tokens = sum((s.results.get("metrics") or {}).get("tokens", 0) for s in story.of("train"))
     if tokens:
-        count = len(story.of("train"))
-        facts.append((f"{tokens:,}", "tokens trained", f"in {count} stage{'s' * (count > 1)}"))
+        facts.append((f"{tokens:,}", "tokens trained", f"in {_stages(len(story.of('train')))}"))
     gpu = [s.gpu_bytes for s in story.stages if s.gpu_bytes]
     host = [s.host_bytes for s in story.stages if s.host_bytes]
     if gpu or host:
         facts.append((gib(max(gpu or host)), f"most memory of {'a GPU' if gpu else 'a host'}",
                       f"of a host {gib(max(host))}" if gpu and host else "no GPU was used"))
     return facts
+
+
+def _stages(count: int) -> str:
+    return "1 stage" if count == 1 else f"{count} stages"
 
 
 def _effective(evaluations: Evaluations) -> list[tuple[str, str, str]]:

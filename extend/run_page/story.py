@@ -29,7 +29,7 @@ _WHY = {
     WAITING: "the run has not reached it",
     RUNNING: "it was started, and had not ended when this page was written",
     UNKNOWN: "it was started, and no output lies there",
-    INTERRUPTED: "it was interrupted; the same command goes on with it",
+    INTERRUPTED: "it was stopped by hand",
     UNCHECKED: "a stage before it has run again since, so it may be made again",
     GONE: "it was done, but its output is not there any more"}
 # What reading files from outside may raise that is no fault of this package.

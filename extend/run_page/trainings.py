@@ -73,9 +73,18 @@ def _facts(stage: StageStory, courses: Sequence[Any]) -> list[tuple[str, str]]:
                                         f"its {duration(seconds)}, start and export included"))
     if stage.results.get("processes"):
         facts.append(("processes", str(stage.results["processes"])))
-    mode = (stage.manifest or {}).get("options", {}).get("mode")
-    return facts + ([("trained", {"full": "all weights or those named by trainable",
-                                  "lora": "adapters"}.get(mode, mode))] if mode else [])
+    options = (stage.manifest or {}).get("options", stage.options)
+    return [*facts, ("trained", _trained(options))]
+
+
+def _trained(options: Mapping[str, Any]) -> str:
+    """Which weights."""
+    names = ", ".join(options.get("trainable") or [])
+    if options.get("mode") == "lora":
+        text = f"adapters of rank {options.get('lora_rank', 32)}"
+        beside = ", ".join(options.get("trained_beside") or [])
+        return text + (f" on {names}" if names else "") + (f", and {beside}" if beside else "")
+    return f"weights that match {names}" if names else "all weights"
 
 
 def _phase(phase: Mapping[str, Any], rope_of_all: Any) -> list[str]:

@@ -127,7 +127,7 @@ def test_a_run_that_stopped_halfway(tmp_path):
 
 @pytest.mark.parametrize("state, words, why", [
     ("running", "not finished", "it was started, and had not ended when this page was written"),
-    ("interrupted", "interrupted", "it was interrupted; the same command goes on with it")])
+    ("interrupted", "interrupted", "it was stopped by hand")])
 def test_a_training_that_has_not_ended_is_drawn_as_far_as_it_got(state, words, why, tmp_path):
     run = MadeUp(tmp_path / "run")
     run.rescale()
