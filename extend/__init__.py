@@ -21,7 +21,8 @@ from extend.errors import (
 
 __version__ = "0.1.0"
 
-_STAGES = {"plan": "extend.plan", "search": "extend.search", "rescale": "extend.rope",
+_STAGES = {"plan": "extend.plan", "plan_recipe": "extend.recipe_plan",
+           "search": "extend.search", "rescale": "extend.rope",
            "train": "extend.train", "extract": "extend.adapter", "cut": "extend.adapter",
            "adapter_report": "extend.adapter", "merge": "extend.merge",
            "fit": "extend.transfer", "repair": "extend.transfer", "lineage": "extend.lineage",

@@ -5,6 +5,8 @@ Every model is frozen and forbids unknown keys. Lengths are tokens; `8k` and `1m
 options travel to other processes, takes its model whole).
 """
 
+import contextlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
@@ -43,7 +45,9 @@ class MergeOptions(Options):
     """merge: adapters, or a long model's whole delta, into a fine-tune of the same base."""
 
     adapter: InputPath | list[InputPath] | None = None
-    target: InputPath
+    target: InputPath | list[InputPath] | dict[str, InputPath]
+    """A fine-tune, or several: a list, or label -> fine-tune. Of several each is merged by a stage
+    of its own, called NAME-LABEL, where a list's labels are the last parts of its paths."""
     weight: Number | list[Number] = 1.0
     """Of all deltas, or one for each adapter and then one for tuned - base."""
     tuned: InputPath | None = None
@@ -58,6 +62,11 @@ class MergeOptions(Options):
     sidecar: bool = True
     rope_from: InputPath | None = None
     dtype: FloatDtype | None = None
+
+    @model_validator(mode="after")
+    def _targets_told_apart(self) -> "MergeOptions":
+        label_targets(self.target)
+        return self
 
     @model_validator(mode="after")
     def _some_delta(self) -> "MergeOptions":
@@ -109,6 +118,43 @@ STAGES: dict[str, type[Options]] = {
     "rescale": RescaleOptions, "train": TrainOptions, "extract": ExtractOptions,
     "cut": CutOptions, "adapter-report": AdapterReportOptions, "merge": MergeOptions,
     "fit": FitOptions, "repair": RepairOptions, "eval": EvalOptions, "report": ReportOptions}
+
+
+def label_targets(target: Any) -> dict[str, str] | None:
+    """Label -> path of the targets of a merge that has several; None where there is one.
+
+    Raises:
+        ValueError: no targets, a label that cannot be part of a stage's name, or two alike.
+    """
+    if isinstance(target, str):
+        return None
+    pairs = list(target.items()) if isinstance(target, dict) else [
+        (_label_of(path), path) for path in target]
+    labels = [label for label, _ in pairs]
+    for label in labels:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", label):
+            raise ValueError(f"{label!r} is no label of letters, digits, - and _")
+        if labels.count(label) > 1:
+            raise ValueError(f"two targets are called {label!r}; write them as label: path")
+    if not pairs:
+        raise ValueError("there are no targets; give at least one")
+    return dict(pairs)
+
+
+def output_names(entry: Any) -> list[Any]:
+    """What the stages of an entry of a recipe are called; whatever is wrong with it."""
+    if not isinstance(entry, dict):
+        return [None]
+    labels = None
+    with contextlib.suppress(TypeError, ValueError):  # told where the options are read
+        labels = label_targets(entry.get("target")) if entry.get("stage") == "merge" else None
+    name = entry.get("name")
+    return [f"{name}-{label}" for label in labels] if labels else [name]
+
+
+def _label_of(path: str) -> str:
+    """The last part of a path, or of a repository's name without its revision."""
+    return re.sub(r"[^A-Za-z0-9_]+", "-", path.rstrip("/").rpartition("/")[2].partition("@")[0])
 
 
 def _is_path(metadata: Sequence[Any]) -> bool:

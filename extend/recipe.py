@@ -35,6 +35,8 @@ from extend.options import (
     RopeOptions,
     TrainOptions,
     input_paths,
+    label_targets,
+    output_names,
 )
 from extend.registry import suggest
 
@@ -99,11 +101,22 @@ def load_recipe(path: Path | str, *, check_files: bool = True) -> Recipe:
     if not isinstance(entries, list) or not entries:
         problems.add(("stages",), "stages: a list of at least one stage is needed")
         entries = []
-    names = [e.get("name") if isinstance(e, dict) else None for e in entries]
-    stages = [_read_stage(entry, index, names, data.get("seed"), problems, check_files)
-              for index, entry in enumerate(entries)]
+    names = [output_names(entry) for entry in entries]
+    read = [_read_stage(entry, index, names, data.get("seed"), problems, check_files)
+            for index, entry in enumerate(entries)]
     problems.raise_if_any()
-    return Recipe(path.resolve(), str(data.get("name") or path.stem), tuple(stages))
+    stages = tuple(one for stage in read for one in _one_by_one(stage))
+    return Recipe(path.resolve(), str(data.get("name") or path.stem), stages)
+
+
+def _one_by_one(stage: Stage) -> list[Stage]:
+    """The stage, or one for each target of a merge that has several."""
+    labels = label_targets(stage.options.target) if stage.kind == "merge" else None
+    if labels is None:
+        return [stage]
+    return [Stage(f"{stage.name}-{label}", stage.kind,
+                  stage.options.model_copy(update={"target": path}))
+            for label, path in labels.items()]
 
 
 def _parse(path: Path) -> tuple[yaml.Node, Any]:
@@ -173,7 +186,7 @@ def _line_of(node: yaml.Node, location: Location) -> int:
     return line + 1
 
 
-def _read_stage(entry: Any, index: int, names: list[Any], seed: Any, problems: _Problems,
+def _read_stage(entry: Any, index: int, names: list[list[Any]], seed: Any, problems: _Problems,
                 check_files: bool) -> Stage | None:
     where = ("stages", index)
     if not isinstance(entry, dict):
@@ -182,8 +195,8 @@ def _read_stage(entry: Any, index: int, names: list[Any], seed: Any, problems: _
     name, kind = entry.get("name"), entry.get("stage")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         problems.add((*where, "name"), f"name: {name!r} is not a name of letters, digits, - and _")
-    elif name in names[:index]:
-        problems.add((*where, "name"), f"name: {name!r} is taken by an earlier stage")
+    elif taken := set(names[index]).intersection(_earlier(names, index)):
+        problems.add((*where, "name"), f"name: {min(taken)!r} is taken by an earlier stage")
     if kind not in STAGES:
         problems.add((*where, "stage"), f"stage: unknown {kind!r};{suggest(str(kind), STAGES)} "
                                         f"choose one of {', '.join(STAGES)}")
@@ -308,15 +321,20 @@ def _check_tasks(options: EvalOptions) -> None:
     check_tasks(options.tasks)
 
 
-def _check_input(value: str, index: int, names: list[Any], recipe: Path,
+def _earlier(names: list[list[Any]], index: int) -> list[Any]:
+    """The names of all stages of the entries before one."""
+    return [name for own in names[:index] for name in own if isinstance(name, str)]
+
+
+def _check_input(value: str, index: int, names: list[list[Any]], recipe: Path,
                  check_files: bool) -> str | None:
-    if value in names[:index]:
+    earlier = _earlier(names, index)
+    if value in earlier:
         return None
-    if value in names[index:]:
+    if value in _earlier(names, len(names)):
         return f"stage {value!r} does not come before this one"
     path = recipe.parent / value
     if check_files and not path.exists():
-        known = [n for n in names[:index] if isinstance(n, str)]
         return f"{path} does not exist, and no earlier stage is called {value!r};" \
-               f"{suggest(value, known)}"
+               f"{suggest(value, earlier)}"
     return None

@@ -1,25 +1,31 @@
 """Run a recipe's stages in order; skip what is done, resume what was interrupted."""
 
 import contextlib
-import hashlib
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from extend.decisions import (
+    check_ours,
+    decide_stage,
+    fingerprint_of,
+    leftovers_of,
+    made_with_of,
+    manifest_hash,
+    resolve,
+)
 from extend.errors import CheckpointError, ExtendError, RecipeError
-from extend.manifest import MANIFEST_NAME, hash_content, hash_file, outputs_intact
-from extend.option_types import Options
-from extend.options import input_paths, resolve_inputs
-from extend.output import remove_directory
+from extend.manifest import hash_file
+from extend.model_config import read_json
+from extend.output import remove_directory, write_json
 from extend.recipe import Recipe, Stage, load_recipe
 from extend.run_record import (
     DONE,
     FAILED,
     INTERRUPTED,
-    RUN_RECORD,
+    PLAN_NAME,
     keep_recipe,
     note_end,
     note_skip,
@@ -107,7 +113,8 @@ def run(recipe: Path | str, out: Path | str) -> Path:
     its output is whole. An interrupted stage starts again, from its last checkpoint where it
     keeps one. The output of a stage stays until its successor is complete.
 
-    `out` also holds index.html, the page of the run (`extend.run_page`), as of the last stage that
+    `out` also holds the recipe (recipe.json), what it was planned to take on this machine
+    (plan.json), and index.html, the page of the run (`extend.run_page`), as of the last stage that
     was started or has ended.
 
     Raises:
@@ -127,6 +134,7 @@ def run(recipe: Path | str, out: Path | str) -> Path:
         raise CheckpointError(f"{out}: no such directory can be made ({error.strerror}); choose "
                               "another --out") from None
     keep_recipe(out, _describe(loaded))
+    _keep_plan(out, loaded)
     for number, stage in enumerate(loaded.stages, start=1):
         label = f"[{number}/{len(loaded.stages)}] {stage.name} ({stage.kind})"
         _run_stage(stage, loaded, out, label)
@@ -144,30 +152,43 @@ def _describe(recipe: Recipe) -> dict[str, Any]:
                        for stage in recipe.stages]}
 
 
+def _keep_plan(out: Path, recipe: Recipe) -> None:
+    """Write what the recipe should take, for the page to set beside what it took; once a recipe.
+
+    The run needs no plan, so one that cannot be made is told in its place.
+    """
+    path, sha256 = out / PLAN_NAME, hash_file(recipe.path)
+    try:
+        if path.is_file() and read_json(path).get("recipe_sha256") == sha256:
+            return
+        from extend.recipe_plan import plan_json, plan_recipe
+
+        found = plan_json(plan_recipe(recipe.path, run_dir=out))
+    except Exception as error:
+        logger.warning("the run cannot be planned (%s: %s)", type(error).__name__, error)
+        found = {"stages": [], "problems": [f"the plan could not be made: {error}"]}
+    with contextlib.suppress(OSError):  # the record, which comes next, tells of a full disk
+        write_json(path, {**found, "recipe_sha256": sha256})
+
+
 def _run_stage(stage: Stage, recipe: Recipe, out: Path, label: str) -> None:
-    names = {s.name for s in recipe.stages}
-    options = resolve_inputs(stage.options, lambda value: str(
-        out / value if value in names else (recipe.path.parent / value).resolve()))
-    fingerprint = _fingerprint(stage, options)
-    directory = out / stage.name
-    known = read_entries(out).get(stage.name, {})
-    _check_ours(directory, known)
-    made_with = _made_with(directory, known)
-    problem = None if made_with is None else outputs_intact(directory)
-    if made_with == fingerprint and problem is None:
+    options = resolve(stage, recipe, out)
+    fingerprint = fingerprint_of(stage, options)
+    directory, known = out / stage.name, read_entries(out).get(stage.name, {})
+    check_ours(directory, known)
+    decision = decide_stage(stage, directory, known, fingerprint)
+    if decision.action == "skip":
         logger.info("%s: done already, skipped", label)
         if known["started"] == fingerprint:
             _remove_leftovers(directory)
         note_skip(out, stage.name)
         return
-    if made_with not in (None, fingerprint):
-        problem = "its options or inputs have changed"
-    logger.info("%s%s", label, f": again, because {problem}" if problem else "")
+    logger.info("%s%s", label, f": again, {decision.reason}" if decision.action == "again" else "")
     if known.get("started") != fingerprint:
         _remove_leftovers(directory)
     order = [s.name for s in recipe.stages]
-    note_start(out, stage.name, fingerprint, {"fingerprint": made_with,
-                                              "manifest": _manifest_hash(directory)},
+    note_start(out, stage.name, fingerprint, {"fingerprint": made_with_of(directory, known),
+                                              "manifest": manifest_hash(directory)},
                later=order[order.index(stage.name) + 1:])
     _refresh_page(out)
     with _noting_the_end(out, stage.name):
@@ -206,47 +227,6 @@ def _refresh_page(out: Path) -> None:
                        "tries again", type(error).__name__, error, out)
 
 
-def _check_ours(directory: Path, known: dict[str, Any]) -> None:
-    """A stage replaces its own output, and nothing else."""
-    if not known and directory.exists() and (directory.is_file() or any(directory.iterdir())):
-        raise CheckpointError(f"{directory}: exists already, but {RUN_RECORD} beside it knows of "
-                              "no such output; choose another --out, or move it away")
-
-
-def _made_with(directory: Path, known: dict[str, Any]) -> str | None:
-    """The fingerprint that the output in `directory` was made with; None when there is none.
-
-    A stage puts its output in place in one step, and no two manifests are the same. So one that
-    was not found when the stage was last started is that start's.
-    """
-    manifest = _manifest_hash(directory)
-    if manifest is None:
-        return None
-    found = known["found"]
-    return found["fingerprint"] if manifest == found["manifest"] else known["started"]
-
-
-def _manifest_hash(directory: Path) -> str | None:
-    manifest = directory / MANIFEST_NAME
-    return hash_file(manifest) if manifest.is_file() else None
-
-
 def _remove_leftovers(directory: Path) -> None:
-    """Delete what a stage keeps beside its output until it is done."""
-    for name in (f"{directory.name}.state", f".{directory.name}.rows",
-                 f".{directory.name}.parts", f".{directory.name}.partial",
-                 f".{directory.name}.old"):
-        remove_directory(directory.with_name(name))
-
-
-def _fingerprint(stage: Stage, options: Options) -> str:
-    """Hash of the stage's options, with each input path replaced by its content's hash."""
-    hashes = {}
-    for location, value in input_paths(options):
-        if not Path(value).exists():
-            raise RecipeError(f"{stage.name}: {'.'.join(map(str, location))}: {value} does not "
-                              "exist")
-        hashes[value] = hash_content(value)
-    data = resolve_inputs(options, lambda value: hashes[value]).model_dump(mode="json")
-    text = json.dumps({"stage": stage.kind, "options": data}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    for path in leftovers_of(directory):
+        remove_directory(path)

@@ -11,6 +11,7 @@ from extend.output import write_json
 
 RUN_RECORD = "run.json"
 RECIPE_RECORD = "recipe.json"
+PLAN_NAME = "plan.json"
 
 RUNNING, DONE, FAILED, INTERRUPTED = "running", "done", "failed", "interrupted"
 UNCHECKED = "unchecked"

@@ -39,6 +39,9 @@ class Phase(Options):
     """Tokens to train on; give this or `steps`."""
     batch_rows: Annotated[int, Field(ge=1)] = 1
     """Rows per optimizer step over all processes."""
+    context_parallel: Annotated[int, Field(ge=1)] = 1
+    """At least so many processes share each row, or all where there are fewer; more where the rows
+    do not divide over the groups. Rows beyond one for each group follow one another."""
     lr: Annotated[Number, Field(gt=0)]
     warmup_frac: Annotated[Number, Field(ge=0, le=1)] = 0.05
     min_lr_frac: Annotated[Number, Field(ge=0, le=1)] = 0.1

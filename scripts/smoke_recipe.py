@@ -4,10 +4,12 @@
     .venv/bin/python scripts/smoke_recipe.py recipes/llama3-8b-1m.yaml --out runs/smoke
 
 The recipe is written again beside tiny stand-ins for its inputs: a random model of the same
-architecture, a sibling that differs from it a little, a tokenizer of bytes, made-up text. Lengths
-are divided by one factor, phases take two steps, and what belongs to large hardware is left out.
-All else (stages, methods, thetas, options) is what the recipe says. The models learn nothing; what
-is shown is that the stages fit together.
+architecture, siblings that differ from it a little, a long model where the recipe starts from one,
+a tokenizer of bytes, made-up text. Lengths and windows are divided by one factor, phases take two
+steps, and what belongs to large hardware is left out. All else (stages, methods, thetas, options)
+is what the recipe says, but for published thetas that have names of their own: those are written
+out, because they are for the true lengths. The models learn nothing; what is shown is that the
+stages fit together.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +25,17 @@ import yaml
 from tiny_model import save_text, save_tiny_model
 
 from extend.option_types import parse_length
+from extend.recipe_plan.known import known_config
+from extend.rope import rescale
+from extend.rope.presets import PRESETS
 
-# Architecture, native length and theta of the model that a recipe starts from.
-STARTS = {"llama3-8b-1m": ("llama", "8k", 5e5), "qwen3-8b-256k": ("qwen3", "32k", 1e6)}
 LONGEST = 8192  # tokens: what two CPU cores do in seconds
+UNTRAINED_FACTOR = 32  # of a recipe that trains nothing
+LONG_THETA = 2804339835  # of a long model that is an input
 SHORTEST_PROMPT = 512  # bytes that a passkey prompt needs
 FOR_LARGE_HARDWARE = ("host_memory", "kept_form", "tile_tokens", "weight_dtype", "trackers")
-MODEL_KEYS, TEXT_KEYS = ("model", "base", "tuned", "target"), ("haystack", "text", "path")
+MODEL_KEYS = ("model", "base", "tuned", "target", "reference")
+TEXT_KEYS = ("haystack", "text", "path")
 
 
 def shrink(recipe: dict[str, Any], *, longest: int = LONGEST) -> tuple[dict[str, Any], int]:
@@ -36,7 +43,7 @@ def shrink(recipe: dict[str, Any], *, longest: int = LONGEST) -> tuple[dict[str,
     stages = recipe["stages"]
     lengths = [parse_length(phase["length"]) for stage in stages
                for phase in stage.get("schedule", [])]
-    factor = max(1, max(lengths) // longest)
+    factor = max(1, max(lengths) // longest) if lengths else UNTRAINED_FACTOR
     return {**recipe, "stages": [_shrink_stage(stage, factor) for stage in stages]}, factor
 
 
@@ -46,10 +53,13 @@ def _shrink_stage(stage: dict[str, Any], factor: int) -> dict[str, Any]:
         if key in small:
             small[key] = parse_length(small[key]) // factor
     if stage["stage"] == "train":
+        preset = PRESETS.get(small.get("rope", {}).get("method", ""))
         small |= {"nproc": 2, "save_every": 1,
-                  "data": [{**data, "facts": [1]} if "facts" in data else data
-                           for data in stage["data"]],  # more do not fit into short rows
-                  "schedule": [_shrink_phase(phase, factor) for phase in stage["schedule"]]}
+                  "data": [_shrink_data(data, factor) for data in stage["data"]],
+                  "schedule": [_shrink_phase(phase, factor, preset)
+                               for phase in stage["schedule"]]}
+        if preset is not None:
+            del small["rope"]
     if stage["stage"] == "eval":
         lengths = [max(parse_length(n) // factor, SHORTEST_PROMPT) for n in stage["lengths"]]
         small |= {"lengths": sorted(set(lengths)),
@@ -60,18 +70,29 @@ def _shrink_stage(stage: dict[str, Any], factor: int) -> dict[str, Any]:
     return small
 
 
-def _shrink_phase(phase: dict[str, Any], factor: int) -> dict[str, Any]:
+def _shrink_data(data: dict[str, Any], factor: int) -> dict[str, Any]:
+    small = dict(data)
+    if "facts" in small:
+        small["facts"] = [1]  # more do not fit into short rows
+    if "document_length" in small:
+        small["document_length"] = parse_length(small["document_length"]) // factor
+    return small
+
+
+def _shrink_phase(phase: dict[str, Any], factor: int, preset: Any = None) -> dict[str, Any]:
     small = {key: value for key, value in phase.items() if key != "tokens"}
     small |= {"length": parse_length(phase["length"]) // factor, "steps": 2,
               "batch_rows": min(phase.get("batch_rows", 1), 2)}
+    if preset is not None:
+        small["rope"] = {"method": "theta", "options": {
+            "rope_theta": preset.thetas[parse_length(phase["length"])]}}
     if "rope_to" in phase:
         small["rope_to"] = parse_length(phase["rope_to"]) // factor
     return small
 
 
 def _shrink_task(task: Any) -> Any:
-    if not isinstance(task, dict):
-        return task
+    task = task if isinstance(task, dict) else {"task": task}
     small = {**task, "depths": min(task.get("depths", 2), 2), "trials": 1}
     if task["task"] == "loss":
         small = {key: value for key, value in small.items() if key not in ("depths", "trials")}
@@ -81,34 +102,64 @@ def _shrink_task(task: Any) -> Any:
 
 def make_inputs(recipe: dict[str, Any], directory: Path, factor: int) -> None:
     """Write what the recipe reads, under the names it uses, and name them so in it."""
-    model_type, native, theta = STARTS[recipe["name"]]
     names = {stage["name"] for stage in recipe["stages"]}
-    native_len = parse_length(native) // factor
+    inputs = [found for found in _inputs(recipe["stages"])
+              if not _is_output(found[0][found[1]], names)]
+    start = next(known for holder, key, is_model in inputs if is_model
+                 for known in [known_config(holder[key])] if known is not None)[1]
     base: Path | None = None
-    for holder, key in _inputs(recipe["stages"]):
-        value = holder[key]
-        if value in names:
-            continue
-        holder[key] = Path(value).name
-        path = directory / holder[key]
+    for holder, key, is_model in inputs:
+        path = directory / Path(holder[key]).name
+        holder[key] = path.name
         if path.exists():
             continue
-        if key in MODEL_KEYS:
-            save_tiny_model(path, model_type, native_len=native_len, rope_theta=theta,
-                            seed=0 if base is None else 1, drift_from=base)
-            base = base or path
-        else:
+        if not is_model:
             save_text(path / "text.jsonl", documents=24, lines=400)
+            continue
+        _save_model(path, start, factor, base, extended=key == "tuned")
+        base = base or path
 
 
-def _inputs(value: Any) -> list[tuple[dict[str, Any], str]]:
-    """(mapping, key) of every value under it that names a model or text."""
+def _is_output(value: str, names: set[str]) -> bool:
+    """Whether it is a stage, or one of those that a merge into several targets is."""
+    return any(value == name or value.startswith(f"{name}-") for name in names)
+
+
+def _save_model(path: Path, start: Mapping[str, Any], factor: int, base: Path | None, *,
+                extended: bool) -> None:
+    """The model that a recipe starts from, or one that differs from it a little."""
+    config: dict[str, Any] = {}
+    if start.get("sliding_window"):
+        config["sliding_window"] = max(8, start["sliding_window"] // factor)
+    if "rope_local_base_freq" in start:
+        kinds = {"sliding_attention": start["rope_local_base_freq"],
+                 "full_attention": start["rope_theta"]}
+        config |= {"layer_types": list(kinds), "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in kinds.items()}}
+    native_len = start["max_position_embeddings"] // factor
+    short = path.with_name(f".{path.name}.short") if extended else path
+    save_tiny_model(short, start["model_type"], native_len=native_len, drift_from=base,
+                    rope_theta=start["rope_theta"], seed=0 if base is None else 1, **config)
+    if extended:
+        rescale(short, path, target_len=4 * native_len, method="theta", rope_theta=LONG_THETA)
+
+
+def _inputs(value: Any) -> list[tuple[Any, Any, bool]]:
+    """(mapping or list, key, whether it is a model) of every value that names a model or text."""
     if isinstance(value, list):
         return [found for item in value for found in _inputs(item)]
     if not isinstance(value, dict):
         return []
-    own = [(value, key) for key in (*MODEL_KEYS, *TEXT_KEYS) if isinstance(value.get(key), str)]
-    return own + [found for item in value.values() for found in _inputs(item)]
+    found: list[tuple[Any, Any, bool]] = []
+    for key, item in value.items():
+        if key in (*MODEL_KEYS, *TEXT_KEYS) and isinstance(item, str):
+            found.append((value, key, key in MODEL_KEYS))
+        elif key == "target":  # of several
+            keys = item if isinstance(item, dict) else range(len(item))
+            found += [(item, place, True) for place in keys]
+        else:
+            found += _inputs(item)
+    return found
 
 
 def write_small(recipe: Path, directory: Path, *, longest: int = LONGEST) -> Path:
@@ -126,8 +177,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--longest", type=int, default=LONGEST, help="tokens of the longest row")
     arguments = parser.parse_args()
-    path = write_small(arguments.recipe, arguments.out / "inputs")
+    path = write_small(arguments.recipe, arguments.out / "inputs", longest=arguments.longest)
     begin = time.monotonic()
     code = subprocess.run([sys.executable, "-m", "extend", "run", str(path), "--out",
                            str(arguments.out / "run")]).returncode

@@ -26,8 +26,8 @@ def save_tiny_model(directory: Path, model_type: str, *, native_len: int, rope_t
     if drift_from is None:
         made = AutoConfig.for_model(
             model_type, max_position_embeddings=native_len,
-            rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
-            eos_token_id=0, bos_token_id=None, pad_token_id=None, **(_WIDTH | config))
+            eos_token_id=0, bos_token_id=None, pad_token_id=None, **(_WIDTH | {
+                "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta}} | config))
         model = AutoModelForCausalLM.from_config(made)
     else:
         model = AutoModelForCausalLM.from_pretrained(drift_from)

@@ -23,6 +23,8 @@ LAYERS = [
     {"capacity"},
     {"train", "adapter", "merge", "transfer", "evaluate", "plan", "search", "doctor", "lineage"},
     {"recipe", "run_page"},
+    {"decisions"},
+    {"recipe_plan"},
     {"run"},
     {"cli"},
     {"__main__", "__init__"},

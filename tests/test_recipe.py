@@ -124,3 +124,38 @@ def test_an_alias_repeats_a_block(write):
 def test_missing_file(tmp_path):
     with pytest.raises(RecipeError, match="no such recipe"):
         load_recipe(tmp_path / "none.yaml")
+
+
+MERGES = """\
+name: adapted
+stages:
+  - {name: adapter, stage: extract, base: base, tuned: base}
+  - name: merged
+    stage: merge
+    adapter: adapter
+    target: TARGETS
+  - {name: scores, stage: eval, model: merged-b-2, lengths: [1k], tasks: [passkey]}
+"""
+
+
+@pytest.mark.parametrize("targets", ["[base, org/b.2@main]", "{base: base, b-2: org/b.2@main}"])
+def test_a_merge_into_several_targets_is_a_stage_for_each(write, targets):
+    recipe = load_recipe(write(MERGES.replace("TARGETS", targets)), check_files=False)
+    merges = [stage for stage in recipe.stages if stage.kind == "merge"]
+    assert [(s.name, s.options.target) for s in merges] == [
+        ("merged-base", "base"), ("merged-b-2", "org/b.2@main")]
+    assert {s.options.adapter for s in merges} == {"adapter"}
+    assert [s.name for s in recipe.stages][-1] == "scores"
+
+
+@pytest.mark.parametrize(("targets", "message"), [
+    ("[]", "recipe.yaml:4: merge: there are no targets"),
+    ("[a/base, b/base]", "two targets are called 'base'; write them as label: path"),
+    ("{'b 2': base}", "'b 2' is no label"),
+    ("{adapter: base}\n  - {name: merged-adapter, stage: cut, adapter: adapter, rank: 4}",
+     "recipe.yaml:8: name: 'merged-adapter' is taken by an earlier stage"),
+    ("[base]", "recipe.yaml:8: model: .*'merged-b-2'; did you mean 'merged-base'"),
+    ("{b-2: bse}", r"recipe.yaml:7: target.b-2: .*bse does not exist")])
+def test_problems_with_several_targets(write, targets, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(write(MERGES.replace("TARGETS", targets)))

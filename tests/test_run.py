@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from extend.adapter import extract
+from extend.cli import main
+from extend.decisions import decide
 from extend.errors import CheckpointError, RecipeError
 from extend.manifest import MANIFEST_NAME, hash_content, hash_files
 from extend.merge import merge
@@ -19,13 +22,13 @@ from extend.output import write_json
 from extend.rope import rescale
 from extend.run import run
 from extend.run_page import PAGE_NAME
-from extend.run_record import RECIPE_RECORD, RUN_RECORD
+from extend.run_record import PLAN_NAME, RECIPE_RECORD, RUN_RECORD
 from tests.adapter_format.tiny_models import make_models
 
 run_module = importlib.import_module("extend.run")  # `extend.run` is the function
 
 STAGES = ["adapter", "merged", "wide", "wider"]
-RECORDS = [RUN_RECORD, RECIPE_RECORD, PAGE_NAME]
+RECORDS = [RUN_RECORD, RECIPE_RECORD, PLAN_NAME, PAGE_NAME]
 RECIPE = """\
 name: unit
 stages:
@@ -50,6 +53,7 @@ class Project:
     def run(self) -> dict[str, str]:
         """Stage -> `new`, `skipped`, or the reason why it ran again."""
         self._caplog.clear()
+        foretold = {one.stage.name: one for one in decide(self.recipe, self.out)}
         with self._caplog.at_level(logging.INFO, logger="extend.run"):
             run(self.recipe, self.out)
         told = {}
@@ -57,8 +61,14 @@ class Project:
             if record.name == "extend.run":
                 label, _, what = record.getMessage().partition(": ")
                 told[label.split()[1]] = what.removeprefix("again, because ") or "new"
-        return {name: "skipped" if what == "done already, skipped" else what
+        told = {name: "skipped" if what == "done already, skipped" else what
                 for name, what in told.items()}
+        for name, what in told.items():
+            one = foretold[name]
+            expected = {"run": "new", "resume": "new", "skip": "skipped",
+                        "again": one.reason.removeprefix("because "), "open": what}
+            assert expected[one.action] == what, f"{name}: foretold was {one}"
+        return told
 
     def manifest(self, stage: str) -> dict:
         return json.loads((self.out / stage / MANIFEST_NAME).read_text())
@@ -154,6 +164,47 @@ def test_a_changed_option_runs_its_stage_and_what_follows_from_it(project):
     assert {name for name in STAGES if before[name] != after[name]} == {"adapter", "merged"}
     assert project.manifest("adapter")["options"]["rank"] == 8
     assert project.run() == all_but({})
+
+
+def foretold(project) -> dict[str, tuple[str, str]]:
+    return {one.stage.name: (one.action, one.reason) for one in
+            decide(project.recipe, project.out)}
+
+
+def test_what_a_run_would_do_is_told_and_nothing_is_written(fresh, monkeypatch):
+    project = fresh
+    assert foretold(project) == dict.fromkeys(STAGES, ("run", ""))
+    assert not project.out.exists()
+    project.run()
+    before = {path: path.stat().st_mtime_ns for path in project.out.rglob("*")}
+    project.write("rank: 4", "rank: 8")
+    done = ("skip", "done already")
+    assert foretold(project) == {
+        "adapter": ("again", f"because {CHANGED}"),
+        "merged": ("open", "again, unless adapter comes out as before"),
+        "wide": done, "wider": done}
+    assert {path: path.stat().st_mtime_ns for path in project.out.rglob("*")} == before
+    with monkeypatch.context() as patch:
+        kill(patch, "extract", after_it_is_done=False)
+        shutil.rmtree(project.out / "adapter")
+        with pytest.raises(Killed):
+            project.run()
+    (project.out / "adapter.state").mkdir()
+    assert foretold(project)["adapter"] == ("resume", "from where it was interrupted")
+
+
+def test_the_command_tells_what_a_run_would_do(project):
+    project.write("to: 4k", "to: 8k")
+    given = ["run", str(project.recipe), "--out", str(project.out), "--dry-run"]
+    told = CliRunner().invoke(main, given)
+    assert told.exit_code == 0, told.output
+    assert told.stdout.splitlines() == [
+        "[1/4] adapter (extract): skip, done already", "[2/4] merged (merge): skip, done already",
+        "[3/4] wide (rescale): skip, done already",
+        f"[4/4] wider (rescale): again, because {CHANGED}"]
+    told = json.loads(CliRunner().invoke(main, [*given, "--json"]).stdout)
+    assert told["stages"][3] == {"name": "wider", "stage": "rescale", "action": "again",
+                                 "reason": f"because {CHANGED}"}
 
 
 def test_a_change_without_effect_stops_there(project):
@@ -308,7 +359,8 @@ def test_out_that_cannot_be_made(project):
         project.run()
 
 
-@pytest.mark.parametrize("name, left", [(RECIPE_RECORD, []), (RUN_RECORD, [RECIPE_RECORD])])
+@pytest.mark.parametrize("name, left", [
+    (RECIPE_RECORD, []), (RUN_RECORD, [PLAN_NAME, RECIPE_RECORD])])
 def test_record_that_cannot_be_written(name, left, fresh, monkeypatch):
     def full(path, data):
         if path.name == name:
@@ -318,7 +370,7 @@ def test_record_that_cannot_be_written(name, left, fresh, monkeypatch):
     monkeypatch.setattr("extend.run_record.write_json", full)
     with pytest.raises(CheckpointError, match=rf"{name}: cannot be written \(No space left"):
         fresh.run()
-    assert os.listdir(fresh.out) == left
+    assert sorted(os.listdir(fresh.out)) == left
 
 
 def test_several_processes_of_a_launcher_are_refused(tmp_path, monkeypatch):

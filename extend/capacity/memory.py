@@ -90,7 +90,7 @@ class Parameters:
 
 def count_parameters(shape: ModelShape, setup: Setup) -> Parameters:
     layer, root = shape.layer_parameters / setup.tp, shape.root_parameters / setup.tp
-    adapters = setup.lora_rank * _adapter_width(shape) / setup.tp
+    adapters = setup.lora_rank * adapter_width(shape) / setup.tp
     embedding, norms = shape.embedding / setup.tp, shape.norm_values
     head_trains = setup.trained == "all" or (shape.tied and setup.trained != "lora")
     if setup.trained == "all":
@@ -103,7 +103,7 @@ def count_parameters(shape: ModelShape, setup: Setup) -> Parameters:
     return Parameters(layer, root, adapters + norms, embedding + shape.hidden, head_trains)
 
 
-def _adapter_width(shape: ModelShape) -> float:
+def adapter_width(shape: ModelShape) -> float:
     """Inputs plus outputs of a layer's linear layers: parameters of adapters of rank 1."""
     attention = 4 * shape.hidden + 2 * shape.q_width + 2 * shape.kv_width
     return attention + shape.num_matrices * (shape.hidden + shape.dense_inner)

@@ -102,7 +102,10 @@ class CapacityPlan:
             keys["shard_over"] = setup.shards
         if setup.optimizer != "adamw":
             keys["optimizer"] = setup.optimizer
-        keys["schedule"] = [{"length": setup.length, "batch_rows": setup.batch_rows}]
+        phase = {"length": setup.length, "batch_rows": setup.batch_rows}
+        if setup.dp < gcd(setup.batch_rows, setup.dp * setup.cp):
+            phase["context_parallel"] = setup.cp
+        keys["schedule"] = [phase]
         return keys
 
 
@@ -183,19 +186,28 @@ def _setups(shape: ModelShape, machine: Machine, wish: Wish,
     for tp, rows, replicas in product(_degrees(shape, machine), _rows(machine, wish),
                                       sorted({1, machine.hosts})):
         ranks = machine.num_gpus // tp
-        dp = gcd(rows, ranks)
-        cp = ranks // dp
-        if wish.length % (2 * cp if cp > 1 else 1) or ranks % replicas:
-            continue
-        micro = min(rows // dp, max(1, _MICRO_TOKENS * cp // wish.length))
-        for host, kept, strategy in product(budgets, _kept(shape), _strategies(shape, cp, tp)):
-            yield Setup(
-                length=wish.length, batch_rows=rows, dp=dp, cp=cp, tp=tp, replicas=replicas,
-                hosts=machine.hosts, micro_rows=micro, recomputed=shape.num_layers,
-                kept_attention=kept, host_bytes=host,
-                kept_form=concession.get("kept_form", "exact"), tile=auto_tile(wish.length // cp),
-                weight_bytes=wish.weight_bytes, trained=wish.trained, optimizer=wish.optimizer,
-                strategy=strategy)
+        for dp, host, kept in product(_groups(rows, ranks, wish), budgets, _kept(shape)):
+            cp = ranks // dp
+            if wish.length % (2 * cp if cp > 1 else 1) or ranks % replicas:
+                continue
+            micro = min(rows // dp, max(1, _MICRO_TOKENS * cp // wish.length))
+            for strategy in _strategies(shape, cp, tp):
+                yield Setup(
+                    length=wish.length, batch_rows=rows, dp=dp, cp=cp, tp=tp, replicas=replicas,
+                    hosts=machine.hosts, micro_rows=micro, recomputed=shape.num_layers,
+                    kept_attention=kept, host_bytes=host,
+                    kept_form=concession.get("kept_form", "exact"),
+                    tile=auto_tile(wish.length // cp), weight_bytes=wish.weight_bytes,
+                    trained=wish.trained, optimizer=wish.optimizer, strategy=strategy)
+
+
+def _groups(rows: int, ranks: int, wish: Wish) -> list[int]:
+    """Groups that rows are dealt to: as many as divide both; fewer where the rows were asked for,
+    so that more processes share each and rows follow one another.
+    """
+    least = [1] if wish.batch_rows is None else [
+        n for n in range(1, ranks + 1) if ranks % n == 0]
+    return sorted({gcd(rows, ranks // n) for n in least})
 
 
 def _degrees(shape: ModelShape, machine: Machine) -> list[int]:

@@ -26,10 +26,10 @@ def phase_setup(options: TrainOptions, phase: Phase, *, world: int, hosts: int =
     """
     tp = options.tensor_parallel
     ranks = world // tp
-    dp = gcd(phase.batch_rows, ranks)
+    dp = _groups(phase, ranks)
     cp = ranks // dp
     rows = phase.batch_rows // dp
-    longest = max(p.length // (ranks // gcd(p.batch_rows, ranks)) for p in options.schedule)
+    longest = max(p.length // (ranks // _groups(p, ranks)) for p in options.schedule)
     tile = auto_tile(longest) if options.tile_tokens == "auto" else options.tile_tokens
     if options.recomputed_layers != "auto":
         recomputed = 10**9 if options.recomputed_layers == "all" else options.recomputed_layers
@@ -43,6 +43,11 @@ def phase_setup(options: TrainOptions, phase: Phase, *, world: int, hosts: int =
         weight_bytes=4 if options.weight_dtype == "float32" else 2, trained=_trained(options),
         lora_rank=options.lora_rank, optimizer=options.optimizer,
         loss_chunk=options.loss_chunk, strategy=options.strategy)
+
+
+def _groups(phase: Phase, ranks: int) -> int:
+    """Of processes that share rows, as `extend.train.mesh.split_world` makes them."""
+    return gcd(phase.batch_rows, ranks // min(phase.context_parallel, ranks))
 
 
 def _trained(options: TrainOptions) -> Trained:

@@ -21,6 +21,7 @@ from extend.capacity.setup import Machine, Setup
 from extend.capacity.shape import ModelShape
 
 _FP32 = 4
+_NARROW_HEAD, _NARROW_RATE, _NARROW_SPREAD = 64, 0.64, 0.30
 _OFFLOAD_BANDWIDTH = 100e9  # bytes/s of host memory that an update on the CPU reaches, assumed
 
 
@@ -76,7 +77,32 @@ def plan_time(shape: ModelShape, setup: Setup, machine: Machine, rates: GpuRates
              "optimizer": _optimizer(shape, setup, memory, rates)}
     seconds = sum(parts.values())
     mfu = model_flops(shape, setup) / seconds / setup.world / rates.peak_flops
-    return TimePlan(parts, setup.length * setup.batch_rows, mfu, rates.spread)
+    narrow = shape.head_dim <= _NARROW_HEAD
+    return TimePlan(parts, setup.length * setup.batch_rows, mfu,
+                    max(rates.spread, _NARROW_SPREAD * narrow))
+
+
+def prefill_seconds(shape: ModelShape, length: int, machine: Machine, rates: GpuRates, *,
+                    ranks: int = 1) -> float:
+    """Seconds to read a prompt of `length` tokens on `ranks` GPUs that share it.
+
+    The forward pass of a step without recording: what an evaluation spends most of its time on.
+    """
+    from extend.ring.cost.hardware import find_hardware
+    from extend.ring.cost.predict import predict
+
+    hardware, attention = find_hardware(machine.gpu), 0.0
+    windows = shape.windows or (None,) * shape.num_layers
+    for window in set(windows):
+        attention += windows.count(window) * predict(
+            "ring", heads=shape.num_heads, kv_heads=shape.num_kv_heads, head_dim=shape.head_dim,
+            seq_len=length, world=ranks, gpus_per_host=machine.gpus_per_host, window=window,
+            backward=False, hardware=hardware).seconds
+    attention /= _head_rate(shape)
+    tokens = length / ranks
+    matrix = 2 * (shape.matrix_parameters - shape.embedding) * tokens / rates.matmul_flops
+    moved = _plain_forward(shape, shape.q_width, shape.kv_width, shape.active_inner)
+    return attention + matrix + shape.num_layers * moved * tokens / rates.traffic
 
 
 def _matrix_flops(shape: ModelShape, setup: Setup) -> float:
@@ -109,7 +135,14 @@ def _attention(shape: ModelShape, setup: Setup, machine: Machine, kernel: str) -
         again = sum(setup.kept_attention <= i < recomputed for i in layers)
         total += len(layers) * predict(strategy, **of_window).seconds
         total += again * predict(strategy, **of_window, backward=False).seconds
-    return total
+    return total / _head_rate(shape)
+
+
+def _head_rate(shape: ModelShape) -> float:
+    """Share of attention's rates, which are those of heads of 128 channels, that narrow ones reach:
+    386 TFLOP/s on 1M tokens with 64 channels (docs/results/evaluation/prefill-h100.md).
+    """
+    return _NARROW_RATE if shape.head_dim <= _NARROW_HEAD else 1.0
 
 
 def _strategy(setup: Setup) -> str:
@@ -123,15 +156,26 @@ def _traffic(shape: ModelShape, setup: Setup) -> float:
     if setup.compiled:  # every stretch reads its inputs and writes its outputs once
         forward = (shape.num_norms * 4 * hidden + 4 * (q + k)
                    + VALUE * shape.num_matrices * inner)
-    else:  # every operator does, and norms work in fp32
-        forward = shape.num_norms * 20 * hidden + 12 * (q + k) + 8 * inner
-    forward += 2 * 6 * hidden + 4 * (q + 2 * k)  # residuals; keys on their way to others
+        forward += _residuals(shape, q, k)
+    else:
+        forward = _plain_forward(shape, q, k, inner)
     again = min(setup.recomputed, shape.num_layers) / shape.num_layers
     layers = shape.num_layers * (3 + again) * forward * setup.tokens
     vocab = shape.vocab / tp
     loss = setup.tokens * vocab * 30 + (setup.tokens / setup.loss_chunk) * vocab * hidden * 10
     gathered = shape.parameters / tp * 20 if setup.dp * setup.cp > 1 else 0.0
     return layers + loss + gathered
+
+
+def _plain_forward(shape: ModelShape, q: float, k: float, inner: float) -> float:
+    """Bytes a token that a layer moves where every operator reads and writes, norms in fp32."""
+    return (shape.num_norms * 20 * shape.hidden + 12 * (q + k) + 8 * inner
+            + _residuals(shape, q, k))
+
+
+def _residuals(shape: ModelShape, q: float, k: float) -> float:
+    """Bytes a token of residuals, and of keys on their way to others."""
+    return 2 * 6 * shape.hidden + 4 * (q + 2 * k)
 
 
 def _communication(shape: ModelShape, setup: Setup, machine: Machine, busy: float) -> float:

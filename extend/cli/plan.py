@@ -1,9 +1,9 @@
-"""`extend plan`: what a longer context would take, before anything runs."""
+"""`extend plan`: what a longer context, or a whole recipe, would take, before anything runs."""
 
 import click
 
 from extend.cli.group import main, overwrite_option, reporting
-from extend.cli.types import LENGTH, ListType, NameType, parse_pairs
+from extend.cli.types import LENGTH, ListType, NameType, parse_labels, parse_pairs
 from extend.rope.methods import METHODS
 
 # Keys of `extend.capacity.GPUS`, which would take long to load for a line of help; a test keeps
@@ -12,7 +12,7 @@ GPU_NAMES = ("h200", "h100", "h800", "a100", "b200")
 
 
 @main.command()
-@click.argument("model", required=False)
+@click.argument("model", required=False, metavar="MODEL|RECIPE")
 @click.option("--to", type=LENGTH, default=None,
               help="Target length in tokens; the last of --schedule unless given.")
 @click.option("--head-dim", type=int, default=None, metavar="D",
@@ -43,17 +43,29 @@ GPU_NAMES = ("h200", "h100", "h800", "a100", "b200")
 @click.option("--weight-dtype", type=NameType(("float32", "bfloat16")), default="float32")
 @click.option("--optimizer", type=NameType(("adamw", "adamw-8bit", "adamw-offload")),
               default="adamw")
+@click.option("--run", "run_dir", default=None, metavar="DIR",
+              help="With RECIPE: the --out of `extend run`. What is done there is skipped, and its "
+                   "disk is looked at.")
+@click.option("--config", multiple=True, metavar="INPUT=FILE",
+              help="With RECIPE: config.json of a model that is not here, by what the recipe calls "
+                   "it.")
 @click.option("--out", default=None, metavar="DIR",
-              help="Write plan.json and frequencies.png there.")
+              help="With MODEL: write plan.json and frequencies.png there.")
 @overwrite_option
 @reporting
-def plan(model, to, head_dim, theta, from_len, method, option, schedule, gpus, gpu, gpu_memory,
-         host_memory, hosts, rows, trained, weight_dtype, optimizer, out, overwrite):
+@click.pass_context
+def plan(context, model, to, head_dim, theta, from_len, method, option, schedule, gpus, gpu,
+         gpu_memory, host_memory, hosts, rows, trained, weight_dtype, optimizer, run_dir, config,
+         out, overwrite):
     """Compare the RoPE methods that could take MODEL to a length; no weights are read.
 
     MODEL is a checkpoint directory or a config.json. With --gpus, also choose how training at that
     length is laid out on them: what a recipe must say, memory at the peak, seconds of a step; where
     it does not fit, by how much, and what would.
+
+    Of a RECIPE (a YAML file) tell what every stage reads and writes and how long it takes, memory,
+    disk and downloads: on --gpus, or the GPUs of this machine. Nothing is written or downloaded but
+    the config.json of models on the Hub.
 
     \b
     extend plan ./llama --to 128k
@@ -62,7 +74,14 @@ def plan(model, to, head_dim, theta, from_len, method, option, schedule, gpus, g
     extend plan ./llama --to 1m --gpus 8 --gpu h200 --host-memory 1000
     extend plan ./llama --to 64k --gpus 2 --gpu h100 --weight-dtype bfloat16 --json
     extend plan --head-dim 128 --theta 500000 --from 8k --to 1m --json
+    extend plan recipes/llama3-8b-256k.yaml --gpus 8 --gpu h200
+    extend plan recipes/demo.yaml --run runs/demo --json
     """
+    if model is not None and model.endswith((".yaml", ".yml")):
+        _check_recipe_usage(context)
+        return _plan_recipe(model, run_dir, config, gpus, gpu, gpu_memory, host_memory, hosts)
+    if run_dir is not None or config:
+        raise click.UsageError("--run and --config belong to a recipe, a file called *.yaml")
     from extend.plan import plan as stage
     from extend.plan import write_plan
     from extend.plan.capacity import capacity_tables
@@ -91,6 +110,30 @@ def plan(model, to, head_dim, theta, from_len, method, option, schedule, gpus, g
         results["output"] = str(write_plan(found, out, overwrite=overwrite))
         tables.append(results["output"])
     return results, "\n\n".join(tables)
+
+
+_OF_MODELS = ("to", "head_dim", "theta", "from_len", "method", "option", "schedule", "rows",
+              "trained", "weight_dtype", "optimizer", "out", "overwrite")
+
+
+def _check_recipe_usage(context):
+    given = [option.opts[-1] for option in context.command.params if option.name in _OF_MODELS
+             and context.get_parameter_source(option.name) is not
+             click.core.ParameterSource.DEFAULT]
+    if given:
+        raise click.UsageError(f"with a recipe, which says it itself, leave out {', '.join(given)}")
+
+
+def _plan_recipe(recipe, run_dir, config, gpus, gpu, gpu_memory, host_memory, hosts):
+    from extend.capacity import GIB, Machine, gpu_rates
+    from extend.recipe_plan import plan_json, plan_recipe, plan_text
+
+    machine = None if gpus is None else Machine(
+        gpu=gpu, num_gpus=gpus, hosts=hosts, host_memory_bytes=int(host_memory * GIB),
+        gpu_memory_bytes=int((gpu_memory or gpu_rates(gpu).memory_gib) * GIB))
+    found = plan_recipe(recipe, run_dir=run_dir, machine=machine,
+                        configs=parse_labels(config, "--config"))
+    return plan_json(found), plan_text(found)
 
 
 def _check_usage(model, to, numbers, method, option, schedule):

@@ -186,17 +186,28 @@ def merge(adapter, target, weight, option, layer_weights, no_sidecar, device, dr
 
 @main.command()
 @click.argument("recipe")
+@click.option("--dry-run", is_flag=True,
+              help="Say which stages would run, and which are skipped and why; write nothing.")
 @out_option
 @reporting
-def run(recipe, out):
+def run(recipe, dry_run, out):
     """Run every stage of RECIPE in order; what is done is skipped, what was interrupted resumes.
 
     \b
     extend run recipes/demo.yaml --out runs/demo
+    extend run recipes/demo.yaml --out runs/demo --dry-run
+    extend plan recipes/demo.yaml --run runs/demo   # also time, memory and disk
     """
+    from extend.decisions import decide
     from extend.run import run as run_recipe
 
-    return {"output": str(run_recipe(recipe, out))}
+    if not dry_run:
+        return {"output": str(run_recipe(recipe, out))}
+    found = decide(recipe, out)
+    lines = [f"[{number}/{len(found)}] {one.stage.name} ({one.stage.kind}): {one.action}"
+             + f", {one.reason}" * bool(one.reason) for number, one in enumerate(found, start=1)]
+    return {"stages": [{"name": one.stage.name, "stage": one.stage.kind, "action": one.action,
+                        "reason": one.reason} for one in found]}, "\n".join(lines)
 
 
 @main.command("run-page")

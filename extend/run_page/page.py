@@ -1,6 +1,8 @@
 """Put the page together and write it in one step."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +74,8 @@ def render_run_page(story: Story) -> str:
         facts=_facts(story, ropes, evaluations), troubles=_troubles(story),
         others=[s for s in story.stages if s.manifest is not None and s.kind not in _TOLD],
         reports=story.of("report", "adapter-report"),
-        versions=_versions(story), machines=_machines(story), scale=SCALE, links=links_of,
+        versions=_versions(story), machines=_machines(story), scale=SCALE,
+        links={stage.name: links_of(stage) for stage in story.stages},
         files=_files, share=_time_shares(story), recipe_text=_recipe_text(story),
         options=_options, duration=duration, gib=gib, when=when, short_path=short_path,
         short_hash=short_hash, flat=flat, format_length=format_length, format_bytes=format_bytes)
@@ -149,8 +152,8 @@ def links_of(stage: StageStory) -> list[tuple[str, str]]:
     """(relative address, file name) of what a stage left for people to read."""
     if stage.manifest is None:
         return []
-    found = dict.fromkeys(path.name for pattern in _LINKED
-                          for path in sorted(stage.directory.glob(pattern)))
+    there = sorted(os.listdir(stage.directory))
+    found = dict.fromkeys(name for pattern in _LINKED for name in there if fnmatch(name, pattern))
     return [(f"{stage.name}/{name}", name) for name in found]
 
 

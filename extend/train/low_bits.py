@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from extend.errors import CompatibilityError
-from extend.train.mesh import split_world
+from extend.train.mesh import split_phase
 from extend.train_options import TrainOptions
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def _check_float8(options: TrainOptions, dtype: torch.dtype, world: int) -> None
         raise CompatibilityError(f"linear_dtype {kind} needs a multiple of {_BLOCK} tokens at a "
                                  f"time, tile_tokens is {tile}; choose another")
     for number, phase in enumerate(options.schedule, start=1):
-        local = phase.length // split_world(phase.batch_rows, world, options.tensor_parallel)[1]
+        local = phase.length // split_phase(phase, world, options.tensor_parallel)[1]
         if local % _BLOCK:
             raise CompatibilityError(
                 f"phase {number}: linear_dtype {kind} needs a multiple of {_BLOCK} tokens in each "

@@ -1,10 +1,10 @@
 """Who computes what: all processes as data-parallel groups of context- and tensor-parallel ranks.
 
 With tensor parallelism tp processes, neighbours in rank, compute the same tokens, each with its
-share of heads, channels and vocabulary. A phase with b rows a step on w x tp processes has
-dp = gcd(b, w) groups; each group of cp = w / dp such teams shares its rows, token by token, in tp
-rings, one of each team's first members, one of the second ones, and so on. Parameters are sharded
-over all w, or over neighbouring ones with replicas in the others (HSDP).
+share of heads, channels and vocabulary: a team. A phase with b rows a step on w teams has dp =
+gcd(b, w / c) groups, where c is its `context_parallel`; each group of cp = w / dp teams shares its
+rows, token by token, in tp rings, one of each team's first members, one of the second ones, and so
+on. Parameters are sharded over all w, or over neighbouring ones with replicas in the others (HSDP).
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from extend.errors import CompatibilityError, TrainingError
+from extend.errors import CompatibilityError, LayoutError, TrainingError
 from extend.registry import lookup
 from extend.ring.kernels import KERNELS
 from extend.ring.layouts import check_length
@@ -109,11 +109,17 @@ class PhaseMesh:
     ring: dist.ProcessGroup | None
 
 
-def split_world(batch_rows: int, world: int, tensor_parallel: int = 1) -> tuple[int, int]:
-    """dp and cp of a phase."""
+def split_world(batch_rows: int, world: int, tensor_parallel: int = 1,
+                context_parallel: int = 1) -> tuple[int, int]:
+    """dp and cp of a phase, where at least `context_parallel` teams share a row."""
     teams = world // tensor_parallel
-    dp = math.gcd(batch_rows, teams)
+    dp = math.gcd(batch_rows, teams // min(context_parallel, teams))
     return dp, teams // dp
+
+
+def split_phase(phase: Phase, world: int, tensor_parallel: int = 1) -> tuple[int, int]:
+    """dp and cp of a phase."""
+    return split_world(phase.batch_rows, world, tensor_parallel, phase.context_parallel)
 
 
 def check_world(options: TrainOptions, world: int) -> None:
@@ -138,11 +144,14 @@ def check_schedule(schedule: list[Phase], layout: str, world: int,
     """Check that every phase divides over its ranks.
 
     Raises:
-        LayoutError: a length that does not.
+        LayoutError: a length, or a `context_parallel`, that does not.
     """
+    teams = world // tensor_parallel
     for phase in schedule:
-        check_length(phase.length, layout,
-                     split_world(phase.batch_rows, world, tensor_parallel)[1])
+        if teams % min(phase.context_parallel, teams):
+            raise LayoutError(f"context_parallel {phase.context_parallel} does not divide {teams} "
+                              f"processes{' of a team' * (tensor_parallel > 1)}; choose a divisor")
+        check_length(phase.length, layout, split_phase(phase, world, tensor_parallel)[1])
 
 
 def check_attention(options: TrainOptions, num_heads: int, world: int) -> None:
@@ -157,7 +166,7 @@ def check_attention(options: TrainOptions, num_heads: int, world: int) -> None:
     family, number = parse_strategy(options.strategy)
     num_heads //= options.tensor_parallel
     for i, phase in enumerate(options.schedule):
-        cp = split_world(phase.batch_rows, world, options.tensor_parallel)[1]
+        cp = split_phase(phase, world, options.tensor_parallel)[1]
         parts = cp if family == "ulysses" else number
         if cp == 1 or parts is None:
             continue
@@ -171,7 +180,7 @@ def check_attention(options: TrainOptions, num_heads: int, world: int) -> None:
 def phase_mesh(phase: Phase, processes: Processes) -> PhaseMesh:
     """The groups of a phase. Every process must call this for every phase, in order."""
     tp = processes.tensor_parallel
-    dp, cp = split_world(phase.batch_rows, processes.world, tp)
+    dp, cp = split_phase(phase, processes.world, tp)
     if processes.mesh is None:
         return PhaseMesh(1, 1, 0, 0, None)
     sizes = {"dp": dp, "cp": cp} | ({"tp": tp} if tp > 1 else {})

@@ -30,7 +30,7 @@ from extend.train.mesh import (
     check_attention,
     check_schedule,
     check_world,
-    split_world,
+    split_phase,
 )
 from extend.train.model import CausalLoss, build_model, check_rope
 from extend.train.optim import build_optimizer, tell_lost_updates
@@ -114,7 +114,7 @@ def plan_ropes(options: TrainOptions, world: int) -> list[RopeSpec]:
     check_low_bits(options, compute_dtype(options), world)
     ropes = schedule_ropes(config.rope, rope_stages(options, config.rope))
     for phase, rope in zip(options.schedule, ropes):
-        check_rope(rope, split_world(phase.batch_rows, world, options.tensor_parallel)[1])
+        check_rope(rope, split_phase(phase, world, options.tensor_parallel)[1])
     return ropes
 
 
@@ -212,7 +212,7 @@ def save_memory(model: PreTrainedModel, options: TrainOptions, config: ModelConf
                 processes: Processes) -> LayerMemory | None:
     """Let the layers compute and keep as the options say; None where they keep everything."""
     longest = max(
-        phase.length // split_world(phase.batch_rows, processes.world, options.tensor_parallel)[1]
+        phase.length // split_phase(phase, processes.world, options.tensor_parallel)[1]
         for phase in options.schedule)
     tile_layers(model, options, longest)
     if compiles(options, processes.device):

@@ -122,6 +122,18 @@ def test_setup_of_options():
     assert setup.tokens == 8192 and setup.micro_steps == 1
 
 
+def test_more_rows_than_fit_side_by_side_follow_one_another():
+    """Sixteen rows of 1M on eight GPUs: two for each would be far too many, one over all fits."""
+    found = choose_plan(SHAPE, machine(8, 1000), Wish(length=2**20, batch_rows=16))
+    assert found.fits and (found.setup.dp, found.setup.cp, found.setup.micro_steps) == (1, 8, 16)
+    keys = found.recipe()
+    assert keys["schedule"] == [{"length": 2**20, "batch_rows": 16, "context_parallel": 8}]
+    phases = [phase | {"steps": 1, "lr": 1e-5} for phase in keys.pop("schedule")]
+    again = TrainOptions(model=".", data=[{"kind": "retrieval"}], schedule=phases, **keys)
+    setup = phase_setup(again, again.schedule[0], world=8)
+    assert (setup.dp, setup.cp, setup.micro_steps) == (1, 8, 16)
+
+
 @pytest.mark.parametrize("change", [{"tp": 2}, {"cp": 4}, {"recomputed": 32}, {"tile": 4096},
                                     {"trained": "lora"}, {"optimizer": "adamw-8bit"},
                                     {"optimizer": "adamw-offload"}, {"host_bytes": 50 * GIB}],

@@ -173,12 +173,28 @@ def test_a_file_that_changed_is_told(whole):
         whole)
 
 
-def test_planned_stands_beside_measured(whole):
-    whole.write("plan.json", {"stages": [
-        {"name": "long", "seconds": 123.0, "gpu_bytes": 2 * 2**30, "host_bytes": None}]})
+LONG_PLAN = {"name": "long", "seconds": 123.0, "gpu_bytes": 2 * 2**30, "host_bytes": None,
+             "writes_bytes": 1000}
+
+
+@pytest.mark.parametrize("assumed, cells", [
+    (False, "long 2 min 3 s 1 min 2 s (x 0.5) 2 GiB 5 GiB (x 2.5) - 3 GiB"),
+    (True, "long 2 min 3 s 1 min 2 s 2 GiB 5 GiB - 3 GiB")])
+def test_planned_stands_beside_measured(assumed, cells, whole):
+    """A plan for GPUs that were only assumed says nothing of what was measured without them."""
+    whole.write("plan.json", {
+        "stages": [LONG_PLAN], "machine": {"gpu": "h200", "gpus": 8, "assumed": assumed},
+        "time": {"seconds": 123.0, "seconds_range": [100.0, 150.0]}, "problems": ["no disk"]})
     text = read(whole)
-    assert "long 2 min 3 s 1 min 2 s (x 0.5) 2 GiB 5 GiB (x 2.5) - 3 GiB -" in text
-    assert "holds no plan.json" not in text
+    assert cells in text and "The plan is for 8 x H200" in text and "no disk" in text
+    assert ("which was assumed" in text) == assumed
+    assert "All stages: 2 min 3 s (1 min 40 s to 2 min 30 s)." in text
+    assert "plan" not in missing(text)
+
+
+def test_a_plan_that_could_not_be_made_is_named(whole):
+    whole.write("plan.json", {"stages": [], "problems": ["the plan could not be made: why"]})
+    assert "plan the plan could not be made: why" in missing(read(whole))
 
 
 def test_the_largest_run_stays_below_the_bound_and_keeps_its_spikes(tmp_path):

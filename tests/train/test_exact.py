@@ -16,6 +16,8 @@ from extend.train_options import TrainOptions
 from tests.spawn import spawn
 from tests.train.tiny import options, save_examples, save_model, save_text
 
+PHASES = [{"length": 96, "steps": 1, "batch_rows": 6, "lr": 1e-3},
+          {"length": 192, "steps": 1, "batch_rows": 1, "lr": 1e-3}]
 BF16 = {"compute_dtype": "bfloat16"}
 # By the number of processes; three of them divide no tensor evenly.
 RUNS = {
@@ -24,7 +26,8 @@ RUNS = {
         "chunks-bf16": {"loss_chunk": 7} | BF16,
         "host-bf16": {"host_memory": "1GiB", "recomputed_layers": 1} | BF16},
     3: {"striped": {"layout": "striped", "tile_tokens": 29, "recomputed_layers": 1}},
-    4: {"contiguous": {"strategy": "all-gather", "layout": "contiguous"},
+    4: {"shared": {"schedule": [PHASES[0] | {"context_parallel": 4}, PHASES[1]]},
+        "contiguous": {"strategy": "all-gather", "layout": "contiguous"},
         "double-ring": {"strategy": "double-ring:2", "layout": "striped", "loss_chunk": 7},
         "usp-bf16": {"strategy": "usp:2", "host_memory": "1GiB", "tile_tokens": 29} | BF16},
 }
@@ -44,13 +47,10 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = save_model(out / "model")
     data = [{"kind": "text", "path": str(save_text(out))},
             {"kind": "examples", "path": str(save_examples(out))}]
-
-    phases = [{"length": 96, "steps": 1, "batch_rows": 6, "lr": 1e-3},
-              {"length": 192, "steps": 1, "batch_rows": 1, "lr": 1e-3}]
-    runs = {world: {name: options(model, data, answer_weight=0.4, schedule=phases,
-                                  **changes).model_dump() for name, changes in some.items()}
+    runs = {world: {name: options(model, data, answer_weight=0.4, **(
+        {"schedule": PHASES} | changes)).model_dump() for name, changes in some.items()}
             for world, some in RUNS.items()}
-    runs[1]["plain"] = options(model, data, answer_weight=0.4, schedule=phases).model_dump()
+    runs[1]["plain"] = options(model, data, answer_weight=0.4, schedule=PHASES).model_dump()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store_module, "_SMALLEST_BYTES", 1)
         patch.setattr(step_module, "_MICRO_TOKENS", 100)

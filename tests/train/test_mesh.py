@@ -12,6 +12,7 @@ from extend.train.mesh import (
     check_attention,
     check_schedule,
     phase_mesh,
+    split_phase,
     split_world,
 )
 from extend.train.model import check_rope
@@ -23,6 +24,24 @@ from extend.train_options import Phase, TrainOptions
     (3, 4, (1, 4)), (6, 4, (2, 2))])
 def test_split_world(batch_rows: int, world: int, expected: tuple[int, int]):
     assert split_world(batch_rows, world) == expected
+
+
+@pytest.mark.parametrize(("batch_rows", "world", "tp", "context_parallel", "expected"), [
+    (16, 8, 1, 8, (1, 8)), (16, 8, 1, 4, (2, 4)), (3, 8, 1, 2, (1, 8)), (16, 4, 2, 2, (1, 2)),
+    (16, 2, 1, 8, (1, 2)), (16, 1, 1, 8, (1, 1))])
+def test_processes_share_rows_although_there_are_rows_for_each(batch_rows, world, tp,
+                                                               context_parallel, expected):
+    assert split_world(batch_rows, world, tp, context_parallel) == expected
+    phase = Phase(length=64, steps=1, lr=1e-4, batch_rows=batch_rows,
+                  context_parallel=context_parallel)
+    assert split_phase(phase, world, tp) == expected
+    check_schedule([phase], "zigzag", world, tp)
+
+
+def test_context_parallel_divides_the_processes():
+    phase = Phase(length=48, steps=1, lr=1e-4, batch_rows=6, context_parallel=4)
+    with pytest.raises(LayoutError, match="context_parallel 4 does not divide 6 processes"):
+        check_schedule([phase], "zigzag", 6)
 
 
 def test_schedule_is_checked_per_phase():
