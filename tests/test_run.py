@@ -24,6 +24,7 @@ from extend.run import run
 from extend.run_page import PAGE_NAME
 from extend.run_record import PLAN_NAME, RECIPE_RECORD, RUN_RECORD
 from tests.adapter_format.tiny_models import make_models
+from tests.page.structure import Structure
 
 run_module = importlib.import_module("extend.run")  # `extend.run` is the function
 
@@ -50,6 +51,10 @@ class Project:
         assert old in RECIPE
         self.recipe.write_text(RECIPE.replace(old, new, 1))
 
+    @property
+    def caught(self) -> str:
+        return self._caplog.text
+
     def run(self) -> dict[str, str]:
         """Stage -> `new`, `skipped`, or the reason why it ran again."""
         self._caplog.clear()
@@ -58,7 +63,7 @@ class Project:
             run(self.recipe, self.out)
         told = {}
         for record in self._caplog.records:
-            if record.name == "extend.run":
+            if record.name == "extend.run" and record.levelno == logging.INFO:
                 label, _, what = record.getMessage().partition(": ")
                 told[label.split()[1]] = what.removeprefix("again, because ") or "new"
         told = {name: "skipped" if what == "done already, skipped" else what
@@ -274,6 +279,39 @@ def test_a_fixed_recipe_goes_on_from_the_failing_stage(fresh):
     assert sorted(os.listdir(fresh.out)) == sorted(["adapter", *RECORDS])
     fresh.write()
     assert fresh.run() == {"adapter": "skipped", "merged": "new", "wide": "new", "wider": "new"}
+
+
+def test_the_page_tells_what_failed_and_what_must_be_looked_at_again(project):
+    """The outputs of before are still there, but not what this run has made."""
+    def states() -> dict[str, str]:
+        entries = json.loads((project.out / RUN_RECORD).read_text())
+        return {name: entries[name]["state"] for name in STAGES}
+
+    page = project.out / PAGE_NAME
+    assert states() == dict.fromkeys(STAGES, "done")
+    assert "4 of 4" in page.read_text() and "not whole" not in page.read_text()
+    project.write("rank: 4", "rank: 999")
+    with pytest.raises(RecipeError):
+        project.run()
+    assert states() == {"adapter": "failed", "merged": "unchecked", "wide": "unchecked",
+                        "wider": "unchecked"}
+    Structure(page.read_text()).check(project.out)
+    assert "This run is not whole" in page.read_text()
+    assert "rank is 999, larger than every matrix" in page.read_text()
+    assert "rank: 999" in page.read_text()  # the recipe
+    project.write()
+    project.run()
+    assert states() == dict.fromkeys(STAGES, "done")
+    assert "4 of 4" in page.read_text() and "rank is 999" not in page.read_text()
+
+
+def test_a_page_that_cannot_be_written_stops_no_run(fresh):
+    fresh.out.mkdir()
+    (fresh.out / PAGE_NAME).write_text("<p>somebody else's")
+    fresh.run()
+    assert "was not written by `extend run`" in fresh.caught
+    assert (fresh.out / PAGE_NAME).read_text() == "<p>somebody else's"
+    assert (fresh.out / "wider").is_dir()
 
 
 class Killed(BaseException):
