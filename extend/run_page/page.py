@@ -25,6 +25,7 @@ MOST_BYTES = 4 * 2**20
 """What the page of any run stays below: curves, spectra, maps and lists of files are bounded."""
 _TEMPLATE = Path(__file__).with_name("run.html.jinja")
 _MARK = '<meta name="generator" content="extend run">'
+_HEAVY = ("adapters", "trainings", "evaluations")  # in the order in which they go
 _MOST_FILES = 40  # listed of a stage
 _MOST_RECIPE = 60_000  # characters
 _LINKED = ("*.html", "*.md", "results.json", "report.json", "fit.json", "weights.json", "*.png",
@@ -58,23 +59,38 @@ def write_run_page(out: Path | str) -> Path:
 
 
 def render_run_page(story: Story) -> str:
-    """The page as text."""
+    """The page as text.
+
+    Curves, maps and lists are bounded one by one. Where a run has so many stages that they are
+    too much together, whole parts are left to the stages' own reports, and named as missing.
+    """
     gaps = story.gaps
     ropes = gaps.attempt("RoPE", ropes_of, story) or []
-    evaluations = gaps.attempt("evaluation", evaluations_of, story)
     parts = {
-        "ropes": ropes, "evaluations": evaluations,
+        "ropes": ropes, "evaluations": gaps.attempt("evaluation", evaluations_of, story),
         "rope_charts": (gaps.attempt("RoPE, its drawing", rope_charts, ropes) or []) if ropes
         else [],
         "trainings": trainings_of(story), "adapters": adapters_of(story),
-        "merges": merges_of(story), "planned": planned_of(story)}
+        "merges": merges_of(story), "planned": planned_of(story),
+        "machines": _machines(story)}
     _name_missing(story, parts)
+    page = _fill(story, parts)
+    for part in _HEAVY:
+        if len(page.encode()) > MOST_BYTES and parts[part]:
+            parts[part] = []
+            gaps.add(part, f"left to the stages' own reports: with it the page would be larger than "
+                           f"{MOST_BYTES / 2**20:g} MiB")
+            page = _fill(story, parts)
+    return page
+
+
+def _fill(story: Story, parts: Mapping[str, Any]) -> str:
     return render(
         _TEMPLATE, title=f"Run {story.name}", story=story, **parts,
-        facts=_facts(story, ropes, evaluations), troubles=_troubles(story),
+        facts=_facts(story, parts["ropes"], parts["evaluations"]), troubles=_troubles(story),
         others=[s for s in story.stages if s.manifest is not None and s.kind not in _TOLD],
         reports=story.of("report", "adapter-report"),
-        versions=_versions(story), machines=_machines(story), scale=SCALE,
+        versions=_versions(story), scale=SCALE,
         links={stage.name: links_of(stage) for stage in story.stages},
         files=_files, share=_time_shares(story), recipe_text=_recipe_text(story),
         options=_options, duration=duration, gib=gib, when=when, short_path=short_path,
@@ -92,7 +108,7 @@ def _facts(story: Story, ropes: Sequence[Rope],
     if made:
         facts.append((f"{format_length(ropes[0].spec.original_len)} to {format_length(max(made))}",
                       "context, tokens", "what the RoPE was trained on, and is made for"))
-    if evaluations is not None:
+    if evaluations:
         facts += _effective(evaluations)
     tokens = sum((s.results.get("metrics") or {}).get("tokens", 0) for s in story.of("train"))
     if tokens:

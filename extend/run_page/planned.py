@@ -1,6 +1,6 @@
 """What was planned for each stage beside what it took."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from extend.run_record import PLAN_NAME
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A stage: planned and measured time, memory of a GPU and of the host, and output."""
+    """A stage: time, memory of a GPU and of the host, and output, measured and planned."""
 
     stage: StageStory
     cells: Sequence[str]
@@ -75,14 +75,16 @@ def _total(time: Mapping[str, Any] | None) -> str:
 
 def _cells(entry: Mapping[str, Any], stage: StageStory, *, compare: bool) -> list[str]:
     written = sum(file["bytes"] for file in stage.outputs.values()) or None
-    pairs = ((entry.get("seconds"), stage.seconds, duration),
-             (entry.get("gpu_bytes"), stage.gpu_bytes, gib),
-             (entry.get("host_bytes"), stage.host_bytes, gib))
-    cells = [text for planned, measured, form in pairs
-             for text in (form(planned), form(measured) + _ratio(planned, measured, compare))]
-    size = entry.get("writes_bytes")  # does not depend on the machine
-    return [*cells, gib(size), gib(written) + _ratio(size, written, True)]
+    known = (_cell(entry.get("seconds"), stage.seconds, duration, compare),
+             _cell(entry.get("gpu_bytes"), stage.gpu_bytes, gib, compare),
+             _cell(entry.get("host_bytes"), stage.host_bytes, gib, compare))
+    return [*known, _cell(entry.get("writes_bytes"), written, gib, True)]  # on any machine
 
 
-def _ratio(planned: float | None, measured: float | None, compare: bool) -> str:
-    return f" (x {measured / planned:.2g})" if compare and planned and measured else ""
+def _cell(planned: float | None, measured: float | None, form: Callable[[float | None], str],
+          compare: bool) -> str:
+    """`1 min 2 s (planned 2 min 3 s, x 0.5)`."""
+    if planned is None:
+        return f"{form(measured)} (not planned)"
+    ratio = f", x {measured / planned:.2g}" if compare and planned and measured else ""
+    return f"{form(measured)} (planned {form(planned)}{ratio})"

@@ -178,8 +178,8 @@ LONG_PLAN = {"name": "long", "seconds": 123.0, "gpu_bytes": 2 * 2**30, "host_byt
 
 
 @pytest.mark.parametrize("assumed, cells", [
-    (False, "long 2 min 3 s 1 min 2 s (x 0.5) 2 GiB 5 GiB (x 2.5) - 3 GiB"),
-    (True, "long 2 min 3 s 1 min 2 s 2 GiB 5 GiB - 3 GiB")])
+    (False, "long 1 min 2 s planned 2 min 3 s, x 0.5 5 GiB planned 2 GiB, x 2.5 3 GiB not planned"),
+    (True, "long 1 min 2 s planned 2 min 3 s 5 GiB planned 2 GiB 3 GiB not planned")])
 def test_planned_stands_beside_measured(assumed, cells, whole):
     """A plan for GPUs that were only assumed says nothing of what was measured without them."""
     whole.write("plan.json", {
@@ -197,24 +197,35 @@ def test_a_plan_that_could_not_be_made_is_named(whole):
     assert "plan the plan could not be made: why" in missing(read(whole))
 
 
-def test_the_largest_run_stays_below_the_bound_and_keeps_its_spikes(tmp_path):
+def test_a_large_run_is_thinned_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("extend.run_page.evaluations.MOST_CELLS", 200)
     run = MadeUp(tmp_path / "run")
-    lengths = tuple(1024 * (i + 1) for i in range(30))
-    for name in ("eval-base", "eval-sibling", "eval-long", "eval-merged"):
-        run.evaluate(name, ("/models/base", HASHES["base"]), 8192, lengths, 40,
-                     ("passkey", "needle"))
-    run.train(9_000, step_1234=777.0)
-    run.extract(126)
-    text = read(run)  # checks the size
-    assert "needle, its heat maps they have 4,800 squares, and the page holds 6,000" in text
-    assert "of every 46 steps the lowest and the highest are drawn" in text.lower()
+    lengths = tuple(1024 * (i + 1) for i in range(12))
+    run.evaluate("eval-base", ("/models/base", HASHES["base"]), 8192, lengths, 10,
+                 ("passkey", "needle"))
+    run.train(3_000, step_1234=777.0)
+    run.extract(60)
+    text = read(run)
+    assert "needle, its heat maps they have 120 squares, and the page holds 200" in text
+    assert "Scores of needle at 12 lengths" in text
+    assert "Of every 16 steps the lowest and the highest are drawn" in text
     page = (run.out / PAGE_NAME).read_text()
     chart = page.partition("<figcaption>norm of the gradient</figcaption>")[2]
     heights = [float(p.split(",")[1]) for p in re.search(
         r'polyline points="([^"]*)"', chart)[1].split()]
     assert min(heights) < 25 < 180 < sorted(heights)[1] and len(heights) <= 402
-    assert "spectra of 24 of 126 layers are drawn" in text
-    assert "a row of the maps is the mean of 3 layers" in text
+    assert "spectra of 24 of 60 layers are drawn" in text
+    assert "a row of the maps is the mean of 2 layers" in text
+
+
+def test_too_much_together_is_left_to_the_reports_and_named(whole, monkeypatch):
+    size = len(write_run_page(whole.out).read_bytes())
+    monkeypatch.setattr("extend.run_page.page.MOST_BYTES", size - 1000)
+    text = read(whole)
+    assert "adapters left to the stages' own reports: with it the page would be larger" in missing(
+        text)
+    assert "Singular values" not in text and "loss, nats a token" in text
+    assert (whole.out / PAGE_NAME).stat().st_size < size - 1000
 
 
 def test_the_page_is_replaced_in_one_step_and_only_when_it_changes(whole, monkeypatch):
