@@ -78,7 +78,7 @@ def render_run_page(story: Story) -> str:
     for part in _HEAVY:
         if len(page.encode()) > MOST_BYTES and parts[part]:
             parts[part] = []
-            gaps.add(part, f"left to the stages' own reports: with it the page would be larger than "
+            gaps.add(part, "left to the stages' own reports: with it the page would be larger than "
                            f"{MOST_BYTES / 2**20:g} MiB")
             page = _fill(story, parts)
     return page
