@@ -6,7 +6,7 @@ from typing import Any
 
 from extend.adapter_options import AdapterReportOptions, CutOptions, ExtractOptions
 from extend.capacity import Machine, ModelShape
-from extend.capacity.memory import adapter_width
+from extend.capacity.parameters import adapter_width
 from extend.options import MergeOptions, ReportOptions, RescaleOptions, input_paths
 from extend.recipe_plan.cost import Cost, Estimate, add_bytes, streamed_seconds
 from extend.recipe_plan.evaluation import eval_cost

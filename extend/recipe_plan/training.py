@@ -13,7 +13,8 @@ from extend.capacity import (
     plan_memory,
     plan_time,
 )
-from extend.capacity.memory import MemoryPlan, count_parameters
+from extend.capacity.memory import MemoryPlan
+from extend.capacity.parameters import count_parameters
 from extend.capacity.recompute import USABLE_FRAC
 from extend.data_options import TextData
 from extend.recipe_plan.cost import Cost, Phase, add_bytes
@@ -21,6 +22,7 @@ from extend.recipe_plan.facts import NOT_KNOWN, Facts
 from extend.train_options import TrainOptions
 
 _EXPORT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_SHORT_SECONDS = 0.1
 _EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -115,9 +117,12 @@ def _timed(known: Cost, options: TrainOptions, shape: ModelShape, machine: Machi
     if machine.host_memory_bytes and host > machine.host_memory_bytes:
         notes.append(f"does not fit: {host / 2**30:.0f} GiB of host memory of "
                      f"{machine.host_memory_bytes / 2**30:.0f}")
+    slow = [] if min(phase.step_seconds for phase in phases) >= _SHORT_SECONDS else [
+        f"steps of under {_SHORT_SECONDS} s take longer: GPUs wait for the processor, which is not "
+        "counted"]
     return replace(known, seconds=sum(phase.seconds for phase in phases),
                    spread=max(phase.spread for phase in phases), gpu_bytes=needed, host_bytes=host,
-                   fits=not notes, phases=phases, notes=(*notes, *known.notes))
+                   fits=not notes, phases=phases, notes=(*notes, *slow, *known.notes))
 
 
 def _phase(shape: ModelShape, setup: Setup, memory: MemoryPlan, steps: int,
