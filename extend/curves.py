@@ -8,7 +8,7 @@ from typing import Any
 
 from extend.documents import read_json_lines
 from extend.errors import CheckpointError
-from extend.page.chart import PALETTE, Chart
+from extend.page.chart import PALETTE, Chart, stretch, thin
 
 METRICS_NAME = "metrics.jsonl"
 PICTURE_NAME = "training.png"
@@ -35,12 +35,14 @@ class Course:
     Attributes:
         phases: (step, number) at which each phase but the first begins.
         from_zero: whether the axis of values begins at 0.
+        stretch: steps of which the lowest and the highest value are drawn; 1: every step is.
     """
 
     title: str
     curves: Sequence[Curve]
     phases: Sequence[tuple[int, int]]
     from_zero: bool
+    stretch: int = 1
 
     @property
     def x_range(self) -> tuple[int, int]:
@@ -59,8 +61,8 @@ class Course:
         chart = Chart(self.title, "step", self.x_range, self.y_range)
         for step, number in self.phases:
             chart.mark_x(step, f"phase {number}", "var(--soft)")
-        for curve in self.curves:
-            chart.add(curve.name, curve.color, curve.points)
+        for number, curve in enumerate(self.curves):  # the third may lie on the first
+            chart.add(curve.name, curve.color, curve.points, dashed=number > 1)
         return chart
 
 
@@ -89,10 +91,13 @@ _COURSES: tuple[tuple[str, bool, dict[str, str], Callable[[float], float]], ...]
                            "host_memory_bytes": "largest host"}, _gib))
 
 
-def read_courses(path: Path | str) -> list[Course]:
+def read_courses(path: Path | str, most_points: int = _MOST_POINTS) -> list[Course]:
     """Read the course of a checkpoint directory that `train` wrote, or of a metrics.jsonl.
 
     What no step has measured is left out.
+
+    Args:
+        most_points: of a curve; of more steps the lowest and the highest of every stretch are kept.
 
     Raises:
         CheckpointError: no metrics there, or some without `step` and `nll`.
@@ -106,25 +111,22 @@ def read_courses(path: Path | str) -> list[Course]:
         raise CheckpointError(f"{file}: holds no training metrics with step and nll in each line")
     phases = [(now["step"], now["phase"]) for before, now in pairwise(records)
               if now.get("phase") != before.get("phase")]
-    found = [Course(title, _curves(records, names, unit), phases, from_zero)
+    found = [Course(title, _curves(records, names, unit, most_points), phases, from_zero,
+                    stretch(len(records), most_points))
              for title, from_zero, names, unit in _COURSES]
     return [course for course in found if course.curves]
 
 
 def _curves(records: Sequence[Mapping[str, Any]], names: Mapping[str, str],
-            unit: Callable[[float], float]) -> list[Curve]:
+            unit: Callable[[float], float], most_points: int) -> list[Curve]:
     """A curve that equals one before it, such as a loss without extra weight, is not drawn again.
-
-    Of very many steps every n-th is drawn.
     """
-    every = -(-len(records) // _MOST_POINTS)
     curves: list[Curve] = []
     for (key, name), color in zip(names.items(), PALETTE):
         points = [(r["step"], unit(r[key])) for r in records if isinstance(r.get(key), int | float)]
-        points = points[::every] if len(points) < 2 else [*points[:-1:every], points[-1]]
         if points and not any(_same(points, curve.points) for curve in curves):
             curves.append(Curve(name, color, points))
-    return curves
+    return [Curve(c.name, c.color, thin(c.points, most_points)) for c in curves]
 
 
 def _same(a: Sequence[tuple[int, float]], b: Sequence[tuple[int, float]]) -> bool:

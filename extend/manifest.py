@@ -1,6 +1,6 @@
 """`manifest.json`: what a stage read (with hashes), what it did, and what it wrote.
 
-Everything but the time, the memory and the versions is the same for the same inputs and options.
+Everything but time, memory, machine and versions is the same for the same inputs and options.
 Inputs are hashed in the background while the stage works, because hashing takes as long as reading.
 """
 
@@ -222,6 +222,7 @@ class Manifest:
         record["results"] = name_inputs(results)
         record["wall_seconds"] = round(time.monotonic() - self._start, 3)
         record["peak_memory_bytes"] = peak_memory()
+        record["machine"] = machine()
         record["outputs"] = hash_files(directory)
         write_json(directory / MANIFEST_NAME, record)
 
@@ -246,6 +247,26 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def machine() -> dict[str, Any]:
+    """What this process computes on: system, processor, its cores and memory, GPUs it has used."""
+    torch = sys.modules.get("torch")
+    used = torch is not None and torch.cuda.is_initialized()
+    return {"system": platform.platform(), "processor": _processor(), "cores": os.cpu_count(),
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+            if used else []}
+
+
+def _processor() -> str:
+    """The processor's name; on Linux only one file tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def peak_memory() -> dict[str, int]:

@@ -1,43 +1,41 @@
 """Run a recipe's stages in order; skip what is done, resume what was interrupted."""
 
-import hashlib
-import json
+import contextlib
 import logging
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from extend.decisions import (
+    check_ours,
+    decide_stage,
+    fingerprint_of,
+    leftovers_of,
+    made_with_of,
+    manifest_hash,
+    resolve,
+)
 from extend.errors import CheckpointError, ExtendError, RecipeError
-from extend.manifest import MANIFEST_NAME, hash_content, hash_file, outputs_intact
+from extend.manifest import hash_file
 from extend.model_config import read_json
-from extend.option_types import Options
-from extend.options import input_paths, resolve_inputs
 from extend.output import remove_directory, write_json
 from extend.recipe import Recipe, Stage, load_recipe
-from extend.recipe_inputs import input_path, is_pinned, pin_inputs
+from extend.recipe_inputs import pin_inputs
+from extend.run_record import (
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    PLAN_NAME,
+    keep_recipe,
+    note_end,
+    note_skip,
+    note_start,
+    read_entries,
+)
 from extend.together import is_launched
 
 logger = logging.getLogger(__name__)
-RUN_RECORD = "run.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """What a run does with a stage.
-
-    Attributes:
-        action: run: from the start; again: over an output that is there; resume: from what an
-            interruption left; skip: nothing; open: again or skip, which shows when the stages
-            before it are done.
-        reason: why, where that needs saying.
-    """
-
-    stage: Stage
-    action: Literal["run", "again", "resume", "skip", "open"]
-    reason: str = ""
-
 
 def _import(options: Any, out: Path) -> Path:
     from extend.gguf import import_gguf
@@ -128,6 +126,10 @@ def run(recipe: Path | str, out: Path | str, *, overrides: Sequence[str] = ()) -
     its output is whole. An interrupted stage starts again, from its last checkpoint where it
     keeps one. The output of a stage stays until its successor is complete.
 
+    `out` also holds the recipe (recipe.json), what it was planned to take on this machine
+    (plan.json), and index.html, the page of the run (`extend.run_page`), as of the last stage that
+    was started or has ended.
+
     Args:
         overrides: `KEY=VALUE`, changes to the recipe; see `extend.recipe_text.set_values`.
 
@@ -151,46 +153,13 @@ def run(recipe: Path | str, out: Path | str, *, overrides: Sequence[str] = ()) -
                               "another --out") from None
     _check_destinations(loaded, out)
     loaded = pin_inputs(loaded)
+    keep_recipe(out, _describe(loaded))
+    _keep_plan(out, loaded)
     for number, stage in enumerate(loaded.stages, start=1):
         label = f"[{number}/{len(loaded.stages)}] {stage.name} ({stage.kind})"
         _run_stage(stage, loaded, out, label)
+    _refresh_page(out)
     return out
-
-
-def decide(recipe: Path | str, out: Path | str, *,
-           overrides: Sequence[str] = ()) -> list[Decision]:
-    """What `run` would do with each stage of a recipe now; nothing is written or fetched.
-
-    Args:
-        overrides: as of `run`.
-
-    Raises:
-        RecipeError: the recipe is not valid, or models that it names cannot be had from the Hub.
-        CheckpointError: `out` holds something in the place of an output.
-    """
-    loaded = pin_inputs(load_recipe(recipe, overrides=overrides), fetch=False)
-    return decide_stages(loaded, Path(out).absolute())
-
-
-def decide_stages(recipe: Recipe, out: Path) -> list[Decision]:
-    """As `decide`, for a recipe that is read already and whose models are pinned."""
-    record, running, decisions = _read_record(out), set(), []
-    for stage in recipe.stages:
-        known, directory = record.get(stage.name, {}), out / stage.name
-        _check_ours(directory, known)
-        waits = sorted({value for _, value in input_paths(stage.options)} & running)
-        if waits and _made_with(directory, known) is not None:
-            decision = Decision(stage, "open", f"again, unless {' and '.join(waits)} "
-                                               f"come{'s' * (len(waits) == 1)} out as before")
-        elif waits or not known:
-            decision = Decision(stage, "run")
-        else:
-            decision = _decide(stage, directory, known,
-                               _fingerprint(stage, _resolve(stage, recipe, out)))
-        decisions.append(decision)
-        if decision.action != "skip":
-            running.add(stage.name)
-    return decisions
 
 
 def _check_destinations(recipe: Recipe, out: Path) -> None:
@@ -202,114 +171,93 @@ def _check_destinations(recipe: Recipe, out: Path) -> None:
             check_destination(stage.options)
 
 
-def _decide(stage: Stage, directory: Path, known: dict[str, Any], fingerprint: str) -> Decision:
-    made_with = _made_with(directory, known)
-    problem = None if made_with is None else outputs_intact(directory)
-    if made_with == fingerprint and problem is None:
-        return Decision(stage, "skip", "done already")
-    if made_with not in (None, fingerprint):
-        problem = "its options or inputs have changed"
-    if problem:
-        return Decision(stage, "again", f"because {problem}")
-    if known.get("started") == fingerprint and any(path.exists() for path in _leftovers(directory)):
-        return Decision(stage, "resume", "from where it was interrupted")
-    return Decision(stage, "run")
+def _describe(recipe: Recipe) -> dict[str, Any]:
+    """What is kept of a recipe beside what it gave."""
+    text = "".join(f"# run with --set {change}\n" for change in recipe.overrides)
+    text += recipe.path.read_text(encoding="utf-8")
+    return {"schema": 1, "name": recipe.name, "path": str(recipe.path),
+            "sha256": hash_file(recipe.path), "text": text, "overrides": list(recipe.overrides),
+            "stages": [{"name": stage.name, "stage": stage.kind,
+                        "options": stage.options.model_dump(mode="json", exclude_unset=True)}
+                       for stage in recipe.stages]}
 
 
-def _resolve(stage: Stage, recipe: Recipe, out: Path) -> Options:
-    """The stage's options with every input as a path."""
-    names = {s.name for s in recipe.stages}
-    return resolve_inputs(stage.options, lambda value: str(
-        out / value if value in names else input_path(recipe, value)))
+def _keep_plan(out: Path, recipe: Recipe) -> None:
+    """Write what the recipe should take, for the page to set beside what it took; once a recipe.
+
+    The run needs no plan, so one that cannot be made is told in its place.
+    """
+    path = out / PLAN_NAME
+    made_of = {"recipe_sha256": hash_file(recipe.path), "overrides": list(recipe.overrides)}
+    try:
+        if path.is_file() and made_of.items() <= read_json(path).items():
+            return
+        from extend.recipe_plan import plan_json, plan_recipe
+
+        found = plan_json(plan_recipe(recipe.path, run_dir=out, overrides=recipe.overrides))
+    except Exception as error:
+        logger.warning("the run cannot be planned (%s: %s)", type(error).__name__, error)
+        found = {"stages": [], "problems": [f"the plan could not be made: {error}"]}
+    with contextlib.suppress(OSError):  # the record, which comes next, tells of a full disk
+        write_json(path, {**found, **made_of})
 
 
 def _run_stage(stage: Stage, recipe: Recipe, out: Path, label: str) -> None:
-    options = _resolve(stage, recipe, out)
-    fingerprint = _fingerprint(stage, options)
-    directory, record = out / stage.name, _read_record(out)
-    known = record.get(stage.name, {})
-    _check_ours(directory, known)
-    decision = _decide(stage, directory, known, fingerprint)
+    options = resolve(stage, recipe, out)
+    fingerprint = fingerprint_of(stage, options)
+    directory, known = out / stage.name, read_entries(out).get(stage.name, {})
+    check_ours(directory, known)
+    decision = decide_stage(stage, directory, known, fingerprint)
     if decision.action == "skip":
         logger.info("%s: done already, skipped", label)
         if known["started"] == fingerprint:
             _remove_leftovers(directory)
+        note_skip(out, stage.name)
         return
     logger.info("%s%s", label, f": again, {decision.reason}" if decision.action == "again" else "")
     if known.get("started") != fingerprint:
         _remove_leftovers(directory)
-    _write_record(out, {**record, stage.name: {
-        "started": fingerprint, "found": {"fingerprint": _made_with(directory, known),
-                                          "manifest": _manifest_hash(directory)}}})
-    try:
+    order = [s.name for s in recipe.stages]
+    note_start(out, stage.name, fingerprint, {"fingerprint": made_with_of(directory, known),
+                                              "manifest": manifest_hash(directory)},
+               later=order[order.index(stage.name) + 1:])
+    _refresh_page(out)
+    with _noting_the_end(out, stage.name):
         RUNNERS[stage.kind](options, directory)
-    except ExtendError as error:
-        raise type(error)(f"{stage.name}: {error}") from error
 
 
-def _check_ours(directory: Path, known: dict[str, Any]) -> None:
-    """A stage replaces its own output, and nothing else."""
-    if not known and directory.exists() and (directory.is_file() or any(directory.iterdir())):
-        raise CheckpointError(f"{directory}: exists already, but {RUN_RECORD} beside it knows of "
-                              "no such output; choose another --out, or move it away")
+@contextlib.contextmanager
+def _noting_the_end(out: Path, name: str) -> Iterator[None]:
+    """Record how a stage ended, and put its name before what it raises for the user."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        state = INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
+        with contextlib.suppress(ExtendError):  # what stopped the stage may be a full disk
+            note_end(out, name, state, _told(error))
+        _refresh_page(out)
+        if isinstance(error, ExtendError):
+            raise type(error)(f"{name}: {error}") from error
+        raise
+    note_end(out, name, DONE)
+    _refresh_page(out)
 
 
-def _made_with(directory: Path, known: dict[str, Any]) -> str | None:
-    """The fingerprint that the output in `directory` was made with; None when there is none.
-
-    A stage puts its output in place in one step, and no two manifests are the same. So one that
-    was not found when the stage was last started is that start's.
-    """
-    manifest = _manifest_hash(directory)
-    if manifest is None:
-        return None
-    found = known["found"]
-    return found["fingerprint"] if manifest == found["manifest"] else known["started"]
+def _told(error: BaseException) -> str:
+    return str(error) if isinstance(error, ExtendError) else f"{type(error).__name__}: {error}"
 
 
-def _manifest_hash(directory: Path) -> str | None:
-    manifest = directory / MANIFEST_NAME
-    return hash_file(manifest) if manifest.is_file() else None
+def _refresh_page(out: Path) -> None:
+    """Write the page of the run; a stage's hours of work must not be lost for want of it."""
+    try:
+        from extend.run_page import write_run_page
 
-
-def _leftovers(directory: Path) -> list[Path]:
-    """Where a stage keeps what it is not done with, beside its output."""
-    return [directory.with_name(name) for name in (
-        f"{directory.name}.state", f".{directory.name}.rows", f".{directory.name}.parts",
-        f".{directory.name}.partial", f".{directory.name}.old")]
+        write_run_page(out)
+    except Exception as error:
+        logger.warning("the page of the run could not be written (%s: %s); `extend run-page %s` "
+                       "tries again", type(error).__name__, error, out)
 
 
 def _remove_leftovers(directory: Path) -> None:
-    for path in _leftovers(directory):
+    for path in leftovers_of(directory):
         remove_directory(path)
-
-
-def _read_record(out: Path) -> dict[str, Any]:
-    return read_json(out / RUN_RECORD) if (out / RUN_RECORD).exists() else {}
-
-
-def _write_record(out: Path, record: dict[str, Any]) -> None:
-    try:
-        write_json(out / RUN_RECORD, record)
-    except OSError as error:
-        raise CheckpointError(f"{out / RUN_RECORD}: cannot be written ({error.strerror}); free "
-                              "space or choose another --out") from None
-
-
-def _fingerprint(stage: Stage, options: Options) -> str:
-    """Hash of the stage's options, with each path replaced by its content's hash.
-
-    A commit of a repository stands for its content.
-    """
-    hashes = {}
-    for location, value in input_paths(options):
-        if Path(value).exists():
-            hashes[value] = hash_content(value)
-        elif is_pinned(value):
-            hashes[value] = value
-        else:
-            raise RecipeError(f"{stage.name}: {'.'.join(map(str, location))}: {value} does not "
-                              "exist")
-    data = resolve_inputs(options, lambda value: hashes[value]).model_dump(mode="json")
-    text = json.dumps({"stage": stage.kind, "options": data}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()

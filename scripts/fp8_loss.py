@@ -6,9 +6,9 @@
         --lr 1e-4 --out runs/fp8-smollm2
 
 Runs `extend train` once for each of --linear, in this process, with fp32 weights and bf16 compute.
-Writes losses.json (every loss, seconds a step, the differences) and losses.png after each run. Without a GPU
-products in float8 are emulated: for a look at what it does, not at its speed. Needs the extra
-`torchao`.
+Writes losses.json (every loss, seconds a step, the differences) and losses.png after each run.
+Without a GPU products in float8 are emulated: for a look at what it does, not at its speed. Needs
+the extra `torchao`.
 """
 
 import argparse

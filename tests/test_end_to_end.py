@@ -23,7 +23,10 @@ from torch import multiprocessing as mp
 import extend.cli
 from extend.curves import METRICS_NAME, PICTURE_NAME
 from extend.manifest import MANIFEST_NAME, hash_files
+from extend.run_page import PAGE_NAME
+from extend.run_record import PLAN_NAME, RECIPE_RECORD, RUN_RECORD
 from tests.forked import forked_workers, run_python
+from tests.page.structure import Structure
 from tests.pipeline import STAGES, write_inputs
 from tests.spawn import PRELOAD
 
@@ -234,4 +237,11 @@ def test_killed_at_every_stage_it_ends_the_same(recipe, undisturbed):
         "eval-merged (eval): done already, skipped", "report (report)"]
     check_whole(out)
     assert written(out) == undisturbed
-    assert sorted(os.listdir(out)) == sorted([*STAGES, "run.json"])
+    assert sorted(os.listdir(out)) == sorted([*STAGES, RUN_RECORD, RECIPE_RECORD, PLAN_NAME,
+                                              PAGE_NAME])
+    page = (out / PAGE_NAME).read_text(encoding="utf-8")
+    Structure(page).check(out)
+    for told in ("<b>8 of 8</b>", "nothing is missing", "passkey heat map of merged",
+                 "Wavelength of each pair", "loss, nats a token, by step", "Mean residual",
+                 "<b>Lineage.</b>", "The plan is for"):
+        assert told in page, told

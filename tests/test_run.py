@@ -13,17 +13,23 @@ from click.testing import CliRunner
 
 from extend.adapter import extract
 from extend.cli import main
+from extend.decisions import decide
 from extend.errors import CheckpointError, RecipeError
 from extend.manifest import MANIFEST_NAME, hash_content, hash_files
 from extend.merge import merge
 from extend.model_config import read_config
+from extend.output import write_json
 from extend.rope import rescale
-from extend.run import RUN_RECORD, decide, run
+from extend.run import run
+from extend.run_page import PAGE_NAME
+from extend.run_record import PLAN_NAME, RECIPE_RECORD, RUN_RECORD
 from tests.adapter_format.tiny_models import make_models
+from tests.page.structure import Structure
 
 run_module = importlib.import_module("extend.run")  # `extend.run` is the function
 
 STAGES = ["adapter", "merged", "wide", "wider"]
+RECORDS = [RUN_RECORD, RECIPE_RECORD, PLAN_NAME, PAGE_NAME]
 RECIPE = """\
 name: unit
 stages:
@@ -45,6 +51,10 @@ class Project:
         assert old in RECIPE
         self.recipe.write_text(RECIPE.replace(old, new, 1))
 
+    @property
+    def caught(self) -> str:
+        return self._caplog.text
+
     def run(self) -> dict[str, str]:
         """Stage -> `new`, `skipped`, or the reason why it ran again."""
         self._caplog.clear()
@@ -53,7 +63,7 @@ class Project:
             run(self.recipe, self.out)
         told = {}
         for record in self._caplog.records:
-            if record.name == "extend.run":
+            if record.name == "extend.run" and record.levelno == logging.INFO:
                 label, _, what = record.getMessage().partition(": ")
                 told[label.split()[1]] = what.removeprefix("again, because ") or "new"
         told = {name: "skipped" if what == "done already, skipped" else what
@@ -117,7 +127,7 @@ def test_stages_run_in_order_with_references_resolved(fresh):
     assert fresh.manifest("merged")["inputs"]["adapter"]["path"] == str(fresh.out / "adapter")
     assert fresh.manifest("merged")["inputs"]["target"]["path"] == str(
         fresh.root / "models" / "target")
-    assert sorted(os.listdir(fresh.out)) == sorted([*STAGES, RUN_RECORD])
+    assert sorted(os.listdir(fresh.out)) == sorted([*STAGES, *RECORDS])
 
 
 def test_a_run_gives_what_its_stages_give_by_hand(project, tmp_path):
@@ -266,9 +276,42 @@ def test_a_fixed_recipe_goes_on_from_the_failing_stage(fresh):
     fresh.write("target: models/target}", "target: models/target, weight: .nan}")
     with pytest.raises(RecipeError, match="^merged: weight is nan"):
         fresh.run()
-    assert sorted(os.listdir(fresh.out)) == ["adapter", RUN_RECORD]
+    assert sorted(os.listdir(fresh.out)) == sorted(["adapter", *RECORDS])
     fresh.write()
     assert fresh.run() == {"adapter": "skipped", "merged": "new", "wide": "new", "wider": "new"}
+
+
+def test_the_page_tells_what_failed_and_what_must_be_looked_at_again(project):
+    """The outputs of before are still there, but not what this run has made."""
+    def states() -> dict[str, str]:
+        entries = json.loads((project.out / RUN_RECORD).read_text())
+        return {name: entries[name]["state"] for name in STAGES}
+
+    page = project.out / PAGE_NAME
+    assert states() == dict.fromkeys(STAGES, "done")
+    assert "4 of 4" in page.read_text() and "not whole" not in page.read_text()
+    project.write("rank: 4", "rank: 999")
+    with pytest.raises(RecipeError):
+        project.run()
+    assert states() == {"adapter": "failed", "merged": "unchecked", "wide": "unchecked",
+                        "wider": "unchecked"}
+    Structure(page.read_text()).check(project.out)
+    assert "This run is not whole" in page.read_text()
+    assert "rank is 999, larger than every matrix" in page.read_text()
+    assert "rank: 999" in page.read_text()  # the recipe
+    project.write()
+    project.run()
+    assert states() == dict.fromkeys(STAGES, "done")
+    assert "4 of 4" in page.read_text() and "rank is 999" not in page.read_text()
+
+
+def test_a_page_that_cannot_be_written_stops_no_run(fresh):
+    fresh.out.mkdir()
+    (fresh.out / PAGE_NAME).write_text("<p>somebody else's")
+    fresh.run()
+    assert "was not written by `extend run`" in fresh.caught
+    assert (fresh.out / PAGE_NAME).read_text() == "<p>somebody else's"
+    assert (fresh.out / "wider").is_dir()
 
 
 class Killed(BaseException):
@@ -354,14 +397,18 @@ def test_out_that_cannot_be_made(project):
         project.run()
 
 
-def test_record_that_cannot_be_written(fresh, monkeypatch):
+@pytest.mark.parametrize("name, left", [
+    (RECIPE_RECORD, []), (RUN_RECORD, [PLAN_NAME, RECIPE_RECORD])])
+def test_record_that_cannot_be_written(name, left, fresh, monkeypatch):
     def full(path, data):
-        raise OSError(28, "No space left on device")
+        if path.name == name:
+            raise OSError(28, "No space left on device")
+        write_json(path, data)
 
-    monkeypatch.setattr(run_module, "write_json", full)
-    with pytest.raises(CheckpointError, match=r"run\.json: cannot be written \(No space left"):
+    monkeypatch.setattr("extend.run_record.write_json", full)
+    with pytest.raises(CheckpointError, match=rf"{name}: cannot be written \(No space left"):
         fresh.run()
-    assert os.listdir(fresh.out) == []
+    assert sorted(os.listdir(fresh.out)) == left
 
 
 def test_several_processes_of_a_launcher_are_refused(tmp_path, monkeypatch):

@@ -7,12 +7,13 @@ from typing import Any
 
 from extend.adapter.report_quality import quality_charts, quality_table, reference_of
 from extend.page import render
-from extend.page.chart import PALETTE, Chart, format_bytes, ink_on, shade
+from extend.page.chart import PALETTE, SCALE, Chart, blend, format_bytes, ink_on, shade
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 _ORDER = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj",
           "gate_up_proj", "down_proj")
 _MAX_LINE_POINTS = 40
+_FAR = 1000.0  # times the noise edge
 
 Data = Mapping[str, Any]
 
@@ -56,15 +57,15 @@ def render_page(data: Data) -> str:
     Args:
         data: the content of report.json.
     """
-    groups = _group(data["modules"])
-    kinds = sorted({g.kind for g in groups}, key=_kind_key)
+    groups = group_modules(data["modules"])
+    kinds = kinds_of(groups)
     return render(
-        _TEMPLATE, title=_title(data), data=data, facts=_facts(data), notes=_notes(data),
-        maps=_heat_maps(groups, kinds), size_charts=_size_charts(data),
+        _TEMPLATE, title=_title(data), data=data, facts=facts_of(data), notes=notes_of(data),
+        maps=heat_maps(groups, kinds), size_charts=size_charts(data),
         quality_charts=quality_charts(data), quality=quality_table(data["measured"]),
         reference=reference_of(data["measured"]),
-        spectra=[_spectrum_chart(kind, [g for g in groups if g.kind == kind]) for kind in kinds],
-        groups=groups, scale=[shade(i / 8) for i in range(9)], percent=percent,
+        spectra=[spectrum_chart(kind, groups) for kind in kinds],
+        groups=groups, scale=SCALE, percent=percent,
         number=_short, format_bytes=format_bytes)
 
 
@@ -77,12 +78,18 @@ def _last(path: str | None) -> str:
     return Path(path).name if path else "an unnamed base"
 
 
-def _group(modules: Mapping[str, Data]) -> list[Group]:
+def group_modules(modules: Mapping[str, Data]) -> list[Group]:
+    """The `modules` of report.json by layer and kind, in order."""
     found: dict[tuple[int | None, str], list[Data]] = {}
     for name, entry in modules.items():
         found.setdefault((entry["layer"], entry["kind"]), []).append({"name": name, **entry})
     groups = [Group(layer, kind, entries) for (layer, kind), entries in found.items()]
     return sorted(groups, key=lambda g: (g.layer is None, g.layer or 0, _kind_key(g.kind)))
+
+
+def kinds_of(groups: Sequence[Group]) -> list[str]:
+    """The kinds of modules, in the order of a layer."""
+    return sorted({g.kind for g in groups}, key=_kind_key)
 
 
 def _kind_key(kind: str) -> tuple[int, str]:
@@ -91,6 +98,8 @@ def _kind_key(kind: str) -> tuple[int, str]:
 
 def percent(share: float | None) -> str:
     """Three digits: 58.3 %; a dash for what is not known."""
+    if share is not None and 0 < share < 1e-6:
+        return "< 0.0001 %"
     return "-" if share is None else f"{100 * share:.3g} %"
 
 
@@ -98,7 +107,7 @@ def _short(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-def _facts(data: Data) -> list[tuple[str, str, str]]:
+def facts_of(data: Data) -> list[tuple[str, str, str]]:
     """(value, name, detail) of what stands at the top."""
     adapter, totals = data["adapter"], data["totals"]
     low, high = totals["ranks"]
@@ -116,7 +125,7 @@ def _facts(data: Data) -> list[tuple[str, str, str]]:
          "of the adapter's norm, by rounding W + B A")]
 
 
-def _notes(data: Data) -> list[str]:
+def notes_of(data: Data) -> list[str]:
     """What the numbers mean, in sentences."""
     totals, lines = data["totals"], []
     if data["adapter"]["tuned"] is None:
@@ -135,7 +144,8 @@ def _notes(data: Data) -> list[str]:
     return lines
 
 
-def _heat_maps(groups: Sequence[Group], kinds: Sequence[str]) -> list[HeatMap]:
+def heat_maps(groups: Sequence[Group], kinds: Sequence[str]) -> list[HeatMap]:
+    """What is known of every module, a map each."""
     return [heat for heat in (
         _heat_map("Size of the change", "||dW|| / ||W||", "relative_norm", percent, groups, kinds),
         _heat_map("Rank", "of the factors", "rank", lambda v: f"{v:.0f}", groups, kinds),
@@ -171,7 +181,7 @@ def _heat_map(title: str, note: str, key: str, text: Callable[[float], str],
                    text(high))
 
 
-def _size_charts(data: Data) -> list[Chart]:
+def size_charts(data: Data) -> list[Chart]:
     curves, here = data["curve"], data["adapter"]["adapter_bytes"]
     sizes = [point["adapter_bytes"] for points in curves.values() for point in points]
     limits = (min(sizes) * 0.95, max(*sizes, here) * 1.05)
@@ -196,19 +206,28 @@ def _here(data: Data, key: str) -> float:
     return data["totals"][key]
 
 
-def _spectrum_chart(kind: str, groups: Sequence[Group]) -> Chart:
-    """Singular values by rank, a line a layer, in units of the noise edge where it is known."""
+def spectrum_chart(kind: str, groups: Sequence[Group], most_lines: int | None = None) -> Chart:
+    """Singular values by rank, a line a layer, in units of the noise edge where it is known.
+
+    Args:
+        most_lines: draw so many at most, of layers spread evenly from the first to the last.
+    """
+    groups = [g for g in groups if g.kind == kind]
+    if most_lines is not None and len(groups) > most_lines:
+        groups = [groups[round(i * (len(groups) - 1) / (most_lines - 1))]
+                  for i in range(most_lines)]
     edges = all(m["noise_edge"] for g in groups for m in g.modules)
     lines = [_mean_spectrum(g, edges) for g in groups]
     values = [v for line in lines for _, v in line if v > 0] or [1.0]
-    low, high = min(*values, 1.0 if edges else max(values)), max(values)
+    near = edges and min(values) < _FAR  # else the mark would press the lines together
+    low, high = min(*values, 1.0 if near else max(values)), max(values)
     low = max(low, high * 1e-6)
     longest = max(rank for line in lines for rank, _ in line)
     chart = Chart(kind, "rank", (1, max(longest, 2)), (low / 1.2, high * 1.2), log_y=True,
                   legend=False)
     for i, line in enumerate(lines):
-        chart.add(f"layer {groups[i].layer}", shade(i / max(1, len(lines) - 1)), line, thin=True)
-    if edges and chart.y_range[0] < 1 < chart.y_range[1]:
+        chart.add(f"layer {groups[i].layer}", blend(i / max(1, len(lines) - 1)), line, thin=True)
+    if near and chart.y_range[0] < 1 < chart.y_range[1]:
         chart.mark_y(1.0, "rounding")
     return chart
 

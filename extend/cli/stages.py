@@ -223,7 +223,7 @@ def run(recipe, overrides, dry_run, out):
     extend run demo.yaml --out runs/demo --dry-run
     extend plan demo.yaml --run runs/demo   # also time, memory and disk
     """
-    from extend.run import decide
+    from extend.decisions import decide
     from extend.run import run as run_recipe
 
     if not dry_run:
@@ -233,3 +233,21 @@ def run(recipe, overrides, dry_run, out):
              + f", {one.reason}" * bool(one.reason) for number, one in enumerate(found, start=1)]
     return {"stages": [{"name": one.stage.name, "stage": one.stage.kind, "action": one.action,
                         "reason": one.reason} for one in found]}, "\n".join(lines)
+
+
+@main.command("run-page")
+@click.argument("directory", metavar="DIR")
+@reporting
+def run_page(directory):
+    """Write index.html, the page of a run, again: from what lies in DIR, the --out of `extend run`.
+
+    `extend run` does so after every stage. The page is one file that loads nothing, and tells the
+    whole story of the run: RoPE, stages, training, evaluations side by side, adapter, merge, what
+    failed and what is missing.
+
+    \b
+    extend run-page runs/demo
+    """
+    from extend.run_page import write_run_page
+
+    return {"output": str(write_run_page(directory))}

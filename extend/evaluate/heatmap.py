@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from extend.page.chart import ink_on, shade
 from extend.results import Results, format_length
 
 COLORS = "cividis"  # even in lightness, and the same to colour-blind eyes
@@ -15,12 +16,13 @@ _PANELS_A_ROW = 4
 
 @dataclass(frozen=True, slots=True)
 class HeatCell:
-    """One cell; `score` is None where the model was not asked; `n` prompts."""
+    """One cell; `score` is None where the model was not asked; `n` prompts, `interval` 95 %."""
 
     length: int
     depth: float
     score: float | None
     n: int
+    interval: tuple[float, float] | None = None
 
     @property
     def text(self) -> str:
@@ -31,22 +33,23 @@ class HeatCell:
 
     @property
     def color(self) -> str:
-        import matplotlib
-        from matplotlib.colors import to_hex
-
-        return "none" if self.score is None else to_hex(matplotlib.colormaps[COLORS](self.score))
+        return "none" if self.score is None else shade(self.score)
 
     @property
     def text_color(self) -> str:
         """Black on the light half of the scale, white on the dark one."""
-        return "#111111" if self.score is not None and self.score > 0.55 else "#ffffff"
+        return ink_on(self.score or 0.0)
 
     @property
     def tip(self) -> str:
         where = f"{self.length:,} tokens, depth {self.depth:.2f}"
-        return f"{where}: not measured" if self.score is None else \
-            f"{where}: {self.text.replace('/', ' of ')}" + (
-                "" if "/" in self.text else f", mean of {self.n}")
+        if self.score is None:
+            return f"{where}: not measured"
+        text = self.text.replace("/", " of ") if "/" in self.text else (
+            f"{self.text}, mean of {self.n}")
+        spread = "" if self.interval is None else " ({:.0f}-{:.0f} %)".format(
+            *(100 * end for end in self.interval))
+        return f"{where}: {text}{spread}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,19 @@ class Panel:
     def show_counts(self) -> bool:
         return len(self.lengths) <= _TEXT_FITS
 
+    @property
+    def length_texts(self) -> list[str]:
+        return [format_length(n) for n in self.lengths]
+
+    @property
+    def geometry(self) -> dict[str, float]:
+        """Sizes of the page's drawing; cells are wide enough for their counts."""
+        cell_w, cell_h, left, top, bottom = 52, 26, 46, 6, 40
+        width = left + cell_w * len(self.lengths) + 6
+        height = top + cell_h * len(self.depths) + bottom
+        return {"cell_w": cell_w, "cell_h": cell_h, "left": left, "top": top, "width": width,
+                "height": height, "floor": top + cell_h * len(self.depths)}
+
 
 def build_panels(results: Sequence[Results], name: str) -> list[Panel]:
     """One panel a model, all on the same lengths and depths."""
@@ -89,7 +105,8 @@ def _panel(result: Results, rows: Sequence[Mapping[str, Any]], lengths: Sequence
         row = known.get((length, depth))
         if row is None:
             return HeatCell(length, depth, None, 0)
-        return HeatCell(length, depth, row["score"], row["n"])
+        ends = row.get("wilson_low"), row.get("wilson_high")
+        return HeatCell(length, depth, row["score"], row["n"], None if None in ends else ends)
 
     counts = sorted({row["n"] for row in rows})
     n_text = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"

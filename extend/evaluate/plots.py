@@ -84,10 +84,10 @@ class Plot:
             chart.mark_y(value, text, "var(--soft)")
         for tokens, _, color in self.natives:
             chart.mark_x(tokens, "", color)
-        for line in self.series:
+        for above, line in zip(range(len(self.series))[::-1], self.series):
             ends = [(p.x, p.low, p.high) for p in line.points if p.low is not None]
             chart.add_band(ends, line.color)
-            chart.add(line.name, line.color, [(p.x, p.y) for p in line.points],
+            chart.add(line.name, line.color, [(p.x, p.y) for p in line.points], above=above,
                       dots=[(p.x, p.y, f"{line.name}, {p.tip}") for p in line.points])
         return chart
 

@@ -15,12 +15,13 @@ from extend.evaluate.comparison import (
     to_markdown,
 )
 from extend.evaluate.effective import OWN_RULE, RULER_RULE
-from extend.evaluate.heatmap import COLORS, Panel, build_panels, draw_heatmap
+from extend.evaluate.heatmap import build_panels, draw_heatmap
 from extend.evaluate.plots import Plot, draw_plot, loss_plots, score_plots
 from extend.evaluate.summary import format_chance, summarize
 from extend.manifest import Manifest
 from extend.output import atomic_directory, write_json
 from extend.page import render
+from extend.page.chart import SCALE
 from extend.results import Results, format_length, read_results
 
 SCHEMA = 1
@@ -43,7 +44,7 @@ def report(results: Mapping[str, Path | str], out: Path | str, *, title: str = "
         CheckpointError: results or metrics that cannot be read, or `out` exists.
         RecipeError: no results.
     """
-    read = [_refresh(result) for result in read_results(results)]
+    read = [refresh(result) for result in read_results(results)]
     courses = [] if training is None else read_courses(training)
     paths = {f"results.{r.label}": r.path for r in read}
     if training is not None:
@@ -66,7 +67,7 @@ def report(results: Mapping[str, Path | str], out: Path | str, *, title: str = "
     return Path(out)
 
 
-def _refresh(result: Results) -> Results:
+def refresh(result: Results) -> Results:
     """Results with the summary that this version makes of their rows."""
     tasks = result.data["summary"].get("tasks", {})
     chances = {name: task["chance"] for name, task in tasks.items()
@@ -127,20 +128,6 @@ def _to_json(results: list[Results], table: list[TableRow], maps: list[dict[str,
 
 
 def _render(**values: Any) -> str:
-    import matplotlib
-    from matplotlib.colors import to_hex
-
-    scale = [to_hex(matplotlib.colormaps[COLORS](i / 8)) for i in range(9)]
     return render(
-        Path(__file__).with_name(_TEMPLATE), **values, scale=scale, rules=(OWN_RULE, RULER_RULE),
-        format_length=format_length, format_chance=format_chance,
-        geometry=_geometry)
-
-
-def _geometry(panel: Panel) -> dict[str, float]:
-    """Sizes of a panel's SVG; cells are wide enough for their counts."""
-    cell_w, cell_h, left, top, bottom = 52, 26, 46, 6, 40
-    width = left + cell_w * len(panel.lengths) + 6
-    height = top + cell_h * len(panel.depths) + bottom
-    return {"cell_w": cell_w, "cell_h": cell_h, "left": left, "top": top, "width": width,
-            "height": height, "floor": top + cell_h * len(panel.depths)}
+        Path(__file__).with_name(_TEMPLATE), **values, scale=SCALE, rules=(OWN_RULE, RULER_RULE),
+        format_length=format_length, format_chance=format_chance)

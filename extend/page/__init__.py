@@ -1,7 +1,11 @@
 """Pages that stages write: one HTML file each, with nothing loaded from elsewhere."""
 
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import jinja2
 
 _LAYOUT = Path(__file__).parent
 
@@ -10,12 +14,16 @@ def render(template: Path, **values: Any) -> str:
     """Fill a template that extends `page.html.jinja`; text is escaped, a missing value an error.
 
     Args:
-        template: the file; it may import the macros of `chart.html.jinja`.
+        template: the file; it may import the macros of `chart.html.jinja` and its neighbours.
         values: what it names; `title` among them.
     """
+    return _environment(template.parent).get_template(template.name).render(**values)
+
+
+@cache  # to compile a template takes longer than to fill it, and a run's page is filled often
+def _environment(directory: Path) -> "jinja2.Environment":
     import jinja2
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([template.parent, _LAYOUT]), autoescape=True,
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader([directory, _LAYOUT]), autoescape=True,
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template(template.name).render(**values)

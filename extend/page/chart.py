@@ -13,18 +13,20 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7
 """Colours of lines, told apart by colour-blind eyes too."""
 _SHADES = ("#00204c", "#213d6b", "#4a5a6d", "#666970", "#7d7c78", "#a59c74", "#c9b869", "#ecd84a",
            "#ffea46")  # the colour map cividis at eighths
+_BLENDS = ("#0072b2", "#7f8790", "#d55e00")
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A curve in SVG units; `dots` are (x, y, text)."""
+    """A curve in SVG units; `dots` are (x, y, text); `said` is its course in words."""
 
     name: str
     color: str
     points: str
     dots: Sequence[tuple[float, float, str]] = ()
     dashed: bool = False
-    thin: bool = False
+    width: float = 2.0
+    said: str = ""
 
 
 @dataclass(slots=True)
@@ -65,11 +67,20 @@ class Chart:
 
     def add(self, name: str, color: str, points: Iterable[tuple[float, float]], *,
             dots: Sequence[tuple[float, float, str]] = (), dashed: bool = False,
-            thin: bool = False) -> None:
-        """Add a curve, in the units of the data."""
+            thin: bool = False, above: int = 0) -> None:
+        """Add a curve, in the units of the data.
+
+        Args:
+            thin: for many curves in one chart.
+            above: curves that come after it; it is wider for them, so that one at the same place
+                leaves its edges to be seen.
+        """
+        points = list(points)
         drawn = " ".join(f"{self.x(x)},{self.y(y)}" for x, y in points)
         marks = [(self.x(x), self.y(y), text) for x, y, text in dots]
-        self.lines.append(Line(name, color, drawn, marks, dashed, thin))
+        said = f"{name} from {_number(points[0][1])} to {_number(points[-1][1])}" if points else ""
+        width = 1.1 if thin else 2.0 + 1.6 * above
+        self.lines.append(Line(name, color, drawn, marks, dashed, width, said))
 
     def add_bar(self, x: float, low: float, high: float, color: str) -> None:
         self.bars.append((self.x(x), self.y(low), self.y(high), color))
@@ -97,27 +108,68 @@ class Chart:
         return [(self.y(v), _number(v)) for v in _ticks(self.y_range, self.log_y, 6)]
 
     @property
+    def said(self) -> str:
+        """The chart for those who do not see it: its title, axis, and where each line leads."""
+        courses = [line.said for line in self.named if line.said]
+        text = f"{self.title}, by {self.x_label}"
+        return f"{text}: {'; '.join(courses)}" if courses else text
+
+    @property
     def named(self) -> list[Line]:
         """The lines of the legend."""
         return [line for line in self.lines if line.name] if self.legend else []
 
 
-def shade(share: float) -> str:
-    """A colour between dark blue (0) and yellow (1), even in lightness."""
-    place = min(max(share, 0.0), 1.0) * (len(_SHADES) - 1)
-    first = min(int(place), len(_SHADES) - 2)
-    low, high = (_channels(_SHADES[first + i]) for i in (0, 1))
+def thin(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
+    """At most about `most` points: both ends, and the lowest and highest of every stretch between.
+
+    So a spike of a single step stays as high as it was.
+    """
+    if len(points) <= most:
+        return list(points)
+    size = stretch(len(points), most)
+    kept = {0, len(points) - 1}
+    for begin in range(0, len(points), size):
+        places = range(begin, min(begin + size, len(points)))
+        kept |= {min(places, key=lambda i: points[i][1]), max(places, key=lambda i: points[i][1])}
+    return [points[i] for i in sorted(kept)]
+
+
+def stretch(count: int, most: int) -> int:
+    """Points of which `thin` keeps two; 1 where it keeps all."""
+    return 1 if count <= most else -(-2 * count // max(most - 2, 2))
+
+
+def _channels(color: str) -> list[int]:
+    return [int(color[i:i + 2], 16) for i in (1, 3, 5)]
+
+
+def _mix(colors: Sequence[str], share: float) -> str:
+    place = min(max(share, 0.0), 1.0) * (len(colors) - 1)
+    first = min(int(place), len(colors) - 2)
+    low, high = (_channels(colors[first + i]) for i in (0, 1))
     mixed = (round(a + (b - a) * (place - first)) for a, b in zip(low, high))
     return "#" + "".join(f"{channel:02x}" for channel in mixed)
+
+
+def shade(share: float) -> str:
+    """A colour between dark blue (0) and yellow (1), even in lightness; for areas."""
+    return _mix(_SHADES, share)
+
+
+def blend(share: float) -> str:
+    """A colour between blue (0) and orange (1), to be seen on light and on dark paper; for lines.
+    """
+    return _mix(_BLENDS, share)
+
+
+SCALE = tuple(shade(eighth / 8) for eighth in range(9))
+"""The colours of a scale's bar, from 0 to 1."""
 
 
 def ink_on(share: float) -> str:
     """Black or white, whichever reads better on `shade(share)`."""
     return "#111111" if share > 0.55 else "#ffffff"
-
-
-def _channels(color: str) -> list[int]:
-    return [int(color[i:i + 2], 16) for i in (1, 3, 5)]
 
 
 def _share(value: float, limits: tuple[float, float], log: bool) -> float:

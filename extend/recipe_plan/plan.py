@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from extend.capacity import GIB, GPUS, Machine, gpu_rates
+from extend.decisions import Decision, decide_stages
 from extend.errors import CompatibilityError, RecipeError
 from extend.recipe import Recipe, load_recipe
 from extend.recipe_inputs import pin_inputs
@@ -14,7 +15,7 @@ from extend.recipe_plan.cost import Cost
 from extend.recipe_plan.facts import Facts, look_at, look_up_inputs
 from extend.recipe_plan.stages import COSTS, unknown_cost
 from extend.registry import suggest
-from extend.run import RUN_RECORD, Decision, decide_stages
+from extend.run_record import RUN_RECORD
 
 ASSUMED_GPUS = 8
 

@@ -1,6 +1,19 @@
 import pytest
 
-from extend.page.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, format_bytes, shade
+from extend.page.chart import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Chart,
+    blend,
+    format_bytes,
+    shade,
+    stretch,
+    thin,
+)
 
 
 def test_ends_of_the_axes_are_the_ends_of_the_frame():
@@ -47,3 +60,24 @@ def test_a_band_goes_along_its_lower_ends_and_back_along_its_upper():
     corners = [(0.0, 0.0), (2.0, 0.25), (2.0, 1.0), (0.0, 0.5)]
     assert chart.bands == [(" ".join(f"{chart.x(x)},{chart.y(y)}" for x, y in corners), "#000000")]
     assert chart.ticks_x == [(LEFT, "none"), (WIDTH - RIGHT, "two")]
+
+
+@pytest.mark.parametrize("count", [5, 99, 100, 101, 4321])
+def test_thinning_keeps_ends_order_and_every_spike(count):
+    points = [(i, float(i % 7)) for i in range(count)]
+    points[count // 2] = (count // 2, 1e6)
+    points[count // 3] = (count // 3, -1e6)
+    kept = thin(points, 100)
+    assert len(kept) <= 100 and kept == sorted(kept) and set(kept) <= set(points)
+    assert kept[0] == points[0] and kept[-1] == points[-1]
+    assert {points[count // 2], points[count // 3]} <= set(kept)
+    assert (kept == points) == (count <= 100) == (stretch(count, 100) == 1)
+
+
+def test_a_chart_is_said_in_words_and_lines_below_others_are_wider():
+    chart = Chart("loss", "step", (1.0, 3.0), (0.0, 4.0))
+    chart.add("a", "red", [(1, 4.0), (3, 0.5)], above=1)
+    chart.add("b", "blue", [(1, 4.0), (3, 0.5)])
+    assert chart.said == "loss, by step: a from 4 to 0.5; b from 4 to 0.5"
+    assert chart.lines[0].width > chart.lines[1].width
+    assert blend(0) == "#0072b2" and blend(1) == "#d55e00"
