@@ -137,7 +137,7 @@ def _api() -> str:
 
 
 def _directive(name: str, home: str) -> str:
-    return f"## extend.{name}\n\n::: {home}"
+    return f"::: {home}\n    options: {{heading: extend.{name}, toc_label: {name}}}"
 
 
 def _exported(package: str) -> list[str]:

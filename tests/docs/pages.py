@@ -9,6 +9,7 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
+from docs_site.expand import expand
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
@@ -52,23 +53,34 @@ def notebooks() -> list[Path]:
 
 
 @cache
+def expanded(page: Path) -> str:
+    """The page as the site has it: with what is generated from the code."""
+    return expand(page.read_text(encoding="utf-8"))
+
+
+@cache
+def parsed(text: str) -> tuple[Token, ...]:
+    return tuple(MarkdownIt("commonmark").enable("table").parse(text))
+
+
 def tokens(page: Path) -> tuple[Token, ...]:
-    return tuple(MarkdownIt("commonmark").enable("table").parse(page.read_text(encoding="utf-8")))
+    """Of the page as it is written."""
+    return parsed(page.read_text(encoding="utf-8"))
 
 
 def blocks() -> Iterator[Block]:
-    """Blocks of code of all written pages, and the cells of the notebooks."""
+    """Blocks of code of all written pages, generated ones too, and the cells of the notebooks."""
     for page in written_pages():
-        yield from page_blocks(page, tokens(page))
+        yield from page_blocks(page, parsed(expanded(page)))
     for notebook in notebooks():
         for number, cell in enumerate(cells(notebook)):
             if cell["cell_type"] == "code":
                 yield Block(notebook, number, "notebook", "".join(cell["source"]))
 
 
-def page_blocks(page: Path, parsed: tuple[Token, ...]) -> Iterator[Block]:
+def page_blocks(page: Path, found: tuple[Token, ...]) -> Iterator[Block]:
     marker = ""
-    for token in parsed:
+    for token in found:
         if token.type in ("fence", "code_block"):
             words = token.info.split()
             yield Block(page, token.map[0] + 1, words[0] if words else "",
@@ -101,8 +113,7 @@ def links(page: Path) -> Iterator[str]:
 def anchors(markdown: str) -> set[str]:
     """Anchors of the headings, as GitHub and the site make them."""
     found: dict[str, int] = {}
-    parsed = MarkdownIt("commonmark").enable("table").parse(markdown)
-    for heading, inline in pairwise(parsed):
+    for heading, inline in pairwise(parsed(markdown)):
         if heading.type == "heading_open":
             text = "".join(child.content for child in inline.children or ())
             slug = re.sub(r"[^\w\- ]", "", text.lower()).strip().replace(" ", "-")
