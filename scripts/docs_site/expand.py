@@ -18,7 +18,7 @@ import click
 
 import extend
 from docs_site.families import family_table, first_paragraph
-from docs_site.tables import command_table, literal, stage_tables, table
+from docs_site.tables import command_table, literal, parameter_table, stage_tables, table
 from extend import errors
 
 ROOT = Path(__file__).parents[2]
@@ -53,13 +53,31 @@ def commands() -> dict[str, click.Command]:
     return found
 
 
+def _common() -> dict[str, click.Parameter]:
+    """Options that every command has, by their first names."""
+    found = [{parameter.opts[0]: parameter
+              for parameter in command.get_params(click.Context(command))}
+             for command in commands().values()]
+    return {name: parameter for name, parameter in found[0].items()
+            if all(name in others for others in found)}
+
+
 def _command(name: str) -> str:
-    return command_table(commands()[name], name)
+    shared = _common()
+    told = ", ".join(f"`{parameter.opts[-1]}`" for parameter in shared.values())
+    return f"{command_table(commands()[name], name, shared)}\n\nAnd what every command has: {told}."
+
+
+def _common_options() -> str:
+    name, command = next(iter(commands().items()))
+    return parameter_table(list(_common().values()), click.Context(command, info_name=name))
 
 
 def _all_commands() -> str:
-    return "\n\n".join(f"## extend {name}\n\n{_help(command)}\n\n{command_table(command, name)}"
-                       for name, command in commands().items())
+    shared = _common()
+    return "\n\n".join(
+        f"## extend {name}\n\n{_help(command)}\n\n{command_table(command, name, shared)}"
+        for name, command in commands().items())
 
 
 def _help(command: click.Command) -> str:
@@ -165,6 +183,7 @@ def _file_of(module: str) -> Path:
 GENERATORS: dict[str, Callable[..., str]] = {
     "command": _command,
     "commands": _all_commands,
+    "common-options": _common_options,
     "stage": _stage,
     "stages": _all_stages,
     "methods": _methods,

@@ -2,7 +2,7 @@
 
 import re
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import click
@@ -27,14 +27,25 @@ def _cell(text: str) -> str:
     return re.sub(r"(?<!\\)\|", r"\\|", " ".join(text.split()))
 
 
-def command_table(command: click.Command, name: str) -> str:
-    """How a command is called, and a table of its arguments and options."""
+def command_table(command: click.Command, name: str, without: Collection[str] = ()) -> str:
+    """How a command is called, and a table of its arguments and options.
+
+    Args:
+        without: the first names of options that are left out.
+    """
     context = click.Context(command, info_name=f"extend {name}")
     usage = " ".join([f"extend {name}", *command.collect_usage_pieces(context)])
-    rows = [_parameter(parameter, context) for parameter in command.get_params(context)
+    return f"```text\n{usage}\n```\n\n" + parameter_table(
+        [parameter for parameter in command.get_params(context)
+         if parameter.opts[0] not in without], context)
+
+
+def parameter_table(parameters: Sequence[click.Parameter], context: click.Context) -> str:
+    """A table of arguments and options, hidden ones left out."""
+    rows = [_parameter(parameter, context) for parameter in parameters
             if not getattr(parameter, "hidden", False)]
     heads = ("argument or option", "default", "what it is")
-    return f"```text\n{usage}\n```\n\n{table(heads, rows)}"
+    return table(heads, rows)
 
 
 def _parameter(parameter: click.Parameter, context: click.Context) -> tuple[str, str, str]:

@@ -59,6 +59,9 @@ def problem(words: Sequence[str]) -> str | None:
         return _launched_problem(rest)
     if program in ("python", "python3", ".venv/bin/python", "sudo"):
         return _python_problem(rest)
+    if program == "eval":  # "$(extend completion bash)"
+        inner = [found for word in rest for found in re.findall(r"\$\((.*?)\)", word)]
+        return next(filter(None, (problem(part.split()) for part in inner)), None)
     if program == "pip":
         return _pip_problem(rest)
     if program.startswith("scripts/"):

@@ -68,13 +68,14 @@ def test_commands_parse():
     ("extend rescale m --to 64k --methd ntk --out o", "No such option"),
     ("extend rescale m --to 64kb --out o", "is not a length"),
     ("extend rescale m --to 64k", "Missing option"),
-    ("extend extract --base a --tuned b --dtype fp32 --out o", "is not one of"),
+    ("extend extract --base a --tuned b --dtype fp32 --out o", "fp32"),
     ("extend extract --base a --tunde b ... --out o", "No such option"),
     ("extned run r --out o", "not a program"),
     ("extend rnu r --out o", "no such command"),
     ("torchrun --nproc_per_node 2 -m extend train r --uot o", "No such option"),
     ("HF_HUB_OFFLINE=1 extend run r 2>&1 | extend doctor", "Missing"),
     ("python scripts/get_text.py --no-such", "knows no option"),
+    ('eval "$(extend no-such bash)"', "no such command"),
     ("scripts/no_such", "no such script"),
     ("pip install 'extend-context[nothing]'", "no such extra")])
 def test_a_wrong_command_is_seen(line, said):
