@@ -14,6 +14,7 @@ _PARSERS = {"parse_length": "length", "parse_bytes": "size", "parse_number": "nu
 _PLAIN = {int: "whole number", float: "number", str: "text", bool: "`true` or `false`",
           Any: "anything", type(None): "none"}
 _PATH = "path (or name of an earlier stage)"
+_MODEL = "path or Hub id (or name of an earlier stage)"
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
@@ -149,7 +150,7 @@ def describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if annotation is Any:
         base = _PLAIN[Any]
     if "input path" in metadata:
-        base = _PATH
+        base = _MODEL if "or Hub id" in metadata else _PATH
     return (base or _describe_type(annotation)) + _bounds(metadata)
 
 
@@ -184,6 +185,7 @@ def _plural(text: str) -> str:
     if text.startswith("whole number"):
         return text.replace("whole number", "whole numbers", 1)
     return {_PATH: "paths (or names of earlier stages)", "text": "texts",
+            _MODEL: "paths or Hub ids (or names of earlier stages)",
             "number": "numbers", "length": "lengths",
             "mapping, see below": "mappings, see below"}.get(text, text)
 
