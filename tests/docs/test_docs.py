@@ -5,6 +5,7 @@ import re
 from functools import cache
 from pathlib import Path
 
+import click
 import pytest
 import yaml
 from docs_site import mathml
@@ -12,10 +13,13 @@ from docs_site.__main__ import listed, unlisted
 from docs_site.expand import MARKER, expand
 from docs_site.expand import commands as all_commands
 from docs_site.notebook import notebook_page
+from docs_site.tables import models_in
 from markdown_it.token import Token
 
 import extend
 from extend.cli import main
+from extend.options import STAGES
+from extend.rope import METHODS
 from tests.docs import commands, python_code, recipes
 from tests.docs.pages import (
     RECORDS,
@@ -34,6 +38,11 @@ from tests.docs.pages import (
 
 SHELLS = ("sh", "bash", "console")
 PROSE = ("text", "")
+OTHERS_OPTIONS = {
+    "--cuda", "--disable-radix-cache", "--enable-lora", "--generation-config", "--lazy-unpickle",
+    "--low-cpu-memory", "--master_addr", "--max-lora-rank", "--max-model-len", "--measured",
+    "--multi_gpu", "--no-cache-prompt", "--no-enable-prefix-caching", "--no-requeue",
+    "--num_processes", "--rdzv_conf", "--save-module", "--sections", "--signal", "--sv-epsilon"}
 ELSEWHERE = ("extend/tokens",)  # in the user's cache
 
 
@@ -90,6 +99,45 @@ def test_commands_in_running_text():
              if (found := commands.options_exist(code.split()[1:])) is not None]
     assert not wrong, "\n".join(wrong)
     assert commands.options_exist(["plan", "--gups", "N"]) is not None
+
+
+def test_options_in_running_text():
+    """A `--option` is one of extend's, or known to be another tool's."""
+    own = {option for command in all_commands().values()
+           for parameter in command.get_params(click.Context(command))
+           for option in (*parameter.opts, *parameter.secondary_opts)}
+    wrong = [f"{where}: `{code}`" for page in written_pages() for where, code in code_in_lines(page)
+             if code.startswith("--") and re.split(r"[ =:]", code)[0] not in own | OTHERS_OPTIONS]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_what_other_tools_have_is_called_as_here():
+    """The right columns of docs/coming-from.md name keys, methods and parameters that exist."""
+    ring = ast.parse((ROOT / "extend/ring/attention.py").read_text(encoding="utf-8"))
+    known = {*recipe_keys(), *METHODS, "messages", "examples", "register_ring_attention",
+             *(arg.arg for node in ring.body if getattr(node, "name", "") == "ring_attention"
+               for arg in node.args.kwonlyargs)}
+    column, seen = 0, 0
+    for token in tokens(ROOT / "docs/coming-from.md"):
+        if token.type in ("tr_open", "tr_close"):
+            column = 0
+        column += token.type == "td_open"
+        for child in token.children or () if column == 2 else ():
+            found = re.match(r"([a-z_0-9]+)(: |=|$)", child.content)
+            if child.type == "code_inline" and found:
+                seen += 1
+                assert found[1] in known, f"coming-from: `{child.content}`"
+    assert seen > 30
+
+
+def recipe_keys() -> set[str]:
+    def keys(model):
+        for name, field in model.model_fields.items():
+            yield name
+            for inner in models_in(field.annotation):
+                yield from keys(inner)
+
+    return {key for model in STAGES.values() for key in keys(model)}
 
 
 def test_extras_exist():
@@ -231,8 +279,6 @@ def test_messages_are_those_of_the_code():
 
 def test_what_is_generated_is_whole():
     """Markers name what there is; the reference has every command, stage and function."""
-    from extend.options import STAGES
-
     texts = {page: expanded(page) for page in written_pages()}
     assert not [page for page, text in texts.items() if MARKER.search(text)]
     reference = ROOT / "docs/reference"
