@@ -109,14 +109,15 @@ class Store:
             item.begun = [host.to(self.device, copy=True) for host in item.host]
             return
         # Made on the computing stream, whose memory it will be; filled on the other once that
-        # memory is free and the copy to the host is done.
+        # memory is free and the copy to the host is done. Computing waits for the copy before it
+        # uses it, so memory that is given back later is free at once: `record_stream` would hold it
+        # until the copies that were begun since are done, those of two more layers.
         item.begun = [torch.empty_like(host, device=self.device) for host in item.host]
         self._in.wait_stream(torch.cuda.current_stream(self.device))
         self._in.wait_event(item.ready)
         with torch.cuda.stream(self._in):
             for begun, host in zip(item.begun, item.host, strict=True):
                 begun.copy_(host, non_blocking=True)
-                begun.record_stream(self._in)
             item.ready = self._in.record_event()
 
     def _arrive(self, item: _Item) -> list[Tensor]:
