@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import extend
+from extend.options import STAGES
 from extend.registry import option_names
 from extend.rope import METHODS
 from extend.rope.methods import RESONANCE
@@ -114,9 +115,10 @@ def _call_problems(node: ast.Call, names: dict[str, Found]) -> Iterator[str]:
     known = {arg.arg for arg in (*takes.posonlyargs, *takes.args, *takes.kwonlyargs)}
     if len(node.args) > len(takes.args) and takes.vararg is None:
         yield f"{called}: takes {len(takes.args)} positional arguments, not {len(node.args)}"
-    if takes.kwarg is not None:  # rescale: the options of its methods
+    if takes.kwarg is not None:  # rescale: the options of its methods; others: those of the stage
         known |= {RESONANCE} | {name for method in METHODS.values() for name in
-                                option_names(method)}
+                                option_names(method)} if target.name == "rescale" else set(
+            STAGES[target.name].model_fields if target.name in STAGES else ())
     for keyword in node.keywords:
         if keyword.arg and keyword.arg not in known:
             yield f"{called}: takes no {keyword.arg}"

@@ -251,7 +251,7 @@ def sources() -> str:
 def is_said(message: str) -> bool:
     """Whether a text of the code has all parts of a message, `...` standing for values."""
     parts = [re.escape(part.strip()) for part in message.split("...")]
-    return re.search(r"[^\n]{1,200}?".join(parts), sources()) is not None
+    return re.search(r"(?s:.{1,200}?)".join(parts), sources()) is not None
 
 
 def told_messages(page: Path):
