@@ -31,7 +31,7 @@ def search(model: Path | str, out: Path | str, *, target_len: int, text: Path | 
 
     Every evaluation is kept in `out`, so that the same call goes on after an interruption. When all
     is done, `out` holds search.json, table.txt, front.png, and each chosen setting as
-    rope-<name>.json; rope.json is the compromise, or the merge-safe one where that was asked for.
+    `rope-<name>.json`; rope.json is the compromise, or the merge-safe one where that was asked for.
 
     Args:
         model: checkpoint directory with plain RoPE.
