@@ -249,9 +249,12 @@ def sources() -> str:
 
 
 def is_said(message: str) -> bool:
-    """Whether a text of the code has all parts of a message, `...` standing for values."""
-    parts = [re.escape(part.strip()) for part in message.split("...")]
-    return re.search(r"(?s:.{1,200}?)".join(parts), sources()) is not None
+    """Whether the code says each clause of a message, `...` standing for values."""
+    def clause(text: str) -> bool:
+        parts = [re.escape(part.strip()) for part in text.split("...")]
+        return re.search(r"(?s:.{1,200}?)".join(parts), sources()) is not None
+
+    return all(clause(text) for text in message.split("; ") if text)
 
 
 def told_messages(page: Path):
