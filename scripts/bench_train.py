@@ -37,6 +37,7 @@ from extend.option_types import parse_bytes, parse_length  # noqa: E402
 from extend.ring import LAYOUTS  # noqa: E402
 from extend.ring.hf_attention import RingSettings, register_ring_attention  # noqa: E402
 from extend.train.compiled import compiles  # noqa: E402
+from extend.train.low_bits import use_float8  # noqa: E402
 from extend.train.mesh import Processes, join_processes, phase_mesh  # noqa: E402
 from extend.train.model import CausalLoss  # noqa: E402
 from extend.train.optim import build_optimizer, clip_gradients  # noqa: E402
@@ -119,6 +120,7 @@ def build(args: argparse.Namespace, options: TrainOptions,
         model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.config.use_cache = False
     model.train()
+    use_float8(model, options)
     choose_trained(model, options)
     read = parse_config(config.to_dict(), Path("config.json"))
     memory = save_memory(model, options, read, processes)
@@ -175,6 +177,14 @@ def step(module: CausalLoss, memory: Any, args: argparse.Namespace, mesh: Any,
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return float(loss.detach()), float(norm)
+
+
+def make_moments(optimizer: torch.optim.Optimizer, trained: list[torch.nn.Parameter]) -> None:
+    """An update by nothing, so that the first step holds what later ones hold."""
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def measure(length: int, module: CausalLoss, memory: Any, config: LlamaConfig,
@@ -255,6 +265,7 @@ def run(args: argparse.Namespace, processes: Processes) -> list[dict[str, Any]]:
     module, memory, config = build(args, options, processes)
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = build_optimizer(trained, options)
+    make_moments(optimizer, trained)
     rows = []
     for length in lengths:
         try:
@@ -281,7 +292,7 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]], processes: Proce
                                            capture_output=True, text=True).stdout.strip()
     name = f"{args.shape}-{args.label or 'steps'}"
     (args.out / f"{name}.json").write_text(json.dumps({
-        "schema": 2, "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit,
+        "schema": 3, "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit,
         "gpu": f"{processes.world} x {gpu}", "torch": torch.__version__, "rows": rows}, indent=1))
 
 

@@ -15,6 +15,7 @@ What autograd saves between a layer's forward and backward:
     exchanged heads   2 Q more: out of some heads for all rows, and of all heads for some rows
     gated MLP         2 * 4 I: gate, silu, up,     2 * 3 I: gate, up,      nothing: its input is
                       product                      product                 the norm's output
+    adapters, rank r  2 r a linear layer           the same                those of attention
 
 The output of a norm is saved once for all projections that read it. What a frozen matrix does not
 need is left out: its input; a frozen norm leaves out its 2 D.
@@ -75,18 +76,27 @@ def layer_bytes(shape: ModelShape, setup: Setup) -> LayerBytes:
     outputs = _norm_outputs(shape, setup, matrices)
     inner = VALUE * shape.active_inner / tp
     mlp = 0.0 if setup.used_tile else inner * _mlp_values(shape, setup, matrices)
-    saved = norms + outputs + qkv + _head_norms(shape, setup, q, k) + attention + mlp
+    low = VALUE * setup.lora_rank * has_adapters(setup)  # what goes from A to B
+    saved = norms + outputs + qkv + _head_norms(shape, setup, q, k) + attention + mlp + 4 * low
+    if not setup.used_tile:
+        saved += shape.num_matrices * low
     normed = VALUE * hidden
     rotating = VALUE * ((2 * q + 2 * k) if setup.compiled else (4 * q + 2 * k))
     # Input, norm and its output, q, k, v, out; gradients of the residual and of out; dq, dk, dv.
     before = saved - mlp - (norms + outputs) * (1 - 1 / shape.num_norms) - VALUE * q * exchanged
     gradients = VALUE * hidden + VALUE * (2 * q + 2 * k)
+    if has_adapters(setup) and setup.compiled:
+        gradients += VALUE * (q + 2 * k)
     own_input = VALUE * hidden
     return LayerBytes(
         input=VALUE * hidden, attention=attention, saved=saved, holds_input=holds_input,
         mlp_extra=VALUE * hidden + _mlp_extra(shape, setup, inner, matrices),
         rotation=own_input + normed * 2 + rotating,
         attention_backward=before + gradients + (0 if holds_input else own_input))
+
+
+def has_adapters(setup: Setup) -> bool:
+    return setup.trained in ("lora", "lora+")
 
 
 def exchanges_heads(setup: Setup) -> bool:
@@ -137,10 +147,16 @@ def _mlp_values(shape: ModelShape, setup: Setup, matrices: bool) -> float:
 # matrices: of a gated one gate, silu, up, and the gradients of product, silu and up; where it is
 # compiled, one gradient is written over what is not needed any more.
 _INNER_BACKWARD = {3: (6, 4), 2: (3, 2)}
+# With adapters, compiled code does not write gradients over what is not needed any more (an H200
+# held 4 values more than without, exactly), nor those of q, k and v once they are turned back.
+_ADAPTED_INNER = {3: 4, 2: 2}
 
 
 def _inner_backward(shape: ModelShape, setup: Setup) -> int:
-    return _INNER_BACKWARD[shape.num_matrices][setup.compiled]
+    values = _INNER_BACKWARD[shape.num_matrices][setup.compiled]
+    if setup.compiled and has_adapters(setup):
+        values += _ADAPTED_INNER[shape.num_matrices]
+    return values
 
 
 def _mlp_extra(shape: ModelShape, setup: Setup, inner: float, matrices: bool) -> float:

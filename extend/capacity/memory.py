@@ -28,6 +28,7 @@ from extend.capacity.activations import (
     num_groups,
     tile_bytes,
 )
+from extend.capacity.parameters import count_parameters
 from extend.capacity.setup import Setup
 from extend.capacity.shape import ModelShape
 
@@ -75,38 +76,6 @@ class MemoryPlan:
     def device_bytes(self) -> float:
         """What `torch.cuda.max_memory_allocated` would say."""
         return self.peak.total
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Parameters of one process before sharding: of a layer and of the rest, all and trained."""
-
-    layer: float
-    root: float
-    trained_layer: float
-    trained_root: float
-    head_trains: bool
-
-
-def count_parameters(shape: ModelShape, setup: Setup) -> Parameters:
-    layer, root = shape.layer_parameters / setup.tp, shape.root_parameters / setup.tp
-    adapters = setup.lora_rank * _adapter_width(shape) / setup.tp
-    embedding, norms = shape.embedding / setup.tp, shape.norm_values
-    head_trains = setup.trained == "all" or (shape.tied and setup.trained != "lora")
-    if setup.trained == "all":
-        return Parameters(layer, root, layer, root, head_trains)
-    if setup.trained == "norms":
-        return Parameters(layer, root, norms, embedding + shape.hidden, head_trains)
-    layer += adapters
-    if setup.trained == "lora":
-        return Parameters(layer, root, adapters, 0.0, head_trains)
-    return Parameters(layer, root, adapters + norms, embedding + shape.hidden, head_trains)
-
-
-def _adapter_width(shape: ModelShape) -> float:
-    """Inputs plus outputs of a layer's linear layers: parameters of adapters of rank 1."""
-    attention = 4 * shape.hidden + 2 * shape.q_width + 2 * shape.kv_width
-    return attention + shape.num_matrices * (shape.hidden + shape.dense_inner)
 
 
 def plan_memory(shape: ModelShape, setup: Setup) -> MemoryPlan:
@@ -302,12 +271,18 @@ class _Step:
 
     def _exchanged(self) -> float:
         """What attention's backward holds beside its inputs and outputs: the kernel's fp32 sum of
-        dq; of a ring the keys of other ranks and the shares of their gradients; of an exchange of
-        heads dout of its own heads, and gradients on their way back.
+        dq, or of some heads at a time with their gradients; of a ring the keys of other ranks and
+        the shares of their gradients; of an exchange of heads dout of its own heads, and gradients
+        on their way back.
         """
+        from extend.ring.groups import num_head_groups  # its package needs torch
+
         shape, setup = self.shape, self.setup
         q, k = shape.q_width / setup.tp, shape.kv_width / setup.tp
         own = _FP32 * q
+        count = num_head_groups(int(shape.num_kv_heads // setup.tp) or 1, q * setup.tokens)
+        if count > 1 and not exchanges_heads(setup):
+            own = (own + VALUE * (q + 2 * k)) / count
         if exchanges_heads(setup):
             own = own / num_groups(shape, setup) + VALUE * (2 * q + 2 * k)
         elif setup.cp > 1:

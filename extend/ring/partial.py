@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from extend.ring.call import Call
+from extend.ring.groups import num_head_groups
 from extend.ring.lse import merge_partial, write_sum
+from extend.ring.mask import TileMask
 from extend.ring.tiles import Tile
 
 _FEW = 4  # tiles whose dq are kept until all have come
@@ -92,10 +94,8 @@ class GradientSum:
             dout, q, out, lse = (
                 _part(t, heads, tile.q) for t in (self._dout, self._q, self._out, self._lse)
             )
-            dq, dk, dv = self._call.kernel.backward(
-                dout, q, k[:, :, tile.kv], v[:, :, tile.kv], out, lse,
-                mask=tile.mask, softmax_scale=self._call.softmax_scale,
-            )  # fmt: skip
+            dq, dk, dv = _backward(
+                self._call, dout, q, k[:, :, tile.kv], v[:, :, tile.kv], out, lse, tile.mask)
             self._join(heads, tile.q, dq)
             shares.add(tile.kv, dk, dv)
         return shares.result()
@@ -115,6 +115,24 @@ class GradientSum:
             self._dq = torch.zeros_like(self._q, dtype=dtype)
         part = _part(self._dq, heads, rows)
         write_sum(part, part, dq)
+
+
+def _backward(
+    call: Call, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    mask: TileMask,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """A tile's gradients, some heads after others where its rows are very many."""
+    options = {"mask": mask, "softmax_scale": call.softmax_scale}
+    count = num_head_groups(k.shape[1], q.numel())
+    if count == 1:
+        return call.kernel.backward(dout, q, k, v, out, lse, **options)
+    grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    by_heads = (torch.chunk(t, count, dim=1) for t in (dout, q, k, v, out, lse, *grads))
+    for *tensors, dq, dk, dv in zip(*by_heads, strict=True):
+        parts = call.kernel.backward(*tensors, **options)
+        for whole, part in zip((dq, dk, dv), parts, strict=True):
+            whole.copy_(part)
+    return grads
 
 
 def assemble(like: Tensor, parts: Sequence[tuple[slice, slice, Tensor]]) -> Tensor:

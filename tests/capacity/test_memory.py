@@ -25,6 +25,7 @@ from extend.train.mesh import Processes
 from extend.train.model import CausalLoss
 from extend.train.precision import set_dtypes
 from extend.train.shard import shard_model
+from extend.train.trained import choose_trained
 from extend.train_options import Phase, TrainOptions
 from tests.capacity.live_bytes import LiveBytes
 from tests.spawn import spawn
@@ -36,7 +37,8 @@ CONFIG = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 224,
           "tie_word_embeddings": False, "rope_theta": 1e4}
 CASES = [{"recomputed": 3}, {"recomputed": 3, "kept_attention": 0}, {"recomputed": 1},
          {"recomputed": 3, "tile": 128}, {"recomputed": 3, "trained": "norms"},
-         {"recomputed": 1, "trained": "norms"}, {"recomputed": 3, "weight_bytes": 4}]
+         {"recomputed": 1, "trained": "norms"}, {"recomputed": 3, "weight_bytes": 4},
+         {"recomputed": 3, "trained": "lora+", "lora_rank": 8}]
 
 
 def setup(case: dict) -> Setup:
@@ -57,19 +59,22 @@ def measure(rank: int, world: int) -> list[int]:
 def measure_case(case: Setup, processes: Processes) -> int:
     model = LlamaForCausalLM(LlamaConfig(**CONFIG, attn_implementation=register_ring_attention()))
     model.train()
+    options = TrainOptions(
+        model=".", data=[{"kind": "retrieval"}], schedule=[Phase(length=LENGTH, steps=1, lr=1e-3)],
+        weight_dtype="bfloat16" if case.weight_bytes == 2 else "float32", compute_dtype="bfloat16",
+        **{"mode": "lora", "lora_rank": case.lora_rank, "trained_beside": ["norms", "embeddings"]}
+        if case.trained == "lora+" else {})
+    choose_trained(model, options)
     if case.trained == "norms":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("norm" in name or "embed" in name)
+    set_dtypes(model, options)
     for module in model.model.modules():
         if case.tile is not None and is_tokenwise(module):
             tile_module(module, case.tile)
     store = Store(torch.device("cpu"))
     memory = LayerMemory(store, store, case.recomputed, case.kept_attention)
     checkpoint_layers(model, memory)
-    options = TrainOptions(
-        model=".", data=[{"kind": "retrieval"}], schedule=[Phase(length=LENGTH, steps=1, lr=1e-3)],
-        weight_dtype="bfloat16" if case.weight_bytes == 2 else "float32", compute_dtype="bfloat16")
-    set_dtypes(model, options)
     module = shard_model(CausalLoss(model, CHUNK), processes, options)
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, foreach=False)

@@ -1,9 +1,11 @@
 import random
 from itertools import pairwise
+from unittest import mock
 
 import pytest
 import torch
 
+from extend.ring import groups
 from extend.ring.blocks import KeySum, split_heads
 from extend.ring.call import Call
 from extend.ring.comm import RingComm
@@ -69,6 +71,22 @@ def test_attention_and_gradients_from_portions(num_portions, most_tiles, heads, 
     # fp64 in, so fp64 all the way: some tens of roundings of numbers up to 10.
     got = (*total.result(), gradient.dq(), dk, dv)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(("most", "calls"), [(2**31, 1), (3072, 2), (1, 4)])
+def test_heads_in_groups(most, calls, monkeypatch):
+    """However many heads a kernel gets at once, the same bits come out."""
+    monkeypatch.setattr(groups, "MOST_SUM_BYTES", most)
+    q, k, v, dout = make_tensors(ROWS, ROWS, torch.float64, (8, 4))
+    out, lse, *expected = attention(q, k, v, dout, torch.ones(ROWS, ROWS).tril().bool())
+    kernel = mock.Mock(wraps=KERNELS["reference"])
+    tiles = (Tile(slice(0, ROWS), slice(0, ROWS), CAUSAL),)
+    gradient = GradientSum(dout, q, out, lse, make_call(kernel), [tiles])
+    dk, dv = gradient.add(tiles, k, v)
+    assert kernel.backward.call_count == calls
+    whole = KERNELS["reference"].backward(dout, q, k, v, out, lse, mask=CAUSAL, softmax_scale=SCALE)
+    torch.testing.assert_close((gradient.dq(), dk, dv), whole, rtol=0, atol=0)
+    torch.testing.assert_close(whole, tuple(expected), rtol=0, atol=1e-13)
 
 
 def test_rows_that_see_other_keys_than_others():

@@ -56,6 +56,7 @@ class Store:
         self._registered: dict[int, Tensor] = {}  # all that is pinned, by its address
         weakref.finalize(self, _unregister, self._registered).atexit = False
         self._waiting: list[_Item] = []
+        self._leaving: _Item | None = None  # the last one that was sent to the host
         on_gpu = device.type == "cuda" and host_bytes > 0
         self._out = torch.cuda.Stream(device) if on_gpu else None
         self._in = torch.cuda.Stream(device) if on_gpu else None
@@ -77,6 +78,7 @@ class Store:
         """The tensor again, and the one before it is sent for."""
         if isinstance(item, Tensor):
             return item
+        self._let_go()
         self._fetch(item)
         if item in self._waiting:
             place = self._waiting.index(item)
@@ -87,19 +89,32 @@ class Store:
         return dequantize(*parts, item.dtype) if item.form == "fp8" else parts[0]
 
     def _send(self, item: _Item) -> None:
-        """Copy to the host; the device's memory is free when the copy is done."""
+        """Copy to the host beside the computation until the next one is sent.
+
+        Computing waits for the copy before it, so that its memory is given back in order. Were that
+        left to `record_stream`, it would stay taken for as long as the host is ahead of the GPU,
+        which may be a whole forward pass.
+        """
+        self._let_go()
         item.host = [self._pinned(part) for part in item.parts]
         if self._out is None:
             for host, part in zip(item.host, item.parts, strict=True):
                 host.copy_(part)
-        else:
-            self._out.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(self._out):
-                for host, part in zip(item.host, item.parts, strict=True):
-                    host.copy_(part, non_blocking=True)
-                    part.record_stream(self._out)
-                item.ready = self._out.record_event()
-        item.parts = None
+            item.parts = None
+            return
+        self._out.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._out):
+            for host, part in zip(item.host, item.parts, strict=True):
+                host.copy_(part, non_blocking=True)
+            item.ready = self._out.record_event()
+        self._leaving = item
+
+    def _let_go(self) -> None:
+        """Give back the device's memory of what was sent last, once it is copied."""
+        item, self._leaving = self._leaving, None
+        if item is not None:
+            torch.cuda.current_stream(self.device).wait_event(item.ready)
+            item.parts = None
 
     def _fetch(self, item: _Item) -> None:
         """Begin the way back, if it lies on the host and was not begun."""
@@ -109,14 +124,14 @@ class Store:
             item.begun = [host.to(self.device, copy=True) for host in item.host]
             return
         # Made on the computing stream, whose memory it will be; filled on the other once that
-        # memory is free and the copy to the host is done.
+        # memory is free and the copy to the host is done. Computing waits for the copy before it
+        # uses it, so that memory needs no `record_stream` either.
         item.begun = [torch.empty_like(host, device=self.device) for host in item.host]
         self._in.wait_stream(torch.cuda.current_stream(self.device))
         self._in.wait_event(item.ready)
         with torch.cuda.stream(self._in):
             for begun, host in zip(item.begun, item.host, strict=True):
                 begun.copy_(host, non_blocking=True)
-                begun.record_stream(self._in)
             item.ready = self._in.record_event()
 
     def _arrive(self, item: _Item) -> list[Tensor]:
