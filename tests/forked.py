@@ -12,7 +12,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,9 +77,16 @@ def run_python(arguments: Sequence[object], *, env: dict[str, str] | None = None
 
 
 @contextmanager
-def forked_workers() -> Iterator[None]:
-    """Processes that torch's elastic launcher starts are forked from this one."""
-    def fork(**options: Any) -> ForkedPython:
+def forked_workers(but: Callable[[dict[str, str]], bool] = lambda env: False) -> Iterator[None]:
+    """Processes that torch's elastic launcher starts are forked from this one.
+
+    Those are started as ever for whose environment `but` is true.
+    """
+    start = subprocess_handler.Popen
+
+    def fork(**options: Any) -> ForkedPython | subprocess.Popen:
+        if but(options["env"]):
+            return start(**options)
         return ForkedPython(options.pop("args"), server=False, **options)
 
     with mock.patch.object(subprocess_handler, "Popen", fork):

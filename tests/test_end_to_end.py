@@ -10,9 +10,9 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,9 +36,15 @@ TIMINGS = ("seconds", "wait_seconds", "tokens_per_second", "tokens_per_second_pe
            "eta_seconds", "peak_memory_bytes", "host_memory_bytes")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 MAX_TRIES = 4
+Workers = Callable[[], AbstractContextManager[None]]  # how training processes are started
 
 
-def run_in_session(recipe: Path, out: Path, log: Path, forked: bool) -> None:
+def one_interpreter() -> AbstractContextManager[None]:
+    """The first training process is started, the others are forked."""
+    return forked_workers(but=lambda env: env["RANK"] == "0")
+
+
+def run_in_session(recipe: Path, out: Path, log: Path, workers: Workers) -> None:
     """`extend run` in a session of its own, all that it says in a file."""
     os.setsid()
     os.environ |= ENVIRONMENT
@@ -46,23 +52,23 @@ def run_in_session(recipe: Path, out: Path, log: Path, forked: bool) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(file, stream)
-    with forked_workers() if forked else contextlib.nullcontext():
+    with workers():
         extend.cli.main(["run", str(recipe), "--out", str(out)])
 
 
 class Running:
     """A run to be killed; it is forked from a server that has loaded torch, which saves seconds.
 
-    With `forked`, its training processes are forked from it in turn.
+    Its training processes are forked from it in turn, but for those that `workers` starts.
     """
 
-    def __init__(self, recipe: Path, out: Path, *, forked: bool):
+    def __init__(self, recipe: Path, out: Path, workers: Workers):
         self.out, self._log = out, out.parent / "log.txt"
         self._log.write_bytes(b"")
         self.start = self._log.stat().st_mtime_ns
         mp.set_forkserver_preload(PRELOAD)
         self._process = mp.get_context("forkserver").Process(
-            target=run_in_session, args=(recipe, out, self._log, forked))
+            target=run_in_session, args=(recipe, out, self._log, workers))
         self._process.start()
 
     @property
@@ -75,6 +81,11 @@ class Running:
             assert self._process.exitcode is None, f"it ended before it was killed:\n{self.log}"
             assert time.monotonic() < deadline, f"waited for nothing:\n{self.log}"
             time.sleep(0.0005)
+
+    def end(self) -> None:
+        """Wait until it has ended by itself, without an error."""
+        self._process.join()
+        assert self._process.exitcode == 0, self.log
 
     def descendants(self) -> list[int]:
         """Processes that it has started, and those that they have."""
@@ -98,13 +109,6 @@ class Running:
         while any(is_alive(pid) for pid in family):
             assert time.monotonic() < deadline, f"{family} outlive the run"
             time.sleep(0.01)
-
-
-def run_to_the_end(recipe: Path, out: Path) -> None:
-    """The command as a user gives it."""
-    done = subprocess.run([sys.executable, "-m", "extend", "run", str(recipe), "--out", str(out)],
-                          capture_output=True, text=True, cwd=ROOT, env=os.environ | ENVIRONMENT)
-    assert done.returncode == 0, done.stderr
 
 
 def process_table() -> dict[int, tuple[int, str]]:
@@ -152,9 +156,12 @@ def recipe(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(recipe) -> dict[str, dict]:
-    """What a run without interruption writes to the `out` beside the recipe."""
+    """What a run without interruption writes to the `out` beside the recipe.
+
+    One of its two training processes is an interpreter of its own, as a user's are.
+    """
     out = recipe.parent / "out"
-    run_to_the_end(recipe, out)
+    Running(recipe, out, one_interpreter).end()
     check_whole(out)
     files = written(out)
     out.rename(recipe.parent / "undisturbed")
@@ -180,20 +187,21 @@ def writes(stage: str) -> Callable[[Running], bool]:
 class Strike:
     """Kill the run in `stage`, at most `delay` seconds after `reached`.
 
-    Training processes are interpreters of their own where it matters: while they start.
+    `workers` are interpreters of their own where it matters: while they start.
     """
 
     stage: str
     reached: Callable[[Running], bool]
     delay: float
-    workers: bool = True
-    forked: bool = True
+    kill_workers: bool = True
+    workers: Workers = forked_workers
 
 
 STRIKES = [
     Strike("rescaled", writes("rescaled"), 0.002),
-    Strike("long", said("[2/8] long"), 3.0, workers=False, forked=False),  # while they start
-    Strike("long", said("saved step 2"), 0.1, workers=False),
+    Strike("long", said("[2/8] long"), 2.0, kill_workers=False,
+           workers=contextlib.nullcontext),  # while they start
+    Strike("long", said("saved step 2"), 0.1, kill_workers=False),
     Strike("long", writes("long"), 0.002),  # when all steps are done
     Strike("sibling", said("saved step 4"), 0.1),  # a run of one process
     Strike("adapter", writes("adapter"), 0.02),
@@ -207,14 +215,14 @@ STRIKES = [
 def hit(strike: Strike, recipe: Path, out: Path, rng: random.Random) -> None:
     """Kill a run; one that was faster is put back to before the stage, and killed sooner."""
     for attempt in range(MAX_TRIES):
-        running, family = Running(recipe, out, forked=strike.forked), []
+        running, family = Running(recipe, out, strike.workers), []
         if strike.stage == "long":  # the others are one process
             running.wait_until(said("[2/8] long"))
             running.wait_until(lambda r: strike.reached(r) or len(r.descendants()) == 2)
             family = running.descendants()
         running.wait_until(strike.reached)
         time.sleep(rng.uniform(0, strike.delay) / 4 ** attempt)
-        running.kill(family, workers=strike.workers)
+        running.kill(family, workers=strike.kill_workers)
         check_whole(out)
         if not (out / strike.stage).exists():
             return

@@ -273,8 +273,9 @@ def test_shares_hold_every_job_once_and_are_even():
     assert max(loads) - min(loads) <= max(job.cost for job in jobs)
 
 
-SMALL = ["--level", "tiny", "--skills", "record", "--factors", "4", "--limit", "12", "--windows",
-         "2", "--steps-scale", "0.03", "--stage", "siblings", "--commit", "abc"]
+SMALL = ["--level", "tiny", "--skills", "record", "--factors", "4", "--limit", "6", "--windows",
+         "2", "--window", "64", "--step-tokens", "256", "--steps-scale", "0.03", "--stage",
+         "siblings", "--commit", "abc"]
 
 
 @pytest.fixture(scope="module")

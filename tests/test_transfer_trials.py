@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))  # as when the sc
 import make_skills
 import transfer_trials
 from safety_trials import siblings
-from transfer_lab import deltas, learned, plan, recipes, report, units
+from transfer_lab import deltas, learned, plan, prepare, recipes, report, units
 from transfer_lab.bench import Bench, read_factors, write_factors
 from transfer_lab.claims import Clock, claim, drop_claims
 from transfer_lab.recipes import GROUPS, mix_rope
@@ -228,12 +228,12 @@ def run(tmp_path_factory):
         noise = {n: w if "embed" in n else w + 0.02 * w.std() * torch.randn(w.shape)
                  for n, w in stored.items()}
         save_file(noise, folder / "model.safetensors", {"format": "pt"})
-    small = replace(level, skills=("record",), steps=(8,), studied=8,
-                    text=root / "skills/tiny/text.txt", windows=2, limit=6, depths=1,
-                    length=300, far=(400,), prompts=4, max_new=6,
-                    keep_length=300)
+    small = replace(level, skills=("record",), steps=(8,), studied=8, step_tokens=64,
+                    text=root / "skills/tiny/text.txt", windows=2, window=64, limit=6, depths=1,
+                    length=270, far=(300,), prompts=4, max_new=6, keep_length=270)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(plan.LEVELS, "tiny", small)
+        patch.setattr(prepare, "PROSE_PAGES", 60)
         patch.setattr(learned, "KEEP_ROWS", 2)
         for kind in (learned.FIT, learned.REPAIR):
             patch.setitem(kind, "tiny", replace(kind["tiny"], steps=1))
@@ -289,7 +289,7 @@ def test_a_delta_of_weight_0_is_the_rope_alone(run):
     for target in (plan.Target("record", 8), plan.Target()):
         case = bench.enter(target, "critical x4")
         with bench.merged(case, recipes.whole(case, 0.0)):
-            measured = case.measure((300,))
+            measured = case.measure((270,))
         stored = rows[target.name, "RoPE alone"]
         assert {key: measured[key] for key in ("skill", "text", "passkey")} == {
             key: stored[key] for key in ("skill", "text", "passkey")}

@@ -214,9 +214,10 @@ class Strategy:
         results = self.lab.results(self.target_len)
         scaled = self._scaled(results)
         goal = self._next_goal(results, scaled)
-        units = self._proposals(results, goal.shortfall(scaled))
+        near = self._near(results, goal.shortfall(scaled))
+        units = np.concatenate([self._everywhere(), near])
         x = np.array([self._features(r.candidate) for r in results])
-        pool = np.array([self._features_of(unit) for unit in units])
+        pool = np.concatenate([self._cube_features, [self._features_of(unit) for unit in near]])
         guesses = np.stack([self._guess(x, scaled[:, axis], pool) for axis in range(3)], 1)
         shortfall = goal.shortfall(guesses)
         nearest = np.sqrt(((pool[:, None] - x[None]) ** 2).mean(-1)).min(1)
@@ -245,18 +246,18 @@ class Strategy:
         mean, deviation = fit(x, y).predict(pool)
         return mean - _OPTIMISM * deviation
 
-    def _proposals(self, results: list[Result], shortfall: np.ndarray) -> np.ndarray:
-        """Curves all over the cube, and near the best and the front; [n, DIMENSIONS]."""
-        spread = self._everywhere()
+    def _near(self, results: list[Result], shortfall: np.ndarray) -> np.ndarray:
+        """Curves near the best and the front; [n, DIMENSIONS]."""
         order = np.argsort(shortfall)[:4].tolist()
         front = np.flatnonzero(on_front(np.array([r.point(self.target_len) for r in results])))
         parents = [self._unit(results[i].candidate) for i in dict.fromkeys([*order, *front])]
         picks = self.rng.integers(0, len(parents), _NEARBY)
         sizes = self.rng.choice([_STEP, _STEP / 4], (_NEARBY, 1))
         near = np.array(parents)[picks] + sizes * self.rng.standard_normal((_NEARBY, DIMENSIONS))
-        return np.concatenate([spread, near.clip(0, 1)])
+        return near.clip(0, 1)
 
     def _everywhere(self) -> np.ndarray:
+        """Curves all over the cube; [n, DIMENSIONS]."""
         if not hasattr(self, "_cube"):
             self._cube = np.array(halton(_POOL, DIMENSIONS, skip=self.plan.curves))
             self._cube_features = np.array([self._features_of(unit) for unit in self._cube])

@@ -30,6 +30,7 @@ STRATEGIES = {
     4: ["ring", "all-gather", "ulysses", "usp:2", "double-ring:2"],
     8: ["ring", "all-gather", "ulysses", "usp:2", "usp:4", "double-ring:2", "double-ring:4"],
 }
+HEADS = ("MHA", "GQA", "MQA")
 KERNELS = ("reference", "flash_cpu")  # one that takes any tile, and one that takes few
 
 
@@ -42,22 +43,31 @@ class Case(NamedTuple):
     mask: str
 
 
+# Strategies that fewer ranks have run in every way; double-ring:2 on 2 ranks is one ring.
+PAIRED = {4: ["ring", "all-gather", "ulysses"], 8: STRATEGIES[8]}
+
+
 def cases(world):
-    """What to compute on `world` ranks."""
+    """What to compute on `world` ranks.
+
+    Strategies that are `PAIRED` still meet each layout with each kernel, and each mask, and each
+    dtype with all heads: the ways to share the sequence out are those of fewer ranks, and all of
+    them are run there.
+    """
     of_six = "6 " if world == 3 else ""
-    geometry = itertools.product(STRATEGIES[world], LAYOUTS, KERNELS, MASKS)
-    numbers = itertools.product(
-        STRATEGIES[world], ("MHA", "GQA", "MQA"), ("bf16", "fp32"), ("causal", "window", "packed")
-    )
-    if world == 8:
-        # Each strategy still meets each layout with each kernel, and each mask; the ways to share
-        # the sequence out are those of fewer ranks, and all of them are run there.
-        geometry = [
-            (strategy, list(LAYOUTS)[(i + j) % 3], KERNELS[(i + j // 3) % 2], mask)
-            for i, strategy in enumerate(STRATEGIES[8])
-            for j, mask in enumerate(MASKS)
-        ]
-        numbers = [case for case in numbers if case[-1] == "causal"]
+    paired = PAIRED.get(world, [])
+    whole = [strategy for strategy in STRATEGIES[world] if strategy not in paired]
+    geometry = [*itertools.product(whole, LAYOUTS, KERNELS, MASKS)]
+    geometry += [
+        (strategy, list(LAYOUTS)[(i + j) % 3], KERNELS[(i + j // 3) % 2], mask)
+        for i, strategy in enumerate(paired)
+        for j, mask in enumerate(MASKS)
+    ]
+    numbers = [
+        case for case in itertools.product(
+            STRATEGIES[world], HEADS, ("bf16", "fp32"), ("causal", "window", "packed"))
+        if case[0] in whole or case[-1] == "causal"
+    ]  # fmt: skip
     found = [Case(s, lay, kernel, of_six + "GQA", "fp32", m) for s, lay, kernel, m in geometry]
     found += [Case(s, "zigzag", "flash_cpu", of_six + h, dtype, m) for s, h, dtype, m in numbers]
     found += [
