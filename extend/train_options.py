@@ -50,7 +50,13 @@ class Phase(Options):
     """RoPE of this phase, made from the model's own; none takes the schedule's `rope`, and without
     one keeps that of the phase before, in the first phase the model's own."""
     rope_to: Length | None = None
-    """Length the RoPE is made for, not below `length`, which it is unless given."""
+    """Length the RoPE is made for, not below `length` and `position_span`, the larger of which it is
+    unless given."""
+    position_span: Length | None = None
+    """Positions of a row skip ahead at random places, so that rows of `length` tokens reach
+    positions and distances up to this, at the cost of `length`; rows with `rope: native` do not."""
+    position_pieces: Annotated[int, Field(ge=2)] | None = None
+    """Pieces of a row, of random sizes, between which positions skip; 2 unless given."""
     mix: Mix | None = None
     """Name of a source, or its place in `data` from 0 on, to its share of this phase's rows;
     sources that are not named give none. Without a mix the sources' own weights hold."""
@@ -60,7 +66,28 @@ class Phase(Options):
         if self.rope_to is not None and self.rope_to < self.length:
             raise ValueError(f"rope_to is {self.rope_to} but rows have {self.length} tokens; give "
                              "at least that, or leave it out")
+        if self.rope_to is not None and self.rope_to < (self.position_span or 0):
+            raise ValueError(f"rope_to is {self.rope_to} but positions reach {self.position_span}; "
+                             "give at least that, or leave it out")
         return self
+
+    @model_validator(mode="after")
+    def _positions_skip(self) -> "Phase":
+        if self.position_span is None and self.position_pieces is not None:
+            raise ValueError(f"position_pieces is {self.position_pieces} but there is no "
+                             "position_span that says how far positions skip; give it too")
+        if self.position_span is not None and self.position_span <= self.length:
+            raise ValueError(f"position_span is {self.position_span}, but rows have {self.length} "
+                             "tokens, which reach as far; give more, or leave it out")
+        if (self.position_pieces or 2) > self.length:
+            raise ValueError(f"position_pieces is {self.position_pieces}, but rows have "
+                             f"{self.length} tokens; give at most that")
+        return self
+
+    @property
+    def reach(self) -> int:
+        """The length that its RoPE is made for."""
+        return self.rope_to or self.position_span or self.length
 
     @model_validator(mode="after")
     def _one_duration(self) -> "Phase":

@@ -9,6 +9,7 @@ difference. It does to RoPE types that choose their frequencies by the largest p
 (dynamic, longrope): these then see the length of the row, the same in every step and the one that
 the phase is for, and not that of whichever document is the longest. Rows that are read with the
 model's own RoPE count from each document's beginning: they are to be what the model was made for.
+Where positions skip (`position_span`), attention's mask and windows still count tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -105,6 +106,8 @@ def build_batch(rows: Sequence[Row], *, layout: str, rank: int, world: int,
 
 def number_tokens(row: Row) -> np.ndarray:
     """Position of each token, int64 [length]: in its row, or in its document."""
+    if row.positions is not None:
+        return row.positions
     places = np.arange(len(row.input_ids))
     if not row.native_rope:
         return places

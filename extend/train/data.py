@@ -7,7 +7,7 @@ message, and a run resumes exactly by remembering its step.
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,7 @@ class Row:
         cu_seqlens: int32, where documents begin, from 0, and `length` at the end.
         source: path or kind of the data it was drawn from, for messages.
         native_rope: whether it is read with the model's own RoPE, not that of the phase.
+        positions: int64 [length], where they skip; none: its tokens follow one another.
     """
 
     input_ids: np.ndarray
@@ -49,6 +50,7 @@ class Row:
     cu_seqlens: np.ndarray
     source: str
     native_rope: bool = False
+    positions: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,24 @@ class Rows:
         if len(row.input_ids) != length:
             raise DataError(f"{row.source}: row {index} of phase {phase + 1} has "
                             f"{len(row.input_ids)} tokens, not {length}")
-        return row
+        wide = self.schedule[phase]
+        if wide.position_span is None or row.native_rope:
+            return row
+        rng = random.Random(f"{self.seed}/{phase}/{index}/positions")
+        return replace(row, positions=skip_positions(
+            length, wide.position_span, wide.position_pieces or 2, rng))
+
+
+def skip_positions(length: int, span: int, pieces: int, rng: random.Random) -> np.ndarray:
+    """Rising positions int64 [length] from 0 on, below `span`, that skip between `pieces`.
+
+    Cuts are drawn evenly from all, and so are the shifts of the pieces after the first.
+
+    Source: PoSE, arXiv:2309.10400, section 3.2, with two pieces; it keeps the first at 0 as well.
+    """
+    cuts = [0, *sorted(rng.sample(range(1, length), pieces - 1)), length]
+    shifts = [0, *sorted(rng.randint(0, span - length) for _ in range(pieces - 1))]
+    return np.arange(length) + np.repeat(shifts, np.diff(cuts))
 
 
 def load_rows(options: TrainOptions, tokenizer: Any, cache: TokenCache | None = None,

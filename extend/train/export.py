@@ -133,7 +133,7 @@ class Exporter:
 def made_for(phases: Sequence[Phase], config: ModelConfig) -> int:
     """Tokens that a model trained in these phases is made for."""
     return max(config.max_position_embeddings,
-               *(phase.rope_to or phase.length for phase in phases))
+               *(phase.reach for phase in phases))
 
 
 def _adapter(model: nn.Module, name: str) -> tuple[Tensor, Tensor, float] | None:

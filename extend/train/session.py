@@ -122,7 +122,7 @@ def rope_stages(options: TrainOptions, native: RopeSpec) -> list[Stage | None]:
     """The RoPE that each phase asks for: its own, the schedule's, or None to keep the last one."""
     stages, longest = [], 0
     for phase in options.schedule:
-        target = phase.rope_to or phase.length
+        target = phase.reach
         longest = max(longest, target)
         if phase.rope is not None:
             stages.append(Stage(target, phase.rope.method, phase.rope.options))
@@ -250,10 +250,11 @@ def _tell_ropes(options: TrainOptions, config: ModelConfig) -> None:
     made_for = config.max_position_embeddings
     for phase, stage in zip(options.schedule, stages):
         made_for = made_for if stage is None else stage.target_len
-        if phase.length > made_for:
+        longest = phase.position_span or phase.length
+        if longest > made_for:
             logger.warning("%s: rows of %d tokens are longer than the %d that their RoPE is made "
                            "for; 'rope: auto' makes one for each length", options.model,
-                           phase.length, made_for)
+                           longest, made_for)
 
 
 def _tell_windows(options: TrainOptions, size: ModelSize) -> None:
