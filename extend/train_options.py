@@ -50,8 +50,8 @@ class Phase(Options):
     """RoPE of this phase, made from the model's own; none takes the schedule's `rope`, and without
     one keeps that of the phase before, in the first phase the model's own."""
     rope_to: Length | None = None
-    """Length the RoPE is made for, not below `length` and `position_span`, the larger of which it is
-    unless given."""
+    """Length the RoPE is made for, not below `length` and `position_span`; unless given the larger
+    of these."""
     position_span: Length | None = None
     """Positions of a row skip ahead at random places, so that rows of `length` tokens reach
     positions and distances up to this, at the cost of `length`; rows with `rope: native` do not."""
