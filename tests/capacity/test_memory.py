@@ -77,7 +77,7 @@ def measure_case(case: Setup, processes: Processes) -> int:
     checkpoint_layers(model, memory)
     module = shard_model(CausalLoss(model, CHUNK), processes, options)
     trained = [p for p in module.parameters() if p.requires_grad]
-    # Of the parts that this process holds: a sharded tensor decides anew for each operator and shape.
+    # Of the parts that this process holds: sharded tensors plan each operator on each shape anew.
     held = [p.detach().to_local() for p in trained]
     optimizer = torch.optim.AdamW(held, foreach=False)
     positions = torch.arange(case.tokens)[None]
