@@ -19,6 +19,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
+from extend.curves import METRICS_NAME
 from extend.errors import CheckpointError, TrainingError
 from extend.model_config import read_json
 from extend.output import remove_directory, require_space, write_json
@@ -61,7 +62,7 @@ class RunState:
 
     @property
     def metrics_file(self) -> Path:
-        return self.directory / "metrics.jsonl"
+        return self.directory / METRICS_NAME
 
     def check(self, fingerprint: dict[str, Any]) -> None:
         """Raise TrainingError when the directory holds steps of a run with another `fingerprint`.
