@@ -53,7 +53,7 @@ def run_in_session(recipe: Path, out: Path, log: Path, workers: Workers) -> None
     for stream in (1, 2):
         os.dup2(file, stream)
     with workers():
-        extend.cli.main(["run", str(recipe), "--out", str(out)])
+        extend.cli.main(["run", str(recipe), "--out", str(out), "-v"])
 
 
 class Running:
@@ -227,7 +227,7 @@ def test_killed_at_every_stage_it_ends_the_same(recipe, undisturbed):
     rng, out = random.Random(0), recipe.parent / "out"
     for strike in STRIKES:
         hit(strike, recipe, out, rng)
-    last = run_python(["-m", "extend", "run", recipe, "--out", out], cwd=ROOT,
+    last = run_python(["-m", "extend", "run", recipe, "--out", out, "-v"], cwd=ROOT,
                       env=os.environ | ENVIRONMENT)
     assert last.returncode == 0, last.stderr
     assert [line.split(" ", 1)[1] for line in last.stderr.splitlines() if line.startswith("[")] == [

@@ -49,7 +49,6 @@ GPU_NAMES = ("h200", "h100", "h800", "a100", "b200")
 @click.option("--config", multiple=True, metavar="INPUT=FILE",
               help="With RECIPE: config.json of a model that is not here, by what the recipe calls "
                    "it.")
-@set_option
 @click.option("--out", default=None, metavar="DIR",
               help="With MODEL: write plan.json and frequencies.png there.")
 @overwrite_option
