@@ -173,8 +173,8 @@ def test_the_cache_is_all_there_is_offline(lab, monkeypatch):
 
 def test_offline_a_branch_means_what_it_meant_when_it_was_last_asked_for(lab, monkeypatch):
     local_path("lab/base")
-    config = lab.repos["lab/base"].files()["config.json"].data
-    new = lab.add("lab/base", {"config.json": config + b" "})
+    files = lab.repos["lab/base"].files
+    new = lab.add("lab/base", {**files, "config.json": files["config.json"] + b" "})
     assert local_path(f"lab/base@{new}").name == new  # all of it is here, by the commit alone
     folder = local_path("lab/base")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
