@@ -43,6 +43,7 @@ GPU_NAMES = ("h200", "h100", "h800", "a100", "b200")
 @click.option("--weight-dtype", type=NameType(("float32", "bfloat16")), default="float32")
 @click.option("--optimizer", type=NameType(("adamw", "adamw-8bit", "adamw-offload")),
               default="adamw")
+@set_option
 @click.option("--run", "run_dir", default=None, metavar="DIR",
               help="With RECIPE: the --out of `extend run`. What is done there is skipped, and its "
                    "disk is looked at.")

@@ -47,11 +47,6 @@ class Facts:
     problem: str = ""
     path: Path | None = None
 
-    @property
-    def weights_bytes(self) -> int | None:
-        """Of a checkpoint of this shape, in its own dtype."""
-        return None if self.shape is None else self.shape.parameters * self.value_bytes
-
 
 NOTHING = Facts()
 

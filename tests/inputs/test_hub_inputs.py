@@ -234,6 +234,17 @@ def test_a_recipe_is_pinned_and_skipped_by_commit(lab, tmp_path, caplog):
     assert project.revision("pinned") == before["base"]
 
 
+def test_a_model_whose_tokenizer_is_taken_first_is_fetched_whole(lab, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("""\
+stages:
+  - {name: imported, stage: import, file: x.gguf, tokenizer: lab/base}
+  - {name: one, stage: rescale, model: lab/base, to: 1k, method: ntk}
+""")
+    pin_inputs(load_recipe(path, check_files=False))
+    assert pin(HubInput.parse("lab/base")).missing == []
+
+
 def test_all_that_a_recipe_lacks_is_told_before_anything_runs(lab, tmp_path, caplog):
     lab.add("lab/target", {"config.json": "{}"}, gated=True)
     del lab.repos["lab/base"]

@@ -9,7 +9,7 @@ import yaml
 from click.testing import CliRunner
 
 from extend.capacity import GIB, Machine, model_shape, prefill_seconds
-from extend.capacity.rates import GPUS, gpu_rates
+from extend.capacity.rates import gpu_rates
 from extend.capacity.recompute import choose_recomputed_layers
 from extend.cli import main
 from extend.errors import CompatibilityError, RecipeError
@@ -19,7 +19,7 @@ from extend.recipe import load_recipe
 from extend.recipe_plan import plan as plan_module
 from extend.recipe_plan import plan_json, plan_recipe, plan_text
 from extend.recipe_plan.evaluation import read_bytes
-from extend.recipe_plan.facts import Facts, look_at
+from extend.recipe_plan.facts import look_at
 from extend.recipe_plan.known import known_config
 from extend.recipe_plan.stages import COSTS
 from extend.run import run
@@ -246,7 +246,6 @@ def test_usage(tmp_path):
 
 
 def test_kin_and_unknown_sizes(tmp_path):
-    assert GPUS and Facts().weights_bytes is None
     stage = {"name": "cut", "stage": "cut", "adapter": "somewhere", "rank": 4}
     found = plan_recipe(write(tmp_path, stage), machine=machine())
     assert found.unsized == ["cut"] and "not counted: cut" in plan_text(found)
