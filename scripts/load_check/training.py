@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from load_check.record import Stopwatch, environment, resident_bytes
 from tiny_model import save_text, save_tiny_model
+
+from load_check.record import Stopwatch, environment, resident_bytes
 
 MOST_GROWTH = 0.05
 """Of resident memory from the second tenth of the steps to the last, as a share."""
