@@ -199,11 +199,9 @@ def _put_together(options: TrainOptions, config: ModelConfig, ropes: list[RopeSp
     if manifest is not None:  # only now, so that bad data or a bad model leaves nothing behind
         state.open(_fingerprint(manifest, options, processes))
     processes.barrier()
-    step = state.last_step()
-    if step:
-        state.load(step, module, optimizer)
-        if processes.is_main:
-            logger.info("going on after step %d of %s", step, state.directory)
+    step = state.load_newest(module, optimizer)
+    if step and processes.is_main:
+        logger.info("going on after step %d of %s", step, state.directory)
     return Run(options, processes, config, ropes, found, module, memory, optimizer, size, exporter,
                state, manifest, step)
 
