@@ -5,9 +5,9 @@
 
 The run: import a GGUF file, rescale, train on two processes and on one, extract, merge, evaluate
 twice, report and publish to a hub on the loopback interface, all on tiny models. Each life of the
-run is ended at a moment drawn evenly over the time that the stage at work takes undisturbed (more after each kill in it): mostly
-by SIGKILL (of everything, of the main process alone, or of one training process), for a share by
-SIGTERM or SIGINT. The next life begins at once, orphans or not. When a run is done, every stage's
+run is ended at a moment drawn evenly over the time that the stage at work takes undisturbed (more
+after each kill in it): mostly by SIGKILL (of everything, of the main process alone, or of one
+training process), for a share by SIGTERM or SIGINT. The next life begins at once, orphans or not. When a run is done, every stage's
 files must have the hashes of an undisturbed run's, as must what the hub holds, and no file may be
 left over. All the while another process reads whatever has its final name, and must never find a
 part of a file. Exit code 1 when anything is not so.
@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,6 +83,7 @@ class Campaign:
     def one_run(self, most: int) -> None:
         """Kill a run until it ends by itself, at most `most` times."""
         fill_hub(self.hub)
+        shutil.rmtree(self.directory / "cache", ignore_errors=True)  # tokens are made anew, too
         begun, number = len(self.lives), self.runs
         self.runs += 1
         while len(self.lives) - begun < most and self.one_life():
@@ -212,6 +214,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="kills-") as name, running_hub() as hub:
         directory = Path(name)
         os.environ.update(hub.environment(directory / "home"))
+        os.environ["EXTEND_CACHE"] = str(directory / "cache")
         for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
             os.environ.pop(key, None)
         os.chdir(ROOT)

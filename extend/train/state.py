@@ -65,6 +65,11 @@ class RunState:
     def metrics_file(self) -> Path:
         return self.directory / "metrics.jsonl"
 
+    def metrics_lines(self) -> list[str]:
+        """What was told of the steps so far, a line each."""
+        file = self.metrics_file
+        return file.read_text(encoding="utf-8").splitlines(True) if file.is_file() else []
+
     def check(self, fingerprint: dict[str, Any]) -> None:
         """Raise TrainingError when the directory holds steps of a run with another `fingerprint`.
 

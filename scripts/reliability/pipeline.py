@@ -26,7 +26,6 @@ stages:
     nproc: 2
     save_every: 2
     loss_chunk: 48
-    token_cache: TOKENS
     schedule:
       - {length: 128, steps: 6, batch_rows: 1, lr: 3e-3}
     data:
@@ -38,7 +37,6 @@ stages:
     nproc: 1
     save_every: 2
     loss_chunk: 48
-    token_cache: TOKENS
     schedule:
       - {length: 64, steps: 6, batch_rows: 2, lr: 3e-3}
     data:
@@ -70,7 +68,7 @@ def write_inputs(directory: Path) -> Path:
     save_text(directory)
     save_examples(directory)
     path = directory / "recipe.yaml"
-    path.write_text(RECIPE.replace("TOKENS", str(directory / "tokens")), encoding="utf-8")
+    path.write_text(RECIPE, encoding="utf-8")
     return path
 
 
