@@ -187,8 +187,10 @@ def add_provenance(folder: Folder, run: Run, lineage: Iterable[StageOutput], nam
 def public_recipe(recipe: Mapping[str, Any], names: Names) -> str:
     """The recipe's text, comments and all, with public names in place of its paths."""
     text, home = str(recipe["text"]), Path(str(recipe.get("path") or ".")).parent
-    for node in sorted(_scalars(yaml.compose(text, Loader=yaml.SafeLoader)),
-                       key=lambda n: n.start_mark.index, reverse=True):
+    # An alias leads to the values of its anchor again, which stand in the text once.
+    places = {node.start_mark.index: node
+              for node in _scalars(yaml.compose(text, Loader=yaml.SafeLoader))}
+    for _, node in sorted(places.items(), reverse=True):
         path = str((home / node.value).resolve()) if node.value else ""
         if path in names.local and "/" in path and path != str(home):
             begin, end = node.start_mark.index, node.end_mark.index
