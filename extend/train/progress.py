@@ -117,10 +117,12 @@ class Progress:
 def progress_line(record: dict[str, Any]) -> str:
     """One line of text for a record of metrics.jsonl."""
     parts = [f"step {record['step']}/{record['steps']}", f"phase {record['phase']}",
-             f"loss {record['loss']:.4f}", f"nll {record['nll']:.4f}"]
+             f"loss {_told(record['loss'], 4)}", f"nll {_told(record['nll'], 4)}"]
     if record["answer_nll"] is not None:
         parts.append(f"answers {record['answer_nll']:.4f}")
-    parts += [f"lr {record['lr']:.2e}", f"grad {record['grad_norm']:.3f}",
+    if "skipped" in record:
+        parts.append("skipped")
+    parts += [f"lr {record['lr']:.2e}", f"grad {_told(record['grad_norm'], 3)}",
               f"{record['tokens_per_second']:,.0f} tok/s"]
     if record["tokens_per_second_per_gpu"] != record["tokens_per_second"]:
         parts.append(f"{record['tokens_per_second_per_gpu']:,.0f} each")
@@ -131,6 +133,11 @@ def progress_line(record: dict[str, Any]) -> str:
               f"host {record['host_memory_bytes'] / 2**30:.1f} GiB",
               f"ETA {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}"]
     return " | ".join(parts)
+
+
+def _told(value: float | None, digits: int) -> str:
+    """None stands for a number that is not finite, in a step that was skipped."""
+    return "not finite" if value is None else f"{value:.{digits}f}"
 
 
 def _truncate(file: Path, step: int) -> None:
