@@ -21,9 +21,9 @@ from extend.manifest import Manifest
 from extend.model_config import ModelConfig, read_config
 from extend.options import local_tasks
 from extend.output import atomic_directory, write_json
+from extend.results import RESULTS_NAME
 
 logger = logging.getLogger(__name__)
-RESULTS_NAME = "results.json"
 SCHEMA = 1
 
 

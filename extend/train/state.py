@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
+from extend.curves import METRICS_NAME
 from extend.errors import CheckpointError, TrainingError
 from extend.lock import holding
 from extend.model_config import read_json
@@ -25,6 +27,7 @@ from extend.output import remove_directory, require_space, write_json
 from extend.train.background import BackgroundWriter
 from extend.train.mesh import Processes
 from extend.train.optim import create_state
+from extend.train.sound import find_damage, write_hashes
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +65,12 @@ class RunState:
 
     @property
     def metrics_file(self) -> Path:
-        return self.directory / "metrics.jsonl"
+        return self.directory / METRICS_NAME
+
+    def metrics_lines(self) -> list[str]:
+        """What was told of the steps so far, a line each."""
+        file = self.metrics_file
+        return file.read_text(encoding="utf-8").splitlines(True) if file.is_file() else []
 
     def check(self, fingerprint: dict[str, Any]) -> None:
         """Raise TrainingError when the directory holds steps of a run with another `fingerprint`.
@@ -116,11 +124,12 @@ class RunState:
             require_space(self.directory, _count_bytes(tensors))
         self.processes.barrier()
         if self._background is not None:
-            self._background.begin(tensors, partial, lambda: self._keep(step))
+            group = self._background.group
+            self._background.begin(tensors, partial, lambda: self._keep(step, group))
             return
         with self._telling(partial), quiet_alone():
             dcp.save(tensors, checkpoint_id=partial, no_dist=self.processes.mesh is None)
-        self._keep(step)
+            self._keep(step)
         self.processes.barrier()
 
     def finish(self) -> None:
@@ -145,16 +154,46 @@ class RunState:
                                   f"({describe_cause(error)}); see that the disk is not full, and "
                                   "the same command goes on from the checkpoint before") from None
 
-    def _keep(self, step: int) -> None:
+    def _keep(self, step: int, group: dist.ProcessGroup | None = None) -> None:
         """Give the complete checkpoint of `step` its name, and delete those that are too old."""
+        partial = self.directory / f".{_PREFIX}{step}.partial"
+        write_hashes(partial, self.processes, group)
         if not self.processes.is_main:
             return
         final = step_directory(self.directory, step)
-        shutil.rmtree(final, ignore_errors=True)
-        (self.directory / f".{_PREFIX}{step}.partial").rename(final)
+        remove_directory(final)
+        partial.rename(final)
         for old in sorted(saved_steps(self.directory))[:-self.keep]:
-            shutil.rmtree(step_directory(self.directory, old))
+            remove_directory(step_directory(self.directory, old))
         logger.info("saved step %d in %s", step, self.directory)
+
+    def load_newest(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+        """Load the newest checkpoint that is whole, and return its step; 0 where there is none.
+
+        One that is not is told of and set aside.
+
+        Raises:
+            CheckpointError: none of those that are there is whole.
+        """
+        while step := self.processes.share(self.last_step()):
+            path = step_directory(self.directory, step)
+            damage = find_damage(path, self.processes)
+            if damage is None:
+                self.load(step, module, optimizer)
+                return step
+            before = self.processes.share(max(set(saved_steps(self.directory)) - {step}, default=0))
+            if not before:
+                raise CheckpointError(
+                    f"{path}: the training state is damaged: {damage}. There is none before it; "
+                    f"delete {self.directory} to start afresh (keep_checkpoints 2 keeps one more)")
+            if self.processes.is_main:
+                logger.warning("%s: the training state is damaged: %s; it is set aside, and the "
+                               "run goes on after step %d", path, damage, before)
+                aside = path.with_name(f".{path.name}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+            self.processes.barrier()
+        return 0
 
     def load(self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Put the checkpoint of `step` into the module and the optimizer, in place.

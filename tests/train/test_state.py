@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -145,3 +146,33 @@ def test_state_of_another_run_is_refused(run: TrainOptions, tmp_path: Path):
     assert (tmp_path / "out.state" / "step-5").is_dir()  # nothing is lost
     # How often it is saved does not matter.
     train(run.model_copy(update={"save_every": 1}), tmp_path / "out")
+
+
+def damage(file: Path) -> None:
+    """Turn one bit in the middle of a file."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_is_found_by_its_hash(run: TrainOptions, undisturbed: Path,
+                                                   tmp_path: Path,
+                                                   caplog: pytest.LogCaptureFixture):
+    """The one before is used, and says so; without one, nothing is."""
+    run, out = run.model_copy(update={"keep_checkpoints": 2}), tmp_path / "out"
+    with pytest.raises(TrainingError, match="stopped by a signal after step 7"):
+        train_until(run, out, 6, signal.SIGTERM)
+    state = tmp_path / "out.state"
+    assert sorted(path.name for path in state.glob("step-*")) == ["step-6", "step-7"]
+    damage(state / "step-7" / "__0_0.distcp")
+    shutil.copytree(state, tmp_path / "copy.state")
+    with caplog.at_level(logging.WARNING, logger="extend"):
+        train(run, out)
+    assert_same_run(out, undisturbed)
+    [line] = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING
+              and r.name == "extend.train.state"]
+    assert "step-7: the training state is damaged" in line and "goes on after step 6" in line
+    shutil.rmtree(tmp_path / "copy.state" / "step-6")
+    with pytest.raises(CheckpointError, match="__0_0.distcp has the sha256 .*none before it"):
+        train(run, tmp_path / "copy")
+    assert (tmp_path / "copy.state" / "step-7").is_dir()  # what may be of use stays
