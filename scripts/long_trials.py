@@ -22,8 +22,8 @@ measures, in this order:
 Everything stays on disk: the same command, given again, goes on where it was stopped. --budget
 begins nothing that is not expected to end in time; --list says what is still to do, and for how
 long. A model is made when a measure first needs it. Tables and plots are drawn from whatever there
-is; models are not needed for that, so --out/results and --out/made may be carried to another
-machine and be gone on with. Nothing is downloaded.
+is; that takes no models, and --from a results.json goes on elsewhere with what it holds. Nothing
+is downloaded.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, not installed
 
-from long_lab.levels import LEVELS, make_plan
+from long_lab.levels import LEVELS, make_plan, write_far_text
 from long_lab.plan import GROUPS, Plan, describe, list_units, parse_phases
 
 from extend.option_types import parse_length
@@ -53,6 +53,7 @@ OPTIONS = {  # of the plan
     "model": (Path, "directory of the shipped model"),
     "train_text": (Path, "text that is trained on"), "docs": (Path, "held-out text of that kind"),
     "prose": (Path, "held-out text of another kind"),
+    "far_text": (Path, "held-out text of the target's length; docs and prose together"),
     "skills": (Path, "folder of SKILL/{train,test}.jsonl"),
     "phases": (parse_phases, "LENGTH:STEPS[:RATE[:ROWS]],..., of every schedule alike"),
     "siblings": (siblings, "SKILL:STEPS,..."),
@@ -86,6 +87,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--budget", type=float, help="seconds after which nothing new is begun")
     add("--list", action="store_true", help="say what is to do and how long it is expected to take")
     add("--collect", action="store_true", help="only draw tables and plots")
+    add("--from", dest="record", type=Path, help="results.json of an earlier run, to go on from")
     add("--seed", type=int, default=0)
     add("--commit", default="unknown", help="recorded in the results")
     args = parser.parse_args(arguments)
@@ -116,11 +118,13 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     begin, plan = time.time(), plan_of(args)
     args.out.mkdir(parents=True, exist_ok=True)
-    from long_lab.report import collect, todo
+    from long_lab.report import collect, restore, todo
     from long_lab.work import Workshop, open_units, run_units, say
     from transfer_lab.claims import Clock
     from transfer_lab.prepare import write_prose
 
+    if args.record is not None:
+        restore(args.out, args.record)
     shop = Workshop(plan, args.out, args.seed)
     units = open_units(list(list_units(plan)), args.out, args.groups)
     if args.list:
@@ -135,6 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
         disable_progress_bar()
         if args.level == "tiny":
             write_prose(args.out)
+        write_far_text(plan)
         say(describe(plan))
         deadline = None if args.budget is None else begin + args.budget
         left = run_units(shop, units, Clock(deadline), args.commit)

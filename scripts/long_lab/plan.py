@@ -54,7 +54,8 @@ class Plan:
 
     Attributes:
         model: the shipped base. train_text, docs, prose: text trained on; held out, of that kind;
-            held out, of another kind. skills: folder of SKILL/{train,test}.jsonl.
+            held out, of another kind. far_text: held out, longer than the target. skills: folder
+            of SKILL/{train,test}.jsonl.
         native, target: tokens.
         phases: of every schedule alike.
         ropes: schedule -> RoPE, the first one also studied by rank unless told otherwise.
@@ -71,6 +72,7 @@ class Plan:
     train_text: Path
     docs: Path
     prose: Path
+    far_text: Path
     skills: Path
     native: int
     target: int
@@ -215,14 +217,14 @@ def text_passkeys(plan: Plan, length: int) -> list[dict[str, Any]]:
 
 def grid_tasks(plan: Plan, *, text: bool) -> list[dict[str, Any]]:
     """A whole grid for about one prefill a row."""
-    where = _in_text(plan) if text else {}
+    where = {"haystack": str(plan.far_text)} if text else {}
     return [{"task": "passkey-stream", "name": f"passkey-stream{'-text' if text else ''}", **where,
              "lengths": list(plan.far), "depths": plan.grid_depths, "trials": plan.grid_rows,
              "spot_checks": None}]
 
 
 def position_tasks(plan: Plan) -> list[dict[str, Any]]:
-    return [{"task": "loss-by-position", "text": str(plan.docs), "lengths": [max(plan.far)],
+    return [{"task": "loss-by-position", "text": str(plan.far_text), "lengths": [max(plan.far)],
              "trials": plan.position_windows, "native": plan.native}]
 
 

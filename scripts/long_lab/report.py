@@ -23,6 +23,7 @@ TITLES = {"short": "Short text", "needles": "Single needles", "siblings": "Sibli
           "positions": "Loss by position on held-out text", "grid": "Streamed grid in filler"}
 ALONE = "alone"
 BARE = "+no-sidecar"
+RESULT_KEYS = ("schema", "model", "summary", "rows")
 Groups = Mapping[str, Sequence[Results]]
 
 
@@ -83,7 +84,25 @@ def _unit(group: str, result: Results) -> dict[str, Any]:
     record = json.loads((result.path.parent / UNIT).read_text(encoding="utf-8"))
     rows = [{key: value for key, value in row.items() if key != "trials"}
             for row in result.data["rows"]]
-    return {**record, "summary": result.data["summary"], "rows": rows}
+    return {**record, **{key: result.data[key] for key in RESULT_KEYS}, "rows": rows}
+
+
+def restore(out: Path, record: Path) -> None:
+    """Lay out the measures of a results.json again, where they are not: to go on elsewhere."""
+    found = json.loads(record.read_text(encoding="utf-8"))
+    for made in found["models"]:
+        _write(out / "made" / f"{'--'.join(made['key'])}.json", made)
+    for unit in found["units"]:
+        folder = out / "results" / unit["group"] / unit["label"]
+        _write(folder / RESULTS_NAME, {key: unit[key] for key in RESULT_KEYS})
+        _write(folder / UNIT, {key: value for key, value in unit.items()
+                               if key not in RESULT_KEYS})
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, content)
 
 
 # ---- tables --------------------------------------------------------------------------------------

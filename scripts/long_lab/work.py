@@ -14,6 +14,7 @@ import transformers
 from transfer_lab.claims import Clock
 
 import extend
+from extend.errors import TrainingError
 from extend.output import write_json
 from extend.train_options import TrainOptions
 
@@ -21,6 +22,7 @@ from .plan import NOISE, SHIPPED, WHOLE, Phase, Plan, Unit, train_seconds
 
 TRAINED = ["layers", r"model\.norm"]  # tied embeddings stay, so adapters stay small
 UNIT = "unit.json"
+STOPPED = "stopped by"  # how the message of a training begins that a signal ended
 Key = tuple[str, ...]
 
 
@@ -41,16 +43,19 @@ class Workshop:
 
     def make(self, key: Key) -> Path:
         """The directory of a model, after making what it lacks."""
-        path = self.path(key)
+        path, seconds = self.path(key), 0.0
         if not path.exists():
             for other in self.needs(key):
                 self.make(other)
             path.parent.mkdir(parents=True, exist_ok=True)
             begin = time.perf_counter()
             self._maker(key[0])(key, path)
-            write_json(self.out / "made" / f"{path.name}.json", {
-                "key": list(key), "seconds": time.perf_counter() - begin,
-                "adapter_bytes": adapter_bytes(path), **self._course(path)})
+            seconds = time.perf_counter() - begin
+        record = self.out / "made" / f"{path.name}.json"
+        if key != (SHIPPED,) and not record.exists():
+            record.parent.mkdir(parents=True, exist_ok=True)
+            write_json(record, {"key": list(key), "seconds": seconds,
+                                "adapter_bytes": adapter_bytes(path), **course(path)})
         return path
 
     def needs(self, key: Key) -> list[Key]:
@@ -127,14 +132,15 @@ class Workshop:
         else:
             extend.merge(source, target_path, out, sidecar=not bare)
 
-    def _course(self, path: Path) -> dict[str, Any]:
-        """Losses of a training: the mean of the first and of the last ten steps."""
-        metrics = path / "metrics.jsonl"
-        if not metrics.exists():
-            return {}
-        losses = [step["loss"] for line in metrics.read_text(encoding="utf-8").splitlines()
-                  if "loss" in (step := json.loads(line))]
-        return {"first_loss": _mean(losses[:10]), "last_loss": _mean(losses[-10:])}
+
+def course(path: Path) -> dict[str, Any]:
+    """Losses of a training: the mean of the first and of the last ten steps."""
+    metrics = path / "metrics.jsonl"
+    if not metrics.exists():
+        return {}
+    losses = [step["loss"] for line in metrics.read_text(encoding="utf-8").splitlines()
+              if "loss" in (step := json.loads(line))]
+    return {"first_loss": _mean(losses[:10]), "last_loss": _mean(losses[-10:])}
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -162,7 +168,7 @@ def run_units(shop: Workshop, units: Sequence[Unit], clock: Clock, commit: str) 
     its traceback, and the others are done all the same.
     """
     left = []
-    for unit in units:
+    for number, unit in enumerate(units):
         expected = unit.seconds + shop.seconds(unit.model)
         if not clock.has(expected):
             left.append(f"{unit.name} ({expected * clock.slowness:.0f} s)")
@@ -170,6 +176,11 @@ def run_units(shop: Workshop, units: Sequence[Unit], clock: Clock, commit: str) 
         begin = time.perf_counter()
         try:
             run_unit(shop, unit, commit)
+        except TrainingError as error:
+            say(f"{unit.name}: {error}")
+            if str(error).startswith(STOPPED):
+                return left + [f"{rest.name} ({STOPPED} a signal)" for rest in units[number:]]
+            left.append(f"{unit.name} (error above)")
         except Exception:
             traceback.print_exc()
             left.append(f"{unit.name} (error above)")
