@@ -98,6 +98,28 @@ def outcome(out: Path) -> dict[str, str]:
             if name not in (MANIFEST_NAME, METRICS_NAME)}
 
 
+def trials_of(changes: int, place: Path, every: int) -> list[tuple[str, Callable[[], None]]]:
+    """What is done to a stage, and how it is called."""
+    found = []
+    for number, count in enumerate(range(1, changes + 1, every)):
+        code = ERRORS[number % len(ERRORS)]
+        found.append((f"change {count}: {errno.errorcode[code]}",
+                      lambda count=count, code=code: refuse(count, code, str(place))))
+    largest = max(file.stat().st_size for file in (place / "plain").iterdir())
+    for size in filter(lambda size: size < largest, SIZES):
+        found.append((f"files of at most {size} bytes", lambda size=size: resource.setrlimit(
+            resource.RLIMIT_FSIZE, (size, size))))
+    return found
+
+
+def faults(place: Path, out: Path, inputs: Path, before: dict[str, Any]) -> list[str]:
+    """What a stage that failed should not have left or changed."""
+    expected = {"plain", out.name, f"{out.name}.state", f".{out.name}.partial"}
+    left = sorted({path.name for path in place.iterdir()} - expected)
+    return ([f"left {left}"] if left else []) + (
+        ["an input has changed"] if hash_files(inputs) != before else [])
+
+
 def check(name: str, stage: Stage, place: Path, inputs: Path, every: int) -> dict[str, Any]:
     """All trials of a stage, each in a directory of its own."""
     place.mkdir()
@@ -106,13 +128,7 @@ def check(name: str, stage: Stage, place: Path, inputs: Path, every: int) -> dic
     if plain["kind"] is not None:
         sys.exit(f"{name}, undisturbed: {plain}")
     expected = outcome(place / "plain")
-    trials = [(f"change {count}: {errno.errorcode[code]}",
-               lambda count=count, code=code: refuse(count, code, str(place)))
-              for number, count in enumerate(range(1, plain["changes"] + 1, every))
-              for code in [ERRORS[number % len(ERRORS)]]]
-    trials += [(f"files of at most {size} bytes",
-                lambda size=size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
-               for size in SIZES if size < max(f.stat().st_size for f in (place / "plain").iterdir())]
+    trials = trials_of(plain["changes"], place, every)
     problems, kinds = [], Counter()
     for number, (what, prepare) in enumerate(trials):
         out = place / f"trial-{number}"
@@ -122,12 +138,7 @@ def check(name: str, stage: Stage, place: Path, inputs: Path, every: int) -> dic
             problems.append(f"{name}, {what}: {told['kind']}: {told['text'][:300]}")
         if told["kind"] is not None and out.exists():
             problems.append(f"{name}, {what}: failed, but left an output")
-        left = {p.name for p in place.iterdir()} - {"plain", out.name, f"{out.name}.state"}
-        left = {n for n in left if n != f".{out.name}.partial"}  # a disk may not let it be removed
-        if left:
-            problems.append(f"{name}, {what}: left {sorted(left)}")
-        if hash_files(inputs) != before:
-            problems.append(f"{name}, {what}: an input has changed")
+        problems += [f"{name}, {what}: {fault}" for fault in faults(place, out, inputs, before)]
         if not out.exists():
             again = attempt(stage, out, lambda: None)
             if again["kind"] is not None:

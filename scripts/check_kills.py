@@ -7,10 +7,11 @@ The run: import a GGUF file, rescale, train on two processes and on one, extract
 twice, report and publish to a hub on the loopback interface, all on tiny models. Each life of the
 run is ended at a moment drawn evenly over the time that the stage at work takes undisturbed (more
 after each kill in it): mostly by SIGKILL (of everything, of the main process alone, or of one
-training process), for a share by SIGTERM or SIGINT.
-The next life begins at once, orphans or not. When a run is done, every stage's files must have the hashes of an undisturbed run's, as must what the hub holds, and no file may be
-left over. All the while another process reads whatever has its final name, and must never find a
-part of a file. Exit code 1 when anything is not so.
+training process), for a share by SIGTERM or SIGINT. The next life begins at once, orphans or not.
+
+When a run is done, every stage's files must have the hashes of an undisturbed run's, as must what
+the hub holds, and no file may be left over. All the while another process reads whatever has its
+final name, and must never find a part of a file. Exit code 1 when anything is not so.
 """
 
 import argparse
