@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "extend"
 LAYERS = [
     {"errors", "console"},
+    {"lock"},
     {"registry", "model_config", "documents", "encoding", "option_types", "output", "page",
      "together", "hub"},
     {"checkpoint", "haystack", "tokenizer", "transfer_options", "adapter_options",

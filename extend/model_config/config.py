@@ -59,15 +59,12 @@ def read_config(directory: Path | str) -> ModelConfig:
     """
     path = Path(directory) / "config.json"
     raw = read_json(path)
-    try:
-        if raw.get("quantization_config"):
-            method = raw["quantization_config"].get("quant_method", "unknown")
-            raise CompatibilityError(
-                f"{path}: the weights are quantized ({method}); dequantize the model first and "
-                "give that checkpoint")
-        return parse_config(raw, path)
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{path}: a key holds a value of the wrong kind ({error})") from None
+    found = raw.get("quantization_config")
+    if found:
+        method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
+        raise CompatibilityError(f"{path}: the weights are quantized ({method}); dequantize the "
+                                 "model first and give that checkpoint")
+    return parse_config(raw, path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -91,7 +88,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
-    """Turn the keys of a config.json into a `ModelConfig`; `path` is for messages."""
+    """Turn the keys of a config.json into a `ModelConfig`; `path` is for messages.
+
+    Raises:
+        CheckpointError: a value of the wrong kind.
+        CompatibilityError: a key is missing, or keys contradict one another.
+    """
+    try:
+        return _parse(raw, path)
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{path}: a key holds a value of the wrong kind ({error})") from None
+
+
+def _parse(raw: Mapping[str, Any], path: Path) -> ModelConfig:
     def need(key: str) -> Any:
         if raw.get(key) is None:
             raise CompatibilityError(f"{path}: key {key!r} is missing; only decoder models with "

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 from extend.console import progress
 from extend.errors import CheckpointError
+from extend.manifest import host_peak
 from extend.train.mesh import Processes
 from extend.train.trackers import Trackers
 
@@ -39,7 +39,7 @@ def memory_peaks(processes: Processes) -> dict[str, int]:
         `peak_memory_bytes`: allocated on the GPU of the process that has most, or on the CPU its
         whole memory. `host_memory_bytes`: of all processes of the host that has most.
     """
-    own_host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    own_host = host_peak()
     device = processes.device
     own = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else own_host
     peaks = torch.tensor([[own, own_host]], device=device)

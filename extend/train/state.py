@@ -7,20 +7,21 @@ are: a run may go on with others, which read their shards out of those that were
 """
 
 import contextlib
-import fcntl
 import logging
 import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
+from extend.curves import METRICS_NAME
 from extend.errors import CheckpointError, TrainingError
+from extend.lock import holding
 from extend.model_config import read_json
 from extend.output import remove_directory, require_space, write_json
 from extend.train.background import BackgroundWriter
@@ -31,13 +32,12 @@ from extend.train.sound import find_damage, write_hashes
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
-_LOCK = "lock"
 _PREFIX = "step-"
 _DECISIVE = ("options", "inputs")  # of the fingerprint: what must not change between steps
 
 
 class RunState:
-    """The working directory of a run; a context, in which no other run may use it.
+    """The working directory of a run; a context, in which no other process may write `out`.
 
     Args:
         out: what the run writes in the end; the directory lies beside it.
@@ -49,21 +49,23 @@ class RunState:
         self.directory = out.with_name(out.name + ".state")
         self.processes = processes
         self.keep = keep
-        self._lock: IO[str] | None = None
+        self._lock = holding(out) if processes.is_main else contextlib.nullcontext()
         self._background = BackgroundWriter(processes) if background else None
 
     def __enter__(self) -> "RunState":
+        self._lock.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._background is not None:
-            self._background.close()
-        if self._lock is not None:
-            self._lock.close()
+        try:
+            if self._background is not None:
+                self._background.close()
+        finally:
+            self._lock.__exit__(None, None, None)
 
     @property
     def metrics_file(self) -> Path:
-        return self.directory / "metrics.jsonl"
+        return self.directory / METRICS_NAME
 
     def metrics_lines(self) -> list[str]:
         """What was told of the steps so far, a line each."""
@@ -92,20 +94,14 @@ class RunState:
                         self.directory, fingerprint.get("processes"), old.get("processes"))
 
     def open(self, fingerprint: dict[str, Any]) -> None:
-        """Create the directory and lock it; call it in the main process only.
+        """Create the directory; call it in the main process only.
 
         Raises:
-            TrainingError: another run is at work in it.
             CheckpointError: it cannot be written.
         """
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.directory / _LOCK).open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             write_json(self.directory / RUN_FILE, fingerprint)
-        except BlockingIOError:
-            raise TrainingError(f"{self.directory}: another run is at work in it; wait for its "
-                                "end, or stop it") from None
         except OSError as error:
             raise CheckpointError(f"{self.directory}: cannot be written "
                                   f"({error.strerror})") from None

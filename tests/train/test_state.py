@@ -5,13 +5,14 @@ import logging
 import os
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from extend.errors import CheckpointError, TrainingError
+from extend.errors import BusyError, CheckpointError, TrainingError
 from extend.manifest import hash_file
 from extend.train import train
 from extend.train.mesh import Processes
@@ -122,15 +123,15 @@ def test_a_write_that_fails_in_the_background_is_told(run: TrainOptions, tmp_pat
         train(run, tmp_path / "out")
     assert steps == [".step-3.partial", ".step-6.partial"]
     assert sorted(path.name for path in (tmp_path / "out.state").iterdir()) == [
-        "lock", "metrics.jsonl", "run.json", "step-3"]
+        "metrics.jsonl", "run.json", "step-3"]
 
 
 def test_two_runs_in_one_directory_are_refused(tmp_path: Path):
     alone = Processes(0, 1, torch.device("cpu"), None)
-    with RunState(tmp_path / "out", alone) as first, RunState(tmp_path / "out", alone) as second:
-        first.open({})
-        with pytest.raises(TrainingError, match=r"out\.state: another run is at work in it"):
-            second.open({})
+    with RunState(tmp_path / "out", alone), ThreadPoolExecutor(1) as elsewhere:
+        second = elsewhere.submit(RunState(tmp_path / "out", alone).__enter__)
+        with pytest.raises(BusyError, match=rf"/out: process {os.getpid()} \(.*is at work on it"):
+            second.result()
     with RunState(tmp_path / "out", alone) as third:
         third.open({})
 
