@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -132,7 +132,7 @@ class RopeChange(_Frozen):
     after: dict[str, Any]
     max_position_embeddings_before: int
     max_position_embeddings_after: int
-    config_keys: dict[str, Any]
+    config_keys: dict[Literal[_CONTEXT_KEYS], Any]
     by_layer_type: dict[str, dict[str, Any]] = {}
 
     @classmethod
@@ -285,7 +285,7 @@ def read_sidecar(directory: Path) -> Sidecar | None:
         where = ".".join(str(part) for part in first["loc"])
         raise CheckpointError(f"{path}: {where}: {first['msg']}; extract the adapter "
                               "again") from None
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{path}: rope is not complete ({error}); extract the adapter "
                               "again") from None
     return sidecar

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from extend.capacity import choose_recomputed_layers
 from extend.checkpoint import Checkpoint
@@ -19,6 +19,7 @@ from extend.manifest import Manifest
 from extend.model_config import ModelConfig, RopeSpec, read_config
 from extend.rope.live import RotaryModules, make_rotary, place_rotary
 from extend.rope.schedule import Stage, composition_warnings, schedule_ropes
+from extend.tokenizer import load_tokenizer
 from extend.train.compiled import compile_layers, compiles
 from extend.train.data import Rows, load_rows
 from extend.train.equality import check_equal
@@ -152,7 +153,7 @@ def start_rows(options: TrainOptions, config: ModelConfig, state: RunState,
     # Where the cache cannot be written, tokens go where the run's checkpoints do.
     cache = TokenCache([token_directory(options), state.directory / "tokens"], hashes,
                        is_main=state.processes.is_main)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer = load_tokenizer(options.model)
     with ThreadPoolExecutor(1, "rows") as pool:
         try:
             yield pool.submit(load_rows, options, tokenizer, cache, native_length(config))
