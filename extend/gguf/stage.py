@@ -56,7 +56,7 @@ def import_gguf(file: Path | str, out: Path | str, *, dtype: str = "bfloat16",
     file, out = Path(file), Path(out)
     header = Header(file)
     architecture = find_architecture(header)
-    config = _config(header, architecture, dtype)
+    config = read_model_config(header, architecture, dtype)
     sources = _sources(header, architecture, config)
     inputs = {"file" if number == 0 else f"file.{number + 1}": path
               for number, path in enumerate(header.paths)}
@@ -75,7 +75,7 @@ def import_gguf(file: Path | str, out: Path | str, *, dtype: str = "bfloat16",
     return out
 
 
-def _config(header: Header, architecture: Architecture, dtype: str) -> dict[str, Any]:
+def read_model_config(header: Header, architecture: Architecture, dtype: str) -> dict[str, Any]:
     """The config in every spelling of the RoPE."""
     try:
         raw = {**architecture.config(header), "dtype": dtype}

@@ -59,16 +59,7 @@ def read_config(directory: Path | str) -> ModelConfig:
             contradictory keys.
     """
     path = Path(directory) / "config.json"
-    raw = read_json(path)
-    try:
-        if raw.get("quantization_config"):
-            method = raw["quantization_config"].get("quant_method", "unknown")
-            raise CompatibilityError(
-                f"{path}: the weights are quantized ({method}); dequantize the model first and "
-                "give that checkpoint")
-        return parse_config(raw, path)
-    except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
-        raise CheckpointError(f"{path}: a key holds a value of the wrong kind ({error})") from None
+    return parse_config(read_json(path), path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -92,7 +83,23 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
-    """Turn the keys of a config.json into a `ModelConfig`; `path` is for messages."""
+    """Turn the keys of a config.json into a `ModelConfig`; `path` is for messages.
+
+    Raises:
+        CheckpointError, CompatibilityError: as `read_config`.
+    """
+    try:
+        if raw.get("quantization_config"):
+            method = raw["quantization_config"].get("quant_method", "unknown")
+            raise CompatibilityError(
+                f"{path}: the weights are quantized ({method}); dequantize the model first and "
+                "give that checkpoint")
+        return _parse(raw, path)
+    except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
+        raise CheckpointError(f"{path}: a key holds a value of the wrong kind ({error})") from None
+
+
+def _parse(raw: Mapping[str, Any], path: Path) -> ModelConfig:
     def need(key: str) -> Any:
         if raw.get(key) is None:
             raise CompatibilityError(f"{path}: key {key!r} is missing; only decoder models with "
