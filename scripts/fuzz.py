@@ -1,7 +1,7 @@
 """Fuzz every parser of files and names from outside, guided by coverage, and record it.
 
     pip install atheris
-    python scripts/fuzz.py --runs 1000000              # all targets; writes docs/results/reliability
+    python scripts/fuzz.py --runs 1000000        # all targets, into docs/results/reliability
     python scripts/fuzz.py --target header --runs 50000 --out /tmp/fuzz
 
 Each target of `scripts/fuzzing/targets.py` runs in a process of its own. An input may be read or
@@ -36,7 +36,7 @@ SECONDS, MEMORY_MIB, LONGEST = 10, 2048, 4096
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--runs", type=int, default=1_000_000, help="inputs of all targets together")
+    parser.add_argument("--runs", type=int, default=1_000_000, help="inputs of all targets")
     parser.add_argument("--seconds", type=float, default=0.0,
                         help="end after about this long, also with fewer inputs")
     parser.add_argument("--target", action="append", choices=list(SHARES), help="only this")

@@ -37,7 +37,8 @@ Target = Callable[[bytes, Path], None]
 
 _RECIPE = {"name": "fuzzed", "seed": 0, "stages": [
     {"name": "base", "stage": "rescale", "model": "org/model", "to": "8k"},
-    {"name": "long", "stage": "train", "model": "base", "schedule": [{"length": 8192, "lr": 1e-5}]}]}
+    {"name": "long", "stage": "train", "model": "base",
+     "schedule": [{"length": 8192, "lr": 1e-5}]}]}
 _MODEL = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 8,
           "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1,
           "vocab_size": 8, "max_position_embeddings": 64, "rope_theta": 10000.0}
