@@ -6,7 +6,6 @@ passwords are told as `set`, and the home directory as `~`.
 
 import importlib.metadata
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -15,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from extend.manifest import versions
+from extend.manifest import machine, versions
 from extend.secrets import HIDDEN, NAMES, hide_secrets
 
 _MORE_PACKAGES = ("numpy", "pydantic", "huggingface_hub", "tokenizers", "triton", "torchao",
@@ -67,10 +66,11 @@ def _commit() -> str | None:
 
 
 def _machine() -> dict[str, Any]:
-    return {"system": platform.platform(), "processor": platform.machine(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
-            else os.cpu_count(),
-            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}
+    """As manifests tell it, less the GPUs; cores are those that this process may use."""
+    found = {key: value for key, value in machine().items() if key != "gpus"}
+    if hasattr(os, "sched_getaffinity"):
+        found["cores"] = len(os.sched_getaffinity(0))
+    return found
 
 
 def _torch() -> dict[str, Any]:

@@ -289,9 +289,14 @@ def machine() -> dict[str, Any]:
     torch = sys.modules.get("torch")
     used = torch is not None and torch.cuda.is_initialized()
     return {"system": platform.platform(), "processor": _processor(), "cores": os.cpu_count(),
-            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "memory_bytes": host_memory(),
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
             if used else []}
+
+
+def host_memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _processor() -> str:
@@ -304,9 +309,15 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def host_peak() -> int:
+    """Peak bytes of this process on the host."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024  # Linux counts in KiB
+
+
 def peak_memory() -> dict[str, int]:
     """Peak bytes of this process on the host, and per CUDA device that torch has used."""
-    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    peak = {"host": host_peak()}
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():  # asking what is there starts a driver
         for device in range(torch.cuda.device_count()):

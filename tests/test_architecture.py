@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1] / "extend"
 LAYERS = [
     {"errors", "secrets"},
     {"console", "untrusted"},
+    {"lock"},
     {"registry", "model_config", "documents", "encoding", "option_types", "output", "page",
      "together", "hub"},
     {"checkpoint", "haystack", "tokenizer", "transfer_options", "adapter_options",

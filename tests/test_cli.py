@@ -26,6 +26,7 @@ COMMANDS = sorted(main.commands)
 NUMBERS = ("--head-dim", "128", "--theta", "500000", "--from", "8k")
 
 
+@pytest.mark.filterwarnings("error")  # as click warns of an option that is there twice
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(invoke, command):
     result = invoke(command, "--help")

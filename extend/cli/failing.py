@@ -1,12 +1,15 @@
 """How a command fails: one message on stderr, an exit code, and with --json an object on stdout.
 
-Exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 130 interrupted (SIGINT),
+143 terminated (SIGTERM).
 """
 
 import json
 import os
+import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +22,28 @@ from extend.errors import ExtendError
 from extend.secrets import hide_secrets
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: what is interrupted ends as it does by SIGINT."""
+
+
+@contextmanager
+def _raising_terminated() -> Iterator[None]:
+    """Let SIGTERM raise `Terminated`; only the main thread may handle signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a second one ends what the first could not
+        raise Terminated
+
+    old = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
 @contextmanager
 def telling_errors(*, as_json: bool, debug: bool) -> Iterator[None]:
     """End the process with a message and a code when the block raises an error.
@@ -28,13 +53,17 @@ def telling_errors(*, as_json: bool, debug: bool) -> Iterator[None]:
         debug: let errors pass, so that Python shows their traceback.
     """
     try:
-        yield
+        with _raising_terminated():
+            yield
     except click.UsageError as error:
         _show_usage(error)
         _end(error.format_message(), "UsageError", error.exit_code, as_json)
-    except (KeyboardInterrupt, click.Abort):
-        tell("interrupted; the same command goes on where it can")
-        _end("interrupted", "KeyboardInterrupt", 130, as_json)
+    except (KeyboardInterrupt, click.Abort) as error:
+        by_term = isinstance(error.__cause__ or error, Terminated)  # click puts Abort around it
+        what = "terminated" if by_term else "interrupted"
+        tell(f"{what}; the same command goes on where it can")
+        _end(what, "Terminated" if by_term else "KeyboardInterrupt",
+             128 + (signal.SIGTERM if by_term else signal.SIGINT), as_json)
     except Exception as error:
         if debug:
             sys.excepthook = _show_traceback

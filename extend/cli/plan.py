@@ -43,14 +43,12 @@ GPU_NAMES = ("h200", "h100", "h800", "a100", "b200")
 @click.option("--weight-dtype", type=NameType(("float32", "bfloat16")), default="float32")
 @click.option("--optimizer", type=NameType(("adamw", "adamw-8bit", "adamw-offload")),
               default="adamw")
-@set_option
 @click.option("--run", "run_dir", default=None, metavar="DIR",
               help="With RECIPE: the --out of `extend run`. What is done there is skipped, and its "
                    "disk is looked at.")
 @click.option("--config", multiple=True, metavar="INPUT=FILE",
               help="With RECIPE: config.json of a model that is not here, by what the recipe calls "
                    "it.")
-@set_option
 @click.option("--out", default=None, metavar="DIR",
               help="With MODEL: write plan.json and frequencies.png there.")
 @overwrite_option

@@ -1,5 +1,6 @@
 """Pin a repository to a commit, and fetch what is needed of that commit."""
 
+import contextlib
 import fnmatch
 import glob
 import logging
@@ -14,6 +15,7 @@ from extend.hub import HubId, check_repo_id, explaining, hub_api
 from extend.inputs.files import choose_files
 from extend.inputs.names import HubInput
 from extend.model_config import read_json
+from extend.output import write_text
 from extend.registry import suggest
 from extend.untrusted import path_problem
 
@@ -60,16 +62,17 @@ class Pinned:
             if left:
                 raise HubError(f"{self.id}: {', '.join(left[:3])} did not come from the Hub; run "
                                "the same command again")
-            self._note_asked()
+        self._note_asked()
         folder = _snapshot(self.id)
         return folder / self.file if self.file else folder
 
     def _note_asked(self) -> None:
-        """Let the cache know what the revision meant, as others who fetch by its name do."""
-        ref = _folder(self.id) / "refs" / self.asked
-        if self.asked != self.id.revision:
-            ref.parent.mkdir(parents=True, exist_ok=True)
-            ref.write_text(str(self.id.revision))
+        """Let the cache know what the revision means now, as others who fetch by its name do."""
+        ref, commit = _folder(self.id) / "refs" / self.asked, str(self.id.revision)
+        with contextlib.suppress(OSError):  # a cache that may only be read serves as well
+            if self.asked != commit and not (ref.is_file() and ref.read_text().strip() == commit):
+                ref.parent.mkdir(parents=True, exist_ok=True)
+                write_text(ref, commit)
 
     @property
     def missing(self) -> list[str]:

@@ -59,7 +59,13 @@ def read_config(directory: Path | str) -> ModelConfig:
             contradictory keys.
     """
     path = Path(directory) / "config.json"
-    return parse_config(read_json(path), path)
+    raw = read_json(path)
+    found = raw.get("quantization_config")
+    if found:
+        method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
+        raise CompatibilityError(f"{path}: the weights are quantized ({method}); dequantize the "
+                                 "model first and give that checkpoint")
+    return parse_config(raw, path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -86,14 +92,10 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
     """Turn the keys of a config.json into a `ModelConfig`; `path` is for messages.
 
     Raises:
-        CheckpointError, CompatibilityError: as `read_config`.
+        CheckpointError: a value of the wrong kind.
+        CompatibilityError: a key is missing, or keys contradict one another.
     """
     try:
-        if raw.get("quantization_config"):
-            method = raw["quantization_config"].get("quant_method", "unknown")
-            raise CompatibilityError(
-                f"{path}: the weights are quantized ({method}); dequantize the model first and "
-                "give that checkpoint")
         return _parse(raw, path)
     except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
         raise CheckpointError(f"{path}: a key holds a value of the wrong kind ({error})") from None

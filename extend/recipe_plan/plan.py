@@ -1,6 +1,5 @@
 """What a whole recipe takes: every stage in order, before anything is read or downloaded."""
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,6 +8,7 @@ from pathlib import Path
 from extend.capacity import GIB, GPUS, Machine, gpu_rates
 from extend.decisions import Decision, decide_stages
 from extend.errors import CompatibilityError, RecipeError
+from extend.manifest import host_memory
 from extend.recipe import Recipe, load_recipe
 from extend.recipe_inputs import pin_inputs
 from extend.recipe_plan.cost import Cost
@@ -183,9 +183,8 @@ def visible_machine() -> Machine | None:
         raise CompatibilityError(f"the rates of a {name} are not known; give --gpus N and the "
                                  f"nearest --gpu of {', '.join(GPUS)}")
     memory = torch.cuda.get_device_properties(0).total_memory
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Machine(gpu=gpu, num_gpus=torch.cuda.device_count(), gpu_memory_bytes=memory,
-                   host_memory_bytes=host)
+                   host_memory_bytes=host_memory())
 
 
 def _hub_cache() -> Path:

@@ -7,6 +7,7 @@ from extend.capacity import GIB, gpu_rates
 from extend.recipe_plan.cost import Phase
 from extend.recipe_plan.facts import Facts
 from extend.recipe_plan.plan import RecipePlan, StagePlan
+from extend.results import format_length
 
 _HEADER = ("stage", "kind", "does", "reads", "writes", "time", "GPUs", "GiB a GPU", "GiB host")
 _LEGEND = """\
@@ -116,7 +117,7 @@ def _row(stage: StagePlan) -> Sequence[str]:
 
 
 def _phase_line(phase: Phase) -> str:
-    return (f"    {_tokens(phase.length)}: {phase.steps} steps of {phase.rows} rows, "
+    return (f"    {format_length(phase.length)}: {phase.steps} steps of {phase.rows} rows, "
             f"{phase.step_seconds:.3g} s each ({_time(phase.seconds)}), "
             f"{phase.gpu_bytes / GIB:.1f} GiB a GPU, {phase.recomputed} layers recomputed, MFU "
             f"{phase.mfu:.0%}")
@@ -177,10 +178,3 @@ def _size(size: int | None) -> str:
 
 def _gib(size: float | None) -> str:
     return "-" if size is None else f"{size / GIB:.1f}"
-
-
-def _tokens(length: int) -> str:
-    for unit, name in ((2**20, "M"), (2**10, "K")):
-        if length % unit == 0:
-            return f"{length // unit}{name}"
-    return f"{length:,}"

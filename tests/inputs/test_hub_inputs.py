@@ -171,6 +171,16 @@ def test_the_cache_is_all_there_is_offline(lab, monkeypatch):
     assert len(lab.requests) == asked
 
 
+def test_offline_a_branch_means_what_it_meant_when_it_was_last_asked_for(lab, monkeypatch):
+    local_path("lab/base")
+    config = lab.repos["lab/base"].files()["config.json"].data
+    new = lab.add("lab/base", {"config.json": config + b" "})
+    assert local_path(f"lab/base@{new}").name == new  # all of it is here, by the commit alone
+    folder = local_path("lab/base")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert folder.name == new and local_path("lab/base") == folder
+
+
 def test_a_hub_that_does_not_answer(lab, caplog):
     sha = shas(lab)["base"]
     folder = local_path("lab/base")

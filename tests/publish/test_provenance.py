@@ -43,6 +43,12 @@ def test_stages_are_found_by_content_also_after_a_move(run: Path, tmp_path: Path
         f"long, eval-base/results.json, a/b/x, text.jsonl, {run}-2, {run.parent}/base-2")
 
 
+def test_a_source_may_be_written_with_dots(run: Path):
+    (run / "adapter" / "logs").mkdir()
+    assert find(run / "adapter" / "logs" / "..", None)[1] == find(run / "adapter", None)[1]
+    (run / "adapter" / "logs").rmdir()
+
+
 def test_models_must_have_a_name_on_the_hub(run: Path):
     found, (merged,) = find(run / "merged", None)
     with pytest.raises(RecipeError) as refused:
