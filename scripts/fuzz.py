@@ -28,9 +28,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "docs" / "results" / "reliability"
 # Parts of 1000 of all runs; what takes longer for an input gets fewer.
-SHARES = {"recipe": 20, "overrides": 30, "config": 90, "header": 150, "index": 80, "adapter": 50,
-          "sidecar": 40, "results": 60, "manifest": 80, "gguf": 50, "names": 200,
-          "vocabulary": 100, "lines": 70, "card": 20}
+SHARES = {"header": 250, "names": 300, "config": 120, "vocabulary": 150, "lines": 90,
+          "manifest": 30, "index": 20, "results": 20, "adapter": 10, "sidecar": 10, "gguf": 10,
+          "card": 10, "overrides": 3, "recipe": 0.5}
 SECONDS, MEMORY_MIB, LONGEST = 10, 2048, 4096
 
 
@@ -49,7 +49,7 @@ def main() -> int:
         return _work(options)
     chosen = options.target or list(SHARES)
     total = sum(SHARES[name] for name in chosen)
-    runs = {name: -(-options.runs * SHARES[name] // total) for name in chosen}
+    runs = {name: 1 + int(options.runs * SHARES[name] / total) for name in chosen}
     seconds = {name: options.seconds * options.jobs * SHARES[name] / total for name in chosen}
     options.out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
@@ -121,7 +121,7 @@ def _work(options: argparse.Namespace) -> int:
         except ExtendError:
             counts["refused"] += 1
         done = sum(counts.values())
-        if done % 500 == 0 or done >= options.runs:
+        if done % 2000 == 0 or done >= options.runs:
             (work / "counts.json").write_text(json.dumps(counts))
 
     def change(data: bytes, most: int, seed: int) -> bytes:
