@@ -183,7 +183,7 @@ def _read_stage(entry: Any, index: int, names: list[list[Any]], seed: Any,
         problems.add((*where, "name"), f"name: {name!r} is not a name of letters, digits, - and _")
     elif taken := set(names[index]).intersection(_earlier(names, index)):
         problems.add((*where, "name"), f"name: {min(taken)!r} is taken by an earlier stage")
-    if kind not in STAGES:
+    if not isinstance(kind, str) or kind not in STAGES:
         problems.add((*where, "stage"), f"stage: unknown {kind!r};{suggest(str(kind), STAGES)} "
                                         f"choose one of {', '.join(STAGES)}")
         return None
