@@ -231,7 +231,8 @@ FIRST_KEY = 24  # after magic, version and two counts: the length of the first k
 
 
 @pytest.mark.parametrize(("place", "value", "told"), [
-    (8, 2**60, "it announces"), (16, 2**60, "it announces"), (8, 10_000, "it ends at byte|has 0 dimensions"),
+    (8, 2**60, "it announces"), (16, 2**60, "it announces"),
+    (8, 10_000, "it ends at byte|has 0 dimensions"),
     (FIRST_KEY, 2**63, "a text of"), (FIRST_KEY, 1000, "it ends at byte|not UTF-8")])
 def test_gguf_counts_and_lengths(place, value, told, tmp_path):
     (tmp_path / "m.gguf").write_bytes(gguf(place, value))

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from extend.errors import CheckpointError
 from extend.manifest import MANIFEST_NAME, Hashes, hash_file
 from extend.output import write_json
