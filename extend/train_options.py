@@ -203,7 +203,7 @@ class TrainOptions(Options):
     """Processes; auto is one per visible GPU, or one."""
     restarts: Annotated[int, Field(ge=0)] = 0
     """So often the processes are started again from the last checkpoint when one of them was
-    killed, hangs, or fails in another way that the options do not explain."""
+    killed, hangs, or fails in a way that is not told as an error of the run."""
     seed: int = 0
 
     @model_validator(mode="after")

@@ -1,1 +1,1 @@
-"""What checks of reliability share: a run of every stage, in processes that cost little to kill."""
+"""What reliability checks share: a run of every stage, in processes that cost little to kill."""

@@ -131,6 +131,26 @@ def test_what_is_not_here_is_told(whole):
     assert "org/fine-tune: taken to be like Meta-Llama-3-8B" in text
 
 
+def test_the_text_fits_a_terminal_and_says_once_what_holds_of_several_stages():
+    """Lines of 289 characters, and 30 that said the same of other tasks and stages."""
+    text = plan_text(plan_recipe(ROOT / "recipes/smollm2-135m-1m.yaml", machine=machine()))
+    _, rest = text.split("\ntime  ")
+    assert max(map(len, rest.splitlines())) <= 100
+    told = " ".join(rest.split())
+    assert told.count("answers that are written are not counted") == 1
+    assert "eval-shipped, eval-long, eval-merged, eval-record, eval-reverse, eval-dates: " in told
+    assert "(ruler-niah_single_1, ruler-niah_multikey_2, ruler-niah_multikey_3, ruler-vt," in told
+    assert "1 rows" not in text and "e+0" not in text
+
+
+def test_what_the_hub_says_names_its_repository_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    found = plan_recipe(write(tmp_path, {**ADAPTER, "base": "org/base", "tuned": "org/long"}),
+                        machine=machine())
+    assert [line.count("org/base:") for line in found.problems][:1] == [1]
+
+
 def test_the_adapter_has_the_size_that_was_published(tmp_path):
     """837 MB: Llama-3-70B-Gradient-1048k-adapter at rank 32, which holds lm_head and embeddings
     as LoRAs too: 9 MB at (128256 + 8192) * 2 of rank 32, without them 828.
