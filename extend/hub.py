@@ -173,6 +173,10 @@ def _explain_answer(error: Any, repo: str) -> str:
     status = getattr(error.response, "status_code", None)
     said = getattr(error, "server_message", None) or str(error).strip().splitlines()[0]
     if isinstance(error, GatedRepoError):
+        if not get_token():
+            return (f"{repo} is gated, and there is no token: ask for access at "
+                    f"https://huggingface.co/{repo}, run `hf auth login` or set HF_TOKEN, then "
+                    "run again")
         return (f"{repo} is gated, and this user has not been let in; ask for access at "
                 f"https://huggingface.co/{repo}, then run again")
     if isinstance(error, RevisionNotFoundError):

@@ -142,6 +142,8 @@ def test_what_cannot_be_had(lab, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", STRANGER)
     assert "no such repository on the Hub that this user may see" in why("lab/hidden")
     assert "lab/gated is gated, and this user has not been let in" in why("lab/gated")
+    monkeypatch.delenv("HF_TOKEN")
+    assert "lab/gated is gated, and there is no token: ask for access at" in why("lab/gated")
     assert lab.count("GET", "/resolve/") == 0
 
 
