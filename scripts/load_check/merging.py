@@ -32,7 +32,8 @@ SHARD_BYTES = 5_000_000_000
 SHAPE_70B = Shape(80, 8192, 28672, 64, 8, 128, 128256, False)
 
 
-def check(work: Path, shape_name: str, layers: int) -> tuple[dict[str, Any], list[str]]:
+def check(work: Path, shape_name: str, layers: int,
+          only: str = "") -> tuple[dict[str, Any], list[str]]:
     """Merge so many layers of the shape; the dry run always sees all of them."""
     shape = SHAPE_70B if shape_name == "70b" else SHAPES[shape_name]
     whole, layers = _prepare(work / "whole", shape), min(layers, shape.layers)
@@ -58,6 +59,8 @@ def check(work: Path, shape_name: str, layers: int) -> tuple[dict[str, Any], lis
         "largest tensor, bytes": largest, "bound, bytes": LIMIT_BYTES + largest}
     failures = []
     for name, command in commands.items():
+        if only and name.partition(",")[0] not in only.split(","):
+            continue
         row = run(command, work / "log.txt", environment=environment())
         text = (work / "log.txt").read_text(errors="replace")
         figures[name] = {"seconds": round(row["seconds"], 1),
