@@ -67,7 +67,7 @@ def check(work: Path, shape_name: str, layers: int,
                          "CPU seconds": round(row["cpu_seconds"], 1),
                          "peak, bytes": row["anonymous_bytes"],
                          "peak with mapped files, bytes": row["resident_bytes"]}
-        if row["exit_code"] != 0:
+        if row["exit_code"] != 0 and not (name.startswith("dry run") and lacks_space(text)):
             failures.append(f"{name}: exit code {row['exit_code']}: {text[-1500:]}")
         elif row["anonymous_bytes"] > LIMIT_BYTES + largest:
             failures.append(f"{name}: {row['anonymous_bytes']:,} bytes of memory, more than "
@@ -80,6 +80,11 @@ def check(work: Path, shape_name: str, layers: int,
         if set(_names(part / "merged")) != set(_names(part / "target")):
             failures.append("the merged checkpoint does not have the target's tensors")
     return figures, failures
+
+
+def lacks_space(said: str) -> bool:
+    """Whether that the disk is too small for a 70B checkpoint is all that a dry run has to say."""
+    return "the merge has 1 problem:" in said and "are free; free space or choose" in said
 
 
 def _prepare(root: Path, shape: Shape) -> Path:
