@@ -23,7 +23,7 @@ from extend.manifest import Manifest
 from extend.output import atomic_directory, write_json
 from extend.page import render
 from extend.page.chart import SCALE
-from extend.results import Results, format_length, read_results
+from extend.results import Results, format_length, read_results, reading_rows
 
 SCHEMA = 1
 _TEMPLATE = "report.html.jinja"
@@ -45,7 +45,9 @@ def report(results: Mapping[str, Path | str], out: Path | str, *, title: str = "
         CheckpointError: results or metrics that cannot be read, or `out` exists.
         RecipeError: no results.
     """
-    read = [refresh(result) for result in read_results(results)]
+    read = read_results(results)
+    with reading_rows(read):
+        read = [refresh(result) for result in read]
     courses = [] if training is None else read_courses(training)
     paths = {f"results.{r.label}": r.path for r in read}
     if training is not None:
@@ -53,7 +55,8 @@ def report(results: Mapping[str, Path | str], out: Path | str, *, title: str = "
     title = title or f"Context length of {', '.join(r.label for r in read)}"
     manifest = Manifest("report", paths, {"title": title})
     labels = [r.label for r in read]
-    table, differences = build_table(read), build_differences(read)
+    with reading_rows(read):
+        table, differences = build_table(read), build_differences(read)
     with atomic_directory(out, overwrite=overwrite, inputs=paths) as partial:
         maps, plots = _write_heatmaps(read, partial), _write_plots(read, partial)
         markdown = to_markdown(labels, table) + (
