@@ -52,7 +52,7 @@ TOLD = ("goes on", "the same command", "last checkpoint")  # how a message says 
 EARLY, EARLY_SECONDS = 0.08, 0.5  # the share that may die before any stage is at work
 BEFORE = "before the first"
 PATIENCE_SECONDS = 180
-BUSY = "another run is at work"  # orphans of the life before have not noticed yet
+BUSY = "is at work on it"  # orphans of the life before have not noticed yet
 
 
 class Campaign:

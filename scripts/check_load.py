@@ -41,7 +41,7 @@ def _eval(args: argparse.Namespace, work: Path) -> tuple[dict[str, Any], list[st
 def _merge(args: argparse.Namespace, work: Path) -> tuple[dict[str, Any], list[str]]:
     from load_check.merging import check
 
-    return check(work, args.shape, args.layers)
+    return check(work, args.shape, args.layers, args.only)
 
 
 def _twice(args: argparse.Namespace, work: Path) -> tuple[dict[str, Any], list[str]]:
@@ -69,6 +69,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=100_000, help="of eval")
     parser.add_argument("--layers", type=int, default=80, help="of merge: how many hold data")
     parser.add_argument("--shape", default="70b", help="of merge: 70b or tiny")
+    parser.add_argument("--only", default="", help='of merge, by comma: "dry run", lineage, merge')
     parser.add_argument("--runs", type=int, default=10, help="of side-by-side")
     parser.add_argument("--work", type=Path, help="where files are made; a temporary directory")
     parser.add_argument("--results", type=Path, default=ROOT / "docs/results/reliability")

@@ -32,7 +32,8 @@ SHARD_BYTES = 5_000_000_000
 SHAPE_70B = Shape(80, 8192, 28672, 64, 8, 128, 128256, False)
 
 
-def check(work: Path, shape_name: str, layers: int) -> tuple[dict[str, Any], list[str]]:
+def check(work: Path, shape_name: str, layers: int,
+          only: str = "") -> tuple[dict[str, Any], list[str]]:
     """Merge so many layers of the shape; the dry run always sees all of them."""
     shape = SHAPE_70B if shape_name == "70b" else SHAPES[shape_name]
     whole, layers = _prepare(work / "whole", shape), min(layers, shape.layers)
@@ -58,13 +59,15 @@ def check(work: Path, shape_name: str, layers: int) -> tuple[dict[str, Any], lis
         "largest tensor, bytes": largest, "bound, bytes": LIMIT_BYTES + largest}
     failures = []
     for name, command in commands.items():
+        if only and name.partition(",")[0] not in only.split(","):
+            continue
         row = run(command, work / "log.txt", environment=environment())
         text = (work / "log.txt").read_text(errors="replace")
         figures[name] = {"seconds": round(row["seconds"], 1),
                          "CPU seconds": round(row["cpu_seconds"], 1),
                          "peak, bytes": row["anonymous_bytes"],
                          "peak with mapped files, bytes": row["resident_bytes"]}
-        if row["exit_code"] != 0:
+        if row["exit_code"] != 0 and not (name.startswith("dry run") and lacks_space(text)):
             failures.append(f"{name}: exit code {row['exit_code']}: {text[-1500:]}")
         elif row["anonymous_bytes"] > LIMIT_BYTES + largest:
             failures.append(f"{name}: {row['anonymous_bytes']:,} bytes of memory, more than "
@@ -77,6 +80,11 @@ def check(work: Path, shape_name: str, layers: int) -> tuple[dict[str, Any], lis
         if set(_names(part / "merged")) != set(_names(part / "target")):
             failures.append("the merged checkpoint does not have the target's tensors")
     return figures, failures
+
+
+def lacks_space(said: str) -> bool:
+    """Whether that the disk is too small for a 70B checkpoint is all that a dry run has to say."""
+    return "the merge has 1 problem:" in said and "are free; free space or choose" in said
 
 
 def _prepare(root: Path, shape: Shape) -> Path:
