@@ -86,6 +86,24 @@ class RecipeText:
         return f"{self.path}:{_line_of(self._root, location)}"
 
 
+def written_values(text: str) -> list[tuple[int, int, str]]:
+    """(begin, end, value) of every value that a recipe's text holds, the last one first.
+
+    What an alias repeats stands in the text once, and is given once.
+    """
+    root = yaml.compose(text, Loader=RecipeLoader)
+    places = {node.start_mark.index: (node.end_mark.index, node.value) for node in _scalars(root)}
+    return [(begin, *places[begin]) for begin in sorted(places, reverse=True)]
+
+
+def _scalars(node: yaml.Node | None) -> Iterator[yaml.ScalarNode]:
+    if isinstance(node, yaml.ScalarNode):
+        yield node
+    elif isinstance(node, yaml.CollectionNode):
+        for item in node.value:
+            yield from _scalars(item[1] if isinstance(item, tuple) else item)
+
+
 def dotted(location: Location) -> str:
     """`schedule.0.lr`."""
     return ".".join(str(part) for part in location)

@@ -202,8 +202,8 @@ class TrainOptions(Options):
     nproc: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Processes; auto is one per visible GPU, or one."""
     restarts: Annotated[int, Field(ge=0)] = 0
-    """So often the processes are started again from the last checkpoint when one of them was killed,
-    hangs, or fails in another way that the options do not explain."""
+    """So often the processes are started again from the last checkpoint when one of them was
+    killed, hangs, or fails in a way that is not told as an error of the run."""
     seed: int = 0
 
     @model_validator(mode="after")

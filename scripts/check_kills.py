@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Kill a run of every stage again and again, at random moments, and start it again until it is done.
+"""Kill a run of every stage at random moments, and start it again until it is done.
 
     scripts/check_kills.py --kills 200 --seed 0         # Linux; some minutes on two cores
 
@@ -7,10 +7,11 @@ The run: import a GGUF file, rescale, train on two processes and on one, extract
 twice, report and publish to a hub on the loopback interface, all on tiny models. Each life of the
 run is ended at a moment drawn evenly over the time that the stage at work takes undisturbed (more
 after each kill in it): mostly by SIGKILL (of everything, of the main process alone, or of one
-training process), for a share by SIGTERM or SIGINT. The next life begins at once, orphans or not. When a run is done, every stage's
-files must have the hashes of an undisturbed run's, as must what the hub holds, and no file may be
-left over. All the while another process reads whatever has its final name, and must never find a
-part of a file. Exit code 1 when anything is not so.
+training process), for a share by SIGTERM or SIGINT. The next life begins at once, orphans or not.
+
+When a run is done, every stage's files must have the hashes of an undisturbed run's, as must what
+the hub holds, and no file may be left over. All the while another process reads whatever has its
+final name, and must never find a part of a file. Exit code 1 when anything is not so.
 """
 
 import argparse
@@ -57,8 +58,9 @@ BUSY = "another run is at work"  # orphans of the life before have not noticed y
 class Campaign:
     """Runs that are killed, and what came of each life."""
 
-    def __init__(self, directory: Path, hub: Hub, seed: int):
+    def __init__(self, directory: Path, hub: Hub, seed: int, until: float):
         self.directory, self.hub, self.rng = directory, hub, random.Random(seed)
+        self.until = until
         self.recipe, self.out = write_inputs(directory), directory / "out"
         self.lives: list[dict[str, Any]] = []
         self.problems: list[str] = []
@@ -86,7 +88,8 @@ class Campaign:
         shutil.rmtree(self.directory / "cache", ignore_errors=True)  # tokens are made anew, too
         begun, number = len(self.lives), self.runs
         self.runs += 1
-        while len(self.lives) - begun < most and self.one_life():
+        while (len(self.lives) - begun < most and time.monotonic() < self.until
+               and self.one_life()):
             pass
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
@@ -207,6 +210,8 @@ def table(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seconds", type=float, default=3600,
+                        help="after so many no more kills; the run under way is finished")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "docs/results/reliability")
     args = parser.parse_args()
@@ -218,14 +223,15 @@ def main() -> None:
         for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
             os.environ.pop(key, None)
         os.chdir(ROOT)
-        campaign = Campaign(directory, hub, args.seed)
+        campaign = Campaign(directory, hub, args.seed, began + args.seconds)
         campaign.undisturbed()
         stop, record = directory / "stop", directory / "seen.json"
         watcher = mp.get_context("forkserver").Process(target=watch,
                                                        args=(campaign.out, stop, record))
         watcher.start()
-        while len(campaign.lives) < args.kills and len(campaign.problems) < 20:
-            campaign.one_run(most=args.kills)
+        while (len(campaign.lives) < args.kills and len(campaign.problems) < 20
+               and time.monotonic() < campaign.until):
+            campaign.one_run(most=args.kills - len(campaign.lives))
             print(f"{len(campaign.lives)} kills, {campaign.runs} runs, "
                   f"{len(campaign.problems)} problems, {time.monotonic() - began:.0f} s",
                   flush=True)

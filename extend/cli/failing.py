@@ -78,8 +78,10 @@ def _message(error: Exception) -> str:
         return str(error)
     if isinstance(error, click.ClickException):
         return error.format_message()
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{os.fsdecode(error.filename)}: {error.strerror}; --debug shows where this happened"
+    if isinstance(error, OSError) and error.strerror:
+        named = isinstance(error.filename, str | bytes)  # and no number of an open file
+        place = f"{os.fsdecode(error.filename)}: " if named else ""
+        return f"{place}{error.strerror}; --debug shows where this happened"
     told = traceback.format_exception_only(error)[-1].strip()
     return (f"a fault of extend itself, {told}; {_keep_traceback(error)}. Please report it with "
             "what `extend env` prints")

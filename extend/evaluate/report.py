@@ -1,5 +1,6 @@
 """The report stage: several results side by side, as a page, heat maps and a table."""
 
+import base64
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -15,7 +16,7 @@ from extend.evaluate.comparison import (
     to_markdown,
 )
 from extend.evaluate.effective import OWN_RULE, RULER_RULE
-from extend.evaluate.heatmap import build_panels, draw_heatmap
+from extend.evaluate.heatmap import MOST_CELLS, build_panels, draw_heatmap
 from extend.evaluate.plots import Plot, draw_plot, loss_plots, score_plots
 from extend.evaluate.summary import format_chance, summarize
 from extend.manifest import Manifest
@@ -80,8 +81,12 @@ def refresh(result: Results) -> Results:
 
 
 def _write_heatmaps(results: list[Results], directory: Path) -> list[dict[str, Any]]:
-    """A PNG and an SVG a task; returns its name, file and panels."""
+    """A PNG and an SVG a task; returns its name, file and panels.
+
+    Of tasks for which the page has no room it shows the `picture` as it is.
+    """
     maps: list[dict[str, Any]] = []
+    left = MOST_CELLS
     for name in grid_tasks(results):
         panels = build_panels(results, name)
         if not panels:
@@ -89,8 +94,17 @@ def _write_heatmaps(results: list[Results], directory: Path) -> list[dict[str, A
         file = _file_name("heatmap", name, [entry["file"] for entry in maps])
         draw_heatmap(panels, directory / file, name)
         stream = any(r.data["summary"]["tasks"].get(name, {}).get("stream") for r in results)
-        maps.append({"name": name, "file": file, "panels": panels, "stream": stream})
+        left -= (cells := sum(len(p.lengths) * len(p.depths) for p in panels))
+        picture = _embed(directory / file) if left < 0 else None
+        left += cells if picture else 0
+        maps.append({"name": name, "file": file, "panels": panels, "stream": stream,
+                     "picture": picture})
     return maps
+
+
+def _embed(picture: Path) -> str:
+    """The address of a PNG that a page carries itself."""
+    return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
 
 
 def _write_plots(results: list[Results], directory: Path) -> list[tuple[Plot, str]]:

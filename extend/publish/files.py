@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from extend.manifest import MANIFEST_NAME, Hashes, hash_file
 from extend.output import write_json
 from extend.publish.naming import Names
 from extend.publish.provenance import ADAPTER, RESULTS, Run, StageOutput
+from extend.recipe_text import written_values
 from extend.results import RESULTS_NAME, Results
 from extend.untrusted import link_problem, yaml_problems
 
@@ -202,24 +203,11 @@ def public_recipe(recipe: Mapping[str, Any], names: Names) -> str:
     if refused:
         raise CheckpointError(f"the recipe that this run kept is not one ({refused[0]}); run it "
                               "again")
-    for node in sorted(_scalars(yaml.compose(text, Loader=yaml.SafeLoader)),
-                       key=lambda n: n.start_mark.index, reverse=True):
-        path = str((home / node.value).resolve()) if node.value else ""
+    for begin, end, value in written_values(text):
+        path = str((home / value).resolve()) if value else ""
         if path in names.local and "/" in path and path != str(home):
-            begin, end = node.start_mark.index, node.end_mark.index
             text = text[:begin] + names.of(path) + text[end:]
     return names.apply(text)
-
-
-def _scalars(node: yaml.Node | None) -> Iterator[yaml.ScalarNode]:
-    if isinstance(node, yaml.ScalarNode):
-        yield node
-    elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            yield from _scalars(item)
-    elif isinstance(node, yaml.MappingNode):
-        for _, value in node.value:
-            yield from _scalars(value)
 
 
 def add_results(folder: Folder, results: Sequence[Results]) -> None:

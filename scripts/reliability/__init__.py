@@ -1,1 +1,1 @@
-"""What the reliability checks share: a run of every stage, in processes that cost little to kill."""
+"""What reliability checks share: a run of every stage, in processes that cost little to kill."""

@@ -133,6 +133,15 @@ def test_the_recipe_keeps_its_comments_and_loses_its_paths(run: Path):
         "target: sibling", "target: c/d")
 
 
+def test_what_an_alias_repeats_is_renamed_once():
+    """Each alias cut the text after its anchor's paths again, by what the path was longer."""
+    text = ("stages:\n  - {name: a, tasks: &tasks [{task: loss, text: ../far/away/a.jsonl}]}\n"
+            "  # said of b\n  - {name: b, tasks: *tasks}\n  - {name: c, tasks: *tasks}\n")
+    names = Names({}, {"/far/away/a.jsonl": "a.jsonl"})
+    assert public_recipe({"text": text, "path": "/home/recipe.yaml"}, names) == text.replace(
+        "../far/away/", "")
+
+
 def test_what_of_a_run_is_published(run: Path, tmp_path: Path):
     assert [o.name for o in find(run, "model")[1]] == ["merged"]
     assert [o.name for o in find(run, "results")[1]] == ["eval-base", "eval-merged"]
