@@ -43,10 +43,14 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="targets at once")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS, help="where fuzz.json and fuzz.md go")
+    parser.add_argument("--join", type=Path, action="append",
+                        help="run nothing: put what other runs recorded into one record")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
         return _work(options)
+    if options.join:
+        return _join(options)
     chosen = options.target or list(SHARES)
     total = sum(SHARES[name] for name in chosen)
     runs = {name: 1 + int(options.runs * SHARES[name] / total) for name in chosen}
@@ -139,12 +143,25 @@ def _work(options: argparse.Namespace) -> int:
     return 0
 
 
+def _join(options: argparse.Namespace) -> int:
+    """One record of several runs."""
+    records = [json.loads((place / "fuzz.json").read_text()) for place in options.join]
+    options.commit = ", ".join(sorted({record["commit"] for record in records}))
+    options.jobs = sum(record["jobs"] for record in records)
+    _record(options, [row for record in records for row in record["targets"]],
+            max(record["seconds"] for record in records))
+    return 0
+
+
 def _record(options: argparse.Namespace, rows: list[dict[str, Any]], seconds: float) -> None:
     commit = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty",
                              "--abbrev=12"], capture_output=True, text=True, check=False)
+    order = list(SHARES)
+    rows = sorted(rows, key=lambda row: order.index(row["target"]))
     inputs = sum(row.get("inputs", 0) for row in rows)
-    record = {"schema": 1, "command": f"python scripts/fuzz.py --runs {options.runs}",
-              "commit": commit.stdout.strip(), "python": sys.version.split()[0],
+    record = {"schema": 1, "command": f"python scripts/fuzz.py --runs {options.runs:.0f}",
+              "commit": getattr(options, "commit", None) or commit.stdout.strip(),
+              "python": sys.version.split()[0],
               "seed": options.seed, "jobs": options.jobs, "inputs": inputs,
               "faults": sum(row["faults"] for row in rows), "seconds": round(seconds, 1),
               "limits": {"seconds": SECONDS, "memory_mib": MEMORY_MIB, "bytes": LONGEST},

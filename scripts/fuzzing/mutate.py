@@ -1,5 +1,6 @@
 """Change data at random, and JSON also by its structure; the same for the same random numbers."""
 
+import copy
 import json
 import random
 from typing import Any
@@ -34,7 +35,7 @@ def mutate(data: bytes, chance: random.Random, most: int = 1 << 16) -> bytes:
 def _change_tree(tree: Any, chance: random.Random) -> Any:
     """The tree with one place in it changed."""
     if not isinstance(tree, dict | list) or not tree or chance.random() < 0.05:
-        return chance.choice(ODD)
+        return _odd(chance)
     keys = list(tree) if isinstance(tree, dict) else range(len(tree))
     key = chance.choice(keys)
     action = chance.random()
@@ -42,16 +43,20 @@ def _change_tree(tree: Any, chance: random.Random) -> Any:
         del tree[key]
     elif action < 0.14:
         if isinstance(tree, dict):
-            tree[str(chance.choice(ODD))] = tree[key]
+            tree[str(_odd(chance))] = copy.deepcopy(tree[key])
         else:
-            tree.append(tree[key])
+            tree.append(copy.deepcopy(tree[key]))
     elif action < 0.22 and isinstance(tree, dict):
-        tree[chance.choice(keys)] = tree[key]
+        tree[chance.choice(keys)] = copy.deepcopy(tree[key])
     elif action < 0.5:
-        tree[key] = chance.choice(ODD)
+        tree[key] = _odd(chance)
     else:
         tree[key] = _change_tree(tree[key], chance)
     return tree
+
+
+def _odd(chance: random.Random) -> Any:
+    return copy.deepcopy(chance.choice(ODD))
 
 
 def _change_bytes(data: bytearray, chance: random.Random) -> None:
