@@ -73,7 +73,11 @@ def load_causal_lm(model: Path | str, config: ModelConfig, *, device: torch.devi
 def load_hf_config(config: ModelConfig) -> Any:
     """The transformers config of a `ModelConfig`, whose keys may differ from the file's."""
     with tempfile.TemporaryDirectory() as directory:
-        write_json(Path(directory) / "config.json", dict(config.raw))
+        try:
+            write_json(Path(directory) / "config.json", dict(config.raw))
+        except OSError as error:
+            raise CheckpointError(f"{directory}: cannot be written ({error.strerror}); free space "
+                                  "there, or let TMPDIR name another directory") from None
         return AutoConfig.from_pretrained(directory, local_files_only=True)
 
 

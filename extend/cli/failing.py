@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 130 int
 143 terminated (SIGTERM).
 """
 
+import errno
 import json
 import os
 import signal
@@ -18,6 +19,8 @@ import click
 
 from extend.console import printable
 from extend.errors import ExtendError
+
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
 class Terminated(KeyboardInterrupt):
@@ -77,6 +80,9 @@ def _message(error: Exception) -> str:
         return error.format_message()
     if isinstance(error, OSError) and error.filename is not None:
         return f"{os.fsdecode(error.filename)}: {error.strerror}; --debug shows where this happened"
+    if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+        return (f"the disk refuses a write ({error.strerror}); free space there or in "
+                f"{tempfile.gettempdir()}; --debug shows where this happened")
     told = traceback.format_exception_only(error)[-1].strip()
     return (f"a fault of extend itself, {told}; {_keep_traceback(error)}. Please report it with "
             "what `extend env` prints")
