@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+from extend.secrets import hide_secrets
+
 HEARTBEAT_SECONDS = 60
 _CHATTY = ("torchao", "torch.utils._pytree")
 _UNSAFE = re.compile(
@@ -28,8 +30,10 @@ _UNSAFE = re.compile(
 
 
 def printable(text: str) -> str:
-    """The text with characters that would steer a terminal written as escapes, such as `\\x1b`."""
-    return _UNSAFE.sub(lambda found: ascii(found[0])[1:-1], text)
+    """The text without secrets, and with characters that would steer a terminal, or turn the order
+    of a page's text around, written as escapes, such as `\\x1b`.
+    """
+    return _UNSAFE.sub(lambda found: ascii(found[0])[1:-1], hide_secrets(text))
 
 
 def progress(done: int, total: int) -> dict[str, tuple[int, int]]:

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from extend.manifest import machine, versions
+from extend.secrets import HIDDEN, NAMES, hide_secrets
 
 _MORE_PACKAGES = ("numpy", "pydantic", "huggingface_hub", "tokenizers", "triton", "torchao",
                   "flash-attn", "flash-attn-4", "gguf", "lm-eval", "click", "rich")
 _VARIABLES = re.compile(r"(EXTEND|HF|HUGGINGFACE|TRANSFORMERS|CUDA|NVIDIA|NCCL|GLOO|TORCH|PYTORCH|"
                         r"OMP|MKL|SLURM_(JOB_ID|NNODES|NTASKS|GPUS\w*)|XDG_CACHE|TOKENIZERS)(_|$)|"
                         r"(RANK|WORLD_SIZE|LOCAL_RANK|NO_COLOR|TERM)$")
-_SECRET = re.compile(r"TOKEN(?!IZERS)|KEY|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
 _IN_VALUE = re.compile(r"(?<=//)[^/@\s]+(?=@)|\bhf_\w{6,}")
 _SECONDS = 20  # nvidia-smi of a broken driver may never answer
 
@@ -38,12 +38,12 @@ def describe_environment() -> dict[str, Any]:
 def hide(text: str) -> str:
     """The text without what stands for a user: passwords in addresses, tokens, the home."""
     home = str(Path.home())
-    text = _IN_VALUE.sub("***", text)
+    text = _IN_VALUE.sub(HIDDEN, hide_secrets(text))
     return re.sub(re.escape(home) + r"(?=/|$|:)", "~", text) if len(home) > 1 else text
 
 
 def _variables(environ: Mapping[str, str]) -> dict[str, str]:
-    return {name: "set" if _SECRET.search(name) else hide(value)
+    return {name: "set" if NAMES.search(name) else hide(value)
             for name, value in sorted(environ.items()) if _VARIABLES.match(name)}
 
 

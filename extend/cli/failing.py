@@ -14,11 +14,13 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import click
 
 from extend.console import printable
 from extend.errors import ExtendError
+from extend.secrets import hide_secrets
 
 _OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
@@ -67,6 +69,7 @@ def telling_errors(*, as_json: bool, debug: bool) -> Iterator[None]:
              128 + (signal.SIGTERM if by_term else signal.SIGINT), as_json)
     except Exception as error:
         if debug:
+            sys.excepthook = _show_traceback
             raise
         message = _message(error)
         tell(message)
@@ -78,19 +81,30 @@ def _message(error: Exception) -> str:
         return str(error)
     if isinstance(error, click.ClickException):
         return error.format_message()
+<<<<<<< HEAD
     if isinstance(error, OSError) and error.filename is not None:
         return f"{os.fsdecode(error.filename)}: {error.strerror}; --debug shows where this happened"
     if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
         return (f"the disk refuses a write ({error.strerror}); free space there or in "
                 f"{tempfile.gettempdir()}; --debug shows where this happened")
+=======
+    if isinstance(error, OSError) and error.strerror:
+        named = isinstance(error.filename, str | bytes)  # and no number of an open file
+        place = f"{os.fsdecode(error.filename)}: " if named else ""
+        return f"{place}{error.strerror}; --debug shows where this happened"
+>>>>>>> main
     told = traceback.format_exception_only(error)[-1].strip()
     return (f"a fault of extend itself, {told}; {_keep_traceback(error)}. Please report it with "
             "what `extend env` prints")
 
 
+def _show_traceback(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    sys.stderr.write(printable("".join(traceback.format_exception(kind, error, trace))))
+
+
 def _keep_traceback(error: Exception) -> str:
     """Write the traceback to a file, since what took hours is not run again just to see it."""
-    text = "".join(traceback.format_exception(error))
+    text = hide_secrets("".join(traceback.format_exception(error)))
     try:
         with tempfile.NamedTemporaryFile("w", prefix="extend-", suffix=".log", delete=False,
                                          encoding="utf-8", errors="backslashreplace") as file:
@@ -118,5 +132,5 @@ def _show_usage(error: click.UsageError) -> None:
 
 def _end(message: str, kind: str, code: int, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps({"error": message, "kind": kind}))
+        click.echo(json.dumps({"error": hide_secrets(message), "kind": kind}))
     sys.exit(code)

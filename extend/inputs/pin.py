@@ -5,18 +5,19 @@ import fnmatch
 import glob
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from extend.checkpoint import INDEX_NAME
 from extend.errors import CheckpointError, HubError, SpaceError
-from extend.hub import HubId, explaining, hub_api
+from extend.hub import HubId, check_repo_id, explaining, hub_api
 from extend.inputs.files import choose_files
 from extend.inputs.names import HubInput
 from extend.model_config import read_json
 from extend.output import write_text
 from extend.registry import suggest
+from extend.untrusted import path_problem
 
 log = logging.getLogger(__name__)
 _OFFLINE = ("once the network is there run the same command again, or set HF_HUB_OFFLINE=1 for "
@@ -135,7 +136,20 @@ def _pin_online(wanted: HubInput, weights: bool) -> Pinned:
     if info.id != repo:
         log.warning("%s: is called %s on the Hub now; give that name", repo, info.id)
     sizes = {entry.rfilename: entry.size for entry in info.siblings}
+    _check_listing(wanted, info.id, info.sha, sizes)
     return _pinned(wanted, HubId(info.id, info.sha), sizes, weights)
+
+
+def _check_listing(wanted: HubInput, repo: str, commit: str, names: Iterable[str]) -> None:
+    """Refuse an answer whose names would lead out of the cache."""
+    check_repo_id(repo)
+    if not HubId(repo, commit).pinned:
+        raise HubError(f"{wanted.id}: the Hub answered with the commit {str(commit)[:100]!r}, "
+                       "which is none; nothing was fetched")
+    for name in names:
+        if problem := path_problem(name):
+            raise HubError(f"{wanted.id}: the Hub lists a file {str(name)[:100]!r}, which "
+                           f"{problem}; nothing was fetched")
 
 
 def _tell_refused(error: Exception, wanted: HubInput) -> None:

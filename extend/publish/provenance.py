@@ -14,7 +14,7 @@ from typing import Any
 
 from extend.errors import CheckpointError, RecipeError
 from extend.hub import HubId, is_repo_id
-from extend.manifest import MANIFEST_NAME, recorded_content
+from extend.manifest import MANIFEST_NAME, read_manifest, recorded_content
 from extend.model_config import read_json
 from extend.results import RESULTS_NAME
 from extend.run_record import RECIPE_RECORD
@@ -155,12 +155,7 @@ def read_output(directory: Path) -> StageOutput:
     if not path.is_file():
         raise CheckpointError(f"{directory}: has no {MANIFEST_NAME}, from which its card would be "
                               "made; give the output of a stage, or the directory of a run")
-    manifest = read_json(path)
-    for key in ("stage", "inputs", "outputs"):
-        if key not in manifest:
-            raise CheckpointError(f"{path}: has no {key!r}, so it is no stage's manifest; run the "
-                                  "stage again")
-    return StageOutput(directory, manifest)
+    return StageOutput(directory, read_manifest(directory))
 
 
 def read_run(directory: Path) -> Run:

@@ -47,11 +47,6 @@ class Facts:
     problem: str = ""
     path: Path | None = None
 
-    @property
-    def weights_bytes(self) -> int | None:
-        """Of a checkpoint of this shape, in its own dtype."""
-        return None if self.shape is None else self.shape.parameters * self.value_bytes
-
 
 NOTHING = Facts()
 
@@ -121,7 +116,7 @@ def _look_up(value: str, directory: Path, config: Path | str | None) -> Facts:
     elif path.exists():
         facts = look_at(path)
     else:
-        facts = _presumed(value, "missing", f"{path} is not there")
+        facts = _presumed(value, "missing", f"{os.path.normpath(path)} is not there")
     if config is None:
         return facts
     shape, value_bytes = _read_shape(Path(config))
@@ -168,7 +163,7 @@ def _presumed(value: str, where: str, problem: str) -> Facts:
                      download_bytes=None if where == "hub" else 0)
     shape = model_shape(parse_config(known[1], Path(known[0]) / "config.json"))
     return Facts(num_bytes=2 * shape.parameters, shape=shape, where=where, problem=problem,
-                 source=f"the shape of {known[0]}")
+                 source=f"its config is not here; its shape is that of {known[0]}")
 
 
 def _read_shape(path: Path) -> tuple[ModelShape, int]:

@@ -105,7 +105,8 @@ class RecipePlan:
         """What would stop the run, as far as a plan can tell."""
         found = [f"{stage.decision.stage.name}: {stage.cost.notes[0]}" for stage in self.stages
                  if stage.runs and not stage.cost.fits]
-        found += [f"{value}: {problem}" for value, problem in self.missing.items()]
+        found += [problem if problem.startswith(f"{value}: ") else f"{value}: {problem}"
+                  for value, problem in self.missing.items()]
         for needed, free, place in (
                 (self.disk_bytes, self.free_bytes, self.run_dir),
                 (self.download_bytes, self.cache_free_bytes, self.cache_dir)):

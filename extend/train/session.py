@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from extend.capacity import choose_recomputed_layers
 from extend.checkpoint import Checkpoint
@@ -21,6 +21,7 @@ from extend.model_config import ModelConfig, RopeSpec, read_config
 from extend.ring.hf_attention import RingSettings
 from extend.rope.live import RotaryModules, make_rotary, place_rotary
 from extend.rope.schedule import Stage, composition_warnings, schedule_ropes
+from extend.tokenizer import load_tokenizer
 from extend.train.bad_steps import LossHistory
 from extend.train.batch import Batch
 from extend.train.compiled import compile_layers, compiles
@@ -168,7 +169,7 @@ def start_rows(options: TrainOptions, config: ModelConfig, state: RunState,
     # Where the cache cannot be written, tokens go where the run's checkpoints do.
     cache = TokenCache([token_directory(options), state.directory / "tokens"], hashes,
                        is_main=state.processes.is_main)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer = load_tokenizer(options.model)
     with ThreadPoolExecutor(1, "rows") as pool:
         try:
             yield pool.submit(load_rows, options, tokenizer, cache, native_length(config))
