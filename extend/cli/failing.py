@@ -4,7 +4,6 @@ Exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 130 int
 143 terminated (SIGTERM).
 """
 
-import errno
 import json
 import os
 import signal
@@ -21,9 +20,6 @@ import click
 from extend.console import printable
 from extend.errors import ExtendError
 from extend.secrets import hide_secrets
-
-_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
-
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM: what is interrupted ends as it does by SIGINT."""
@@ -81,18 +77,10 @@ def _message(error: Exception) -> str:
         return str(error)
     if isinstance(error, click.ClickException):
         return error.format_message()
-<<<<<<< HEAD
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{os.fsdecode(error.filename)}: {error.strerror}; --debug shows where this happened"
-    if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
-        return (f"the disk refuses a write ({error.strerror}); free space there or in "
-                f"{tempfile.gettempdir()}; --debug shows where this happened")
-=======
     if isinstance(error, OSError) and error.strerror:
         named = isinstance(error.filename, str | bytes)  # and no number of an open file
         place = f"{os.fsdecode(error.filename)}: " if named else ""
         return f"{place}{error.strerror}; --debug shows where this happened"
->>>>>>> main
     told = traceback.format_exception_only(error)[-1].strip()
     return (f"a fault of extend itself, {told}; {_keep_traceback(error)}. Please report it with "
             "what `extend env` prints")
