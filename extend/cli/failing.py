@@ -21,6 +21,7 @@ from extend.console import printable
 from extend.errors import ExtendError
 from extend.secrets import hide_secrets
 
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM: what is interrupted ends as it does by SIGINT."""
 
