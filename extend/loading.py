@@ -91,7 +91,11 @@ def read_hf_config(directory: Path | str) -> Any:
 def load_hf_config(config: ModelConfig) -> Any:
     """The transformers config of a `ModelConfig`, whose keys may differ from the file's."""
     with tempfile.TemporaryDirectory() as directory:
-        write_json(Path(directory) / "config.json", dict(config.raw))
+        try:
+            write_json(Path(directory) / "config.json", dict(config.raw))
+        except OSError as error:
+            raise CheckpointError(f"{directory}: cannot be written ({error.strerror}); free space "
+                                  "there, or let TMPDIR name another directory") from None
         return AutoConfig.from_pretrained(directory, local_files_only=True,
                                           trust_remote_code=False)
 

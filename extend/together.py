@@ -9,8 +9,8 @@ it.
 import contextlib
 import json
 import os
-import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 _POLL_SECONDS = 1.0
+_LATER_SECONDS = 3
 _GRACE_SECONDS = 1.0  # for the one that failed to tell it, before its launcher ends it too
 _MOST_MISSES = 3
 _SILENCE_SECONDS = 60.0
@@ -132,8 +133,10 @@ class _Board:
         with contextlib.suppress(RuntimeError, OSError):
             if self._store.check([key]):
                 known = json.loads(self._store.get(key))
-                if known == _identity(known["pid"]) and Path(f"/proc/{known['pid']}").is_dir():
-                    os.kill(known["pid"], signal.SIGKILL)
+                if known["began"] and known == _identity(known["pid"]):
+                    # After this one, whose word its launcher would not wait for otherwise.
+                    later = f"sleep {_LATER_SECONDS}; kill -9 {known['pid']}"
+                    subprocess.Popen(["sh", "-c", later], start_new_session=True)
                     return (f"it was stopped or hung (pid {known['pid']} on {known['host']}), and "
                             "was ended")
         return gone

@@ -38,10 +38,10 @@ import extend.adapter  # noqa: E402
 import extend.evaluate  # noqa: E402
 import extend.gguf  # noqa: E402
 import extend.merge  # noqa: E402
-import extend.train.loop  # noqa: E402
 from extend.curves import METRICS_NAME  # noqa: E402
 from extend.errors import ExtendError  # noqa: E402
 from extend.manifest import MANIFEST_NAME, hash_files  # noqa: E402
+from extend.train.loop import train as run_training  # noqa: E402
 from tests.train.tiny import options  # noqa: E402
 
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
@@ -162,7 +162,7 @@ def stages(inputs: Path) -> dict[str, Stage]:
         run = options(model, [{"kind": kind, "path": str(inputs / file)}], save_every=1,
                       token_cache=str(inputs.parent / "tokens"),
                       schedule=[{"length": 128, "steps": 2, "lr": 1e-3}])
-        return lambda out: extend.train.loop.train(run, out)
+        return lambda out: run_training(run, out)
 
     return {
         "import": lambda out: extend.gguf.import_gguf(

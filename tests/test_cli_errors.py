@@ -1,6 +1,8 @@
 """How commands fail, and what a shell, a script and a bug report get."""
 
+import errno
 import json
+import signal
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -50,6 +52,22 @@ def test_wrong_usage_suggests_and_is_json_where_asked(arguments, message):
     for given in (["--json", *arguments], [*arguments, "--json"]):
         told = json.loads(invoke(*given).stdout)
         assert message in told["error"] and told["kind"] == "UsageError"
+
+
+def test_a_disk_that_refuses_is_no_fault_of_extend(failing):
+    failing(OSError(errno.EDQUOT, "Disk quota exceeded"))
+    told = invoke("plan", *NUMBERS)
+    assert told.exit_code == 1 and "Disk quota exceeded" in told.stderr
+    assert "a fault of extend" not in told.stderr
+
+
+def test_sigterm_ends_as_an_interruption_does(monkeypatch):
+    monkeypatch.setattr(import_module("extend.plan"), "plan",
+                        lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    told = invoke("plan", *NUMBERS)
+    assert told.exit_code == 143 and "terminated; the same command goes on" in told.stderr
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_without_a_command_there_is_help():

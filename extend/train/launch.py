@@ -3,8 +3,10 @@
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -22,6 +24,7 @@ from extend.train_options import TrainOptions
 
 logger = logging.getLogger(__name__)
 
+_TAKEN = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _PAUSE_SECONDS = 1.0  # before a restart: for what has failed to give back its memory
 
 Job = Callable[[TrainOptions, Path, bool], None]
@@ -86,6 +89,7 @@ def _start(world: int, ticket: Path) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world)))
     elastic = logging.getLogger("torch.distributed.elastic")
     level = elastic.level
+    handlers = {number: signal.getsignal(number) for number in _TAKEN}
     elastic.setLevel(logging.CRITICAL)  # what went wrong is told below, once
     try:
         elastic_launch(config, sys.executable)("-m", "extend.train.worker", str(ticket))
@@ -96,6 +100,9 @@ def _start(world: int, ticket: Path) -> None:
                             "the last checkpoint") from None
     finally:
         elastic.setLevel(level)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():  # torch leaves its own for later stages
+                signal.signal(number, handler)
 
 
 def _first_error(error: ChildFailedError) -> ExtendError:
