@@ -16,10 +16,13 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+from extend.secrets import hide_secrets
+
 HEARTBEAT_SECONDS = 60
+_CHATTY = ("torchao", "torch.utils._pytree")
 _UNSAFE = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f"      # control characters but tab and new line
     r"\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"  # what changes the order or the lines of text
@@ -27,8 +30,10 @@ _UNSAFE = re.compile(
 
 
 def printable(text: str) -> str:
-    """The text with characters that would steer a terminal written as escapes, such as `\\x1b`."""
-    return _UNSAFE.sub(lambda found: ascii(found[0])[1:-1], text)
+    """The text without secrets, and with characters that would steer a terminal, or turn the order
+    of a page's text around, written as escapes, such as `\\x1b`.
+    """
+    return _UNSAFE.sub(lambda found: ascii(found[0])[1:-1], hide_secrets(text))
 
 
 def progress(done: int, total: int) -> dict[str, tuple[int, int]]:
@@ -37,11 +42,28 @@ def progress(done: int, total: int) -> dict[str, tuple[int, int]]:
 
 
 @contextmanager
+def hushing_imports() -> Iterator[None]:
+    """Keep quiet what torchao says of kernels that this machine lacks, while the block runs.
+
+    transformers and PEFT import it where it is installed, whether it is used or not.
+    """
+    chatty = {logger: logger.level for logger in map(logging.getLogger, _CHATTY)}
+    for logger in chatty:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in chatty.items():
+            logger.setLevel(level)
+
+
+@contextmanager
 def showing_logs(level: int, *, rank: int = 0) -> Iterator[None]:
     """Write the log of this process to stderr while the block runs.
 
     Args:
-        level: of this package's records; libraries tell warnings only, and with DEBUG news too.
+        level: of this package's records; libraries tell warnings only, and with DEBUG
+            news and what they say as they are imported too.
         rank: of the process among its like; all but the first tell warnings only.
     """
     root, own = logging.getLogger(), logging.getLogger("extend")
@@ -50,7 +72,8 @@ def showing_logs(level: int, *, rank: int = 0) -> Iterator[None]:
     root.setLevel(logging.INFO if level <= logging.DEBUG else logging.WARNING)
     own.setLevel(max(level, logging.WARNING) if rank else level)
     try:
-        yield
+        with hushing_imports() if level > logging.DEBUG else nullcontext():
+            yield
     finally:
         handler.close()
         root.removeHandler(handler)

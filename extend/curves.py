@@ -105,7 +105,7 @@ def read_courses(path: Path | str, most_points: int = _MOST_POINTS) -> list[Cour
     file = Path(path) / METRICS_NAME if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file; give the output of `extend train`")
-    records = [row for _, row in read_json_lines(file)]
+    records = [row for _, row in read_json_lines(file) if not row.get("skipped")]
     if not records or any(not isinstance(r.get("nll"), int | float) or
                           not isinstance(r.get("step"), int) for r in records):
         raise CheckpointError(f"{file}: holds no training metrics with step and nll in each line")

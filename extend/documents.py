@@ -1,10 +1,10 @@
 """Read documents of plain text, JSON lines or parquet from a file or a folder."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from extend.errors import DataError
+from extend.untrusted import parse_json
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".parquet")
@@ -51,8 +51,8 @@ def read_json_lines(file: Path) -> Iterator[tuple[str, dict]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise DataError(f"{file}:{number}: not valid JSON ({error})") from None
         if not isinstance(row, dict):
             raise DataError(f"{file}:{number}: a JSON {type(row).__name__}, not an object")

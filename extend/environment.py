@@ -6,7 +6,6 @@ passwords are told as `set`, and the home directory as `~`.
 
 import importlib.metadata
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -15,14 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from extend.manifest import versions
+from extend.manifest import machine, versions
+from extend.secrets import HIDDEN, NAMES, hide_secrets
 
 _MORE_PACKAGES = ("numpy", "pydantic", "huggingface_hub", "tokenizers", "triton", "torchao",
                   "flash-attn", "flash-attn-4", "gguf", "lm-eval", "click", "rich")
 _VARIABLES = re.compile(r"(EXTEND|HF|HUGGINGFACE|TRANSFORMERS|CUDA|NVIDIA|NCCL|GLOO|TORCH|PYTORCH|"
                         r"OMP|MKL|SLURM_(JOB_ID|NNODES|NTASKS|GPUS\w*)|XDG_CACHE|TOKENIZERS)(_|$)|"
                         r"(RANK|WORLD_SIZE|LOCAL_RANK|NO_COLOR|TERM)$")
-_SECRET = re.compile(r"TOKEN(?!IZERS)|KEY|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
 _IN_VALUE = re.compile(r"(?<=//)[^/@\s]+(?=@)|\bhf_\w{6,}")
 _SECONDS = 20  # nvidia-smi of a broken driver may never answer
 
@@ -39,12 +38,12 @@ def describe_environment() -> dict[str, Any]:
 def hide(text: str) -> str:
     """The text without what stands for a user: passwords in addresses, tokens, the home."""
     home = str(Path.home())
-    text = _IN_VALUE.sub("***", text)
+    text = _IN_VALUE.sub(HIDDEN, hide_secrets(text))
     return re.sub(re.escape(home) + r"(?=/|$|:)", "~", text) if len(home) > 1 else text
 
 
 def _variables(environ: Mapping[str, str]) -> dict[str, str]:
-    return {name: "set" if _SECRET.search(name) else hide(value)
+    return {name: "set" if NAMES.search(name) else hide(value)
             for name, value in sorted(environ.items()) if _VARIABLES.match(name)}
 
 
@@ -67,10 +66,11 @@ def _commit() -> str | None:
 
 
 def _machine() -> dict[str, Any]:
-    return {"system": platform.platform(), "processor": platform.machine(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
-            else os.cpu_count(),
-            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}
+    """As manifests tell it, less the GPUs; cores are those that this process may use."""
+    found = {key: value for key, value in machine().items() if key != "gpus"}
+    if hasattr(os, "sched_getaffinity"):
+        found["cores"] = len(os.sched_getaffinity(0))
+    return found
 
 
 def _torch() -> dict[str, Any]:

@@ -4,6 +4,7 @@
       RecipeError         a recipe or an option is wrong (also a ValueError)
       CheckpointError     a checkpoint, adapter or results file cannot be read or written
         SpaceError        the disk lacks the space; what is finished may be used again
+        BusyError         another process is writing the same output
       CompatibilityError  two models do not fit together, or a model is not supported
       LayoutError         a length does not divide over the ranks of a layout (also a ValueError)
       DataError           training or evaluation text is missing, too short or malformed
@@ -31,6 +32,10 @@ class CheckpointError(ExtendError):
 
 class SpaceError(CheckpointError):
     """A disk without the space for what is to be written."""
+
+
+class BusyError(CheckpointError):
+    """An output that another process is writing."""
 
 
 class CompatibilityError(ExtendError):

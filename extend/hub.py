@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from extend.errors import HubError, RecipeError
+from extend.secrets import HIDDEN, hide_secrets
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]*")
+_REVISION = re.compile(r"[A-Za-z0-9_][\w.+-]*(?:/[A-Za-z0-9_][\w.+-]*)*", re.ASCII)
 _CACHED = re.compile(r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})")
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 
 
@@ -39,6 +40,8 @@ class HubId:
         """
         repo, _, revision = text.partition("@")
         check_repo_id(repo, role)
+        if revision and (not _REVISION.fullmatch(revision) or ".." in revision):
+            raise RecipeError(f"{role} {repo}: {revision[:100]!r} is no branch, tag or commit")
         return cls(repo, revision or None)
 
     @classmethod
@@ -124,7 +127,7 @@ def hide_tokens(text: str) -> str:
     from huggingface_hub import get_token
 
     token = get_token()
-    return _TOKEN.sub("hf_...", text.replace(token, "hf_...") if token else text)
+    return hide_secrets(text.replace(token, HIDDEN) if token else text)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -59,10 +59,14 @@ def load_causal_lm(model: Path | str, config: ModelConfig, *, device: torch.devi
         CheckpointError: damaged weights, or names that do not fit the architecture.
         CompatibilityError: an architecture that transformers does not know.
     """
-    Checkpoint(model)  # headers against sizes: a truncated shard is named before any loading
+    tensors = Checkpoint(model).infos  # a truncated shard is named before any loading
+    if config.num_layers > len(tensors):
+        raise CheckpointError(f"{model}: config.json announces {config.num_layers} layers, but the "
+                              f"weights hold {len(tensors)} tensors; they are not of this config")
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
             str(model), config=load_hf_config(config), dtype=dtype, local_files_only=True,
+            trust_remote_code=False, use_safetensors=True,
             attn_implementation=attention, output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CompatibilityError(f"{model}: transformers cannot load it ({error})") from error
@@ -70,11 +74,26 @@ def load_causal_lm(model: Path | str, config: ModelConfig, *, device: torch.devi
     return loaded.to(device).eval()
 
 
+def read_hf_config(directory: Path | str) -> Any:
+    """The transformers config of a checkpoint directory; code beside it is never run.
+
+    Raises:
+        CompatibilityError: transformers cannot read it, or would need such code.
+    """
+    try:
+        return AutoConfig.from_pretrained(str(directory), local_files_only=True,
+                                          trust_remote_code=False)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CompatibilityError(f"{directory}: transformers cannot read its config ({error})"
+                                 ) from error
+
+
 def load_hf_config(config: ModelConfig) -> Any:
     """The transformers config of a `ModelConfig`, whose keys may differ from the file's."""
     with tempfile.TemporaryDirectory() as directory:
         write_json(Path(directory) / "config.json", dict(config.raw))
-        return AutoConfig.from_pretrained(directory, local_files_only=True)
+        return AutoConfig.from_pretrained(directory, local_files_only=True,
+                                          trust_remote_code=False)
 
 
 def cache_argument(model: PreTrainedModel) -> str:

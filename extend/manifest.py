@@ -26,6 +26,8 @@ from extend.inputs.files import files_in_cache
 from extend.inputs.names import name_inputs, recorded_name
 from extend.model_config import read_json
 from extend.output import FINISHED_NAME, finished_files, write_json
+from extend.secrets import without_secrets
+from extend.untrusted import path_problem
 
 MANIFEST_NAME = "manifest.json"
 _MOST_HASHERS = 2  # of one input: more would run far ahead of the work, which reads the same
@@ -155,6 +157,40 @@ def hash_content(path: Path | str) -> str:
     return _Content(path).sha256()
 
 
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a stage's output, made sure to be one.
+
+    Raises:
+        CheckpointError: there is none, or it is not one: keys that are missing or of another
+            kind, or outputs that do not lie in the directory.
+    """
+    path = directory / MANIFEST_NAME
+    manifest = read_json(path)
+    problem = _problem(manifest)
+    if problem:
+        raise CheckpointError(f"{path}: {problem}, so it is no stage's manifest; run the stage "
+                              "again")
+    return manifest
+
+
+def _problem(manifest: Mapping[str, Any]) -> str | None:
+    if not isinstance(manifest.get("stage"), str):
+        return "has no 'stage'"
+    for key in ("inputs", "outputs"):
+        if not isinstance(manifest.get(key), dict):
+            return f"has no {key!r}"
+        for name, entry in manifest[key].items():
+            if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
+                return f"{key} {name[:100]!r} has no sha256"
+    for name, entry in manifest["outputs"].items():
+        if problem := path_problem(name):
+            return f"output {name[:100]!r} {problem}"
+        if type(entry.get("bytes")) is not int:
+            return f"output {name[:100]!r} has no bytes"
+    return next((f"input {role[:100]!r} has no path" for role, entry in manifest["inputs"].items()
+                 if not isinstance(entry.get("path"), str)), None)
+
+
 def recorded_content(manifest: Mapping[str, Any]) -> str:
     """What `hash_content` gives for a stage's output, from its manifest alone."""
     listing = {name: entry["sha256"] for name, entry in manifest["outputs"].items()
@@ -224,13 +260,12 @@ class Manifest:
         record["peak_memory_bytes"] = peak_memory()
         record["machine"] = machine()
         record["outputs"] = hash_files(directory)
-        write_json(directory / MANIFEST_NAME, record)
+        write_json(directory / MANIFEST_NAME, without_secrets(record))
 
 
 def outputs_intact(directory: Path) -> str | None:
     """Return None when every file that the manifest lists is there with its size, else why not."""
-    outputs = read_json(directory / MANIFEST_NAME).get("outputs", {})
-    for name, entry in outputs.items():
+    for name, entry in read_manifest(directory)["outputs"].items():
         file = directory / name
         if not file.is_file() or file.stat().st_size != entry["bytes"]:
             return f"its output {name} is missing or was changed"
@@ -254,9 +289,14 @@ def machine() -> dict[str, Any]:
     torch = sys.modules.get("torch")
     used = torch is not None and torch.cuda.is_initialized()
     return {"system": platform.platform(), "processor": _processor(), "cores": os.cpu_count(),
-            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "memory_bytes": host_memory(),
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
             if used else []}
+
+
+def host_memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _processor() -> str:
@@ -269,9 +309,15 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def host_peak() -> int:
+    """Peak bytes of this process on the host."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024  # Linux counts in KiB
+
+
 def peak_memory() -> dict[str, int]:
     """Peak bytes of this process on the host, and per CUDA device that torch has used."""
-    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    peak = {"host": host_peak()}
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():  # asking what is there starts a driver
         for device in range(torch.cuda.device_count()):

@@ -4,7 +4,6 @@ What is being written has a temporary name beside its final one, and is renamed 
 """
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from extend.errors import CheckpointError, RecipeError, SpaceError
+from extend.lock import describe_refusal, holding
 
 FINISHED_NAME = ".finished.json"
 _RECORDING = threading.Lock()
@@ -105,6 +105,8 @@ def atomic_directory(out: Path | str, *, overwrite: bool = False,
                      mark: str | None = None) -> Iterator[Path]:
     """Yield a temporary directory that becomes `out` when the block ends without an error.
 
+    Meanwhile no other process may write `out` (`extend.lock`).
+
     With a mark, files that the block reports to `keep_finished` outlive an interruption (also that
     of the whole process): the same call with the same mark finds them in the directory again, and
     `finished_files` names them. They do not outlive an error that is reported: bad inputs must
@@ -116,12 +118,19 @@ def atomic_directory(out: Path | str, *, overwrite: bool = False,
 
     Raises:
         RecipeError: see `require_inputs_outside`.
+        BusyError: another process is at work on `out`.
         CheckpointError: `out` exists and `overwrite` is false, or the disk refuses a write.
     """
     require_inputs_outside(out, inputs or {})
     out = Path(out).absolute()
-    require_new(out, overwrite=overwrite)
-    partial = out.with_name(f".{out.name}.partial")
+    with holding(out):
+        require_new(out, overwrite=overwrite)
+        with _filling(out.with_name(f".{out.name}.partial"), out, mark) as partial:
+            yield partial
+
+
+@contextlib.contextmanager
+def _filling(partial: Path, out: Path, mark: str | None) -> Iterator[Path]:
     try:
         _prepare(partial, mark)
         yield partial
@@ -129,7 +138,7 @@ def atomic_directory(out: Path | str, *, overwrite: bool = False,
         _replace(partial, out)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"{out}: cannot be written ({_reason(error)})") from error
+        raise CheckpointError(f"{out}: cannot be written ({describe_refusal(error)})") from error
     except Exception:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -211,12 +220,6 @@ def _replace(partial: Path, out: Path) -> None:
             old.rename(out)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _reason(error: OSError) -> str:
-    if error.errno == errno.ENOSPC:
-        return "no space left on the device; free space or choose another --out"
-    return str(error)  # with the file's name: it may be one of the inputs
 
 
 def remove_directory(directory: Path) -> None:

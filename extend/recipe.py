@@ -16,6 +16,7 @@ Every problem of a recipe is found before anything runs, and all are reported to
 its file and line.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -182,7 +183,7 @@ def _read_stage(entry: Any, index: int, names: list[list[Any]], seed: Any,
         problems.add((*where, "name"), f"name: {name!r} is not a name of letters, digits, - and _")
     elif taken := set(names[index]).intersection(_earlier(names, index)):
         problems.add((*where, "name"), f"name: {min(taken)!r} is taken by an earlier stage")
-    if kind not in STAGES:
+    if not isinstance(kind, str) or kind not in STAGES:
         problems.add((*where, "stage"), f"stage: unknown {kind!r};{suggest(str(kind), STAGES)} "
                                         f"choose one of {', '.join(STAGES)}")
         return None
@@ -286,7 +287,9 @@ def _check_input(value: str, index: int, names: list[list[Any]], recipe: Path,
         return f"stage {value!r} does not come before this one"
     path = recipe.parent / value
     if check_files and not path.exists():
+        told = f"{os.path.normpath(path)} does not exist"
+        if not _NAME.fullmatch(value):
+            return told
         hint = suggest(value, earlier)
-        return (f"{path} does not exist, and no earlier stage is called {value!r}"
-                + (hint and f";{hint}"))
+        return f"{told}, and no earlier stage is called {value!r}" + (hint and f";{hint}")
     return None

@@ -31,13 +31,14 @@ def pin_inputs(recipe: Recipe, *, fetch: bool = True) -> Recipe:
         HubError, SpaceError: what kept them from being fetched.
     """
     pins: dict[str, Pinned] = {}
-    problems = []
-    for place, value in _places(recipe):
+    problems, places = [], _places(recipe)
+    whole = {value for place, value in places if not place.endswith(".tokenizer")}
+    for place, value in places:
         wanted = as_hub_input(value, recipe.path.parent)
         if wanted is None or value in pins:
             continue
         try:
-            pins[value] = pin(wanted, weights=not place.endswith(".tokenizer"))
+            pins[value] = pin(wanted, weights=value in whole)
         except (HubError, CheckpointError) as error:
             problems.append(f"{recipe.path}: {place}: {error}")
     if problems:

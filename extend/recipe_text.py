@@ -9,6 +9,13 @@ import yaml
 
 from extend.errors import RecipeError
 from extend.registry import suggest
+from extend.untrusted import (
+    MAX_YAML_BYTES,
+    MAX_YAML_DEPTH,
+    load_yaml,
+    read_bounded,
+    yaml_problems,
+)
 
 Location = tuple[str | int, ...]
 _MISREAD = ("float", "int", "timestamp")
@@ -62,7 +69,8 @@ class RecipeText:
         """
         self.path = path
         text = _read(path)
-        self._root, self.data, self._unwanted = _parse(path, text)
+        self._root, self.data = _parse(path, text)
+        self._unwanted = list(_duplicate_keys(self._root, set()))
         self.data, self._set, self._refused = set_values(self.data, overrides)
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -78,6 +86,24 @@ class RecipeText:
         return f"{self.path}:{_line_of(self._root, location)}"
 
 
+def written_values(text: str) -> list[tuple[int, int, str]]:
+    """(begin, end, value) of every value that a recipe's text holds, the last one first.
+
+    What an alias repeats stands in the text once, and is given once.
+    """
+    root = yaml.compose(text, Loader=RecipeLoader)
+    places = {node.start_mark.index: (node.end_mark.index, node.value) for node in _scalars(root)}
+    return [(begin, *places[begin]) for begin in sorted(places, reverse=True)]
+
+
+def _scalars(node: yaml.Node | None) -> Iterator[yaml.ScalarNode]:
+    if isinstance(node, yaml.ScalarNode):
+        yield node
+    elif isinstance(node, yaml.CollectionNode):
+        for item in node.value:
+            yield from _scalars(item[1] if isinstance(item, tuple) else item)
+
+
 def dotted(location: Location) -> str:
     """`schedule.0.lr`."""
     return ".".join(str(part) for part in location)
@@ -85,51 +111,38 @@ def dotted(location: Location) -> str:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_bounded(path, MAX_YAML_BYTES)
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise RecipeError(f"{path}: cannot be read ({error})") from None
 
 
-def _parse(path: Path, text: str) -> tuple[yaml.Node, Any, list[tuple[str, int]]]:
+def _parse(path: Path, text: str) -> tuple[yaml.Node, Any]:
     try:
-        root = yaml.compose(text, Loader=RecipeLoader)
-        unwanted = [] if root is None else list(_unwanted(text, root))
-        data = yaml.load(text, Loader=RecipeLoader)
+        refused = list(yaml_problems(text, RecipeLoader))
+        if refused:  # before anything is built of it
+            raise RecipeError("\n".join(f"{path}:{line}: {what}" for what, line in refused[:8]))
+        root, data = yaml.compose(text, Loader=RecipeLoader), load_yaml(text, RecipeLoader)
+    except RecipeError:
+        raise
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{path}:{mark.line + 1}" if mark else f"{path}"
         raise RecipeError(f"{where}: not valid YAML ({error.problem})") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"{path}: not valid YAML ({_one_line(error)})") from None
     if root is None:
         raise RecipeError(f"{path}: is empty; a recipe has name, seed, stages")
-    return root, data, unwanted
+    return root, data
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _unwanted(text: str, root: yaml.Node) -> Iterator[tuple[str, int]]:
-    """What YAML allows and a recipe does not.
-
-    A key given twice: the last would win silently. An alias inside an anchored block: it could
-    hold itself, or grow without bound.
-    """
-    anchored: list[bool] = []
-    for event in yaml.parse(text, Loader=RecipeLoader):
-        if isinstance(event, yaml.AliasEvent) and any(anchored):
-            yield f"alias *{event.anchor} inside an anchored block", event.start_mark.line + 1
-        elif isinstance(event, yaml.CollectionStartEvent):
-            anchored.append(event.anchor is not None)
-        elif isinstance(event, yaml.CollectionEndEvent):
-            anchored.pop()
-    yield from _duplicate_keys(root, set())
-
-
 def _duplicate_keys(node: yaml.Node, seen: set[int]) -> Iterator[tuple[str, int]]:
+    """Keys that are given twice, of which the last would win silently."""
     if id(node) in seen:  # an alias: told where the block is written
         return
     seen.add(id(node))
@@ -202,16 +215,18 @@ def set_values(data: Any, overrides: Sequence[str],
 def _set_value(data: Any, text: str) -> tuple[Any, Location]:
     key, sign, value = text.partition("=")
     parts = key.strip().split(".")
-    if not sign or not all(parts):
+    if not sign or not all(parts) or len(parts) > MAX_YAML_DEPTH:
         raise RecipeError("write KEY=VALUE, such as seed=1 or long.schedule.0.lr=1e-5")
     try:
-        unwanted = list(_unwanted(value, yaml.compose(value, Loader=RecipeLoader)))
-        read = yaml.load(value, Loader=RecipeLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        refused = list(yaml_problems(value, RecipeLoader))
+        root = None if refused else yaml.compose(value, Loader=RecipeLoader)
+        refused += [] if root is None else _duplicate_keys(root, set())
+        read = None if refused else load_yaml(value, RecipeLoader)
+    except (yaml.YAMLError, ValueError) as error:
         problem = getattr(error, "problem", None) or _one_line(error)
         raise RecipeError(f"the value is not valid YAML ({problem})") from None
-    if unwanted:
-        raise RecipeError(unwanted[0][0])
+    if refused:
+        raise RecipeError(refused[0][0])
     if isinstance(data, dict) and parts[0] not in data and _has_stage(data, parts[0]):
         parts = ["stages", *parts]
     return _replaced(data, parts, read, ())

@@ -1,6 +1,7 @@
 """`results.json`, which `eval` writes and reports read."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,10 @@ from extend.model_config import read_json
 
 RESULTS_NAME = "results.json"
 SCHEMA = 1
+_LARGEST = 1e15  # of any number in a row: no length, count or loss comes near
+_TEXTS, _NUMBERS = ("name", "task"), ("n", "actual_length", "correct")
+_OPTIONAL = {"length": int, "depth": int | float, "score": int | float, "loss": int | float,
+             "control": str}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +61,57 @@ def _read(label: str, path: Path) -> Results:
     if data.get("schema") != SCHEMA or any(key not in data for key in keys):
         raise CheckpointError(f"{path}: is not results of schema {SCHEMA} with {', '.join(keys)}; "
                               "run `extend eval` with this version")
+    problem = _problem(data)
+    if problem:
+        raise CheckpointError(f"{path}: {problem}; it was changed since it was written, run "
+                              "`extend eval` again")
     return Results(label, path, hash_file(path), data)
+
+
+def _problem(data: Mapping[str, Any]) -> str | None:
+    """What keeps results from being results, None for good ones."""
+    model, rows, summary = data["model"], data["rows"], data["summary"]
+    if not isinstance(model, dict) or not isinstance(summary, dict) or not isinstance(rows, list):
+        return "model and summary are objects and rows is a list, but these are not"
+    context = model.get("max_position_embeddings")
+    if type(context) is not int or not 0 < context < _LARGEST:
+        return f"model.max_position_embeddings is {str(context)[:80]!r}, not a length"
+    if not isinstance(summary.get("tasks", {}), dict):
+        return "summary.tasks is not an object"
+    return next((f"rows[{number}]: {problem}" for number, row in enumerate(rows)
+                 if (problem := _row_problem(row))), None)
+
+
+def _row_problem(row: Any) -> str | None:
+    if not isinstance(row, dict) or any(not isinstance(row.get(key), str) for key in _TEXTS):
+        return "is not an object with a name and a task"
+    for key, kind in _OPTIONAL.items():
+        value = row.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+            return f"{key} is {str(value)[:80]!r}"
+    for key, value in row.items():
+        if key in _NUMBERS and (isinstance(value, bool) or not isinstance(value, int | float)):
+            return f"{key} is {str(value)[:80]!r}, not a number"
+        if isinstance(value, int | float) and not abs(value) <= _LARGEST:
+            return f"{key} is {str(value)[:80]}, which is not finite or too large"
+    if row.get("score") is not None and not row.get("n", 0) > 0:
+        return f"n is {row.get('n')!r} beside a score"
+    return None
+
+
+@contextmanager
+def reading_rows(results: Sequence[Results]) -> Iterator[None]:
+    """Turn what the block meets in rows of another form into one clear error.
+
+    Raises:
+        CheckpointError: results whose rows do not hold what their task measures.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise CheckpointError(
+            f"{', '.join(str(r.path) for r in results)}: the rows are not those of an evaluation "
+            f"({type(error).__name__}: {error}); run `extend eval` again") from error
 
 
 def format_length(tokens: int) -> str:

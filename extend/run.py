@@ -17,6 +17,7 @@ from extend.decisions import (
     resolve,
 )
 from extend.errors import CheckpointError, ExtendError, RecipeError
+from extend.lock import holding
 from extend.manifest import hash_file
 from extend.model_config import read_json
 from extend.output import remove_directory, write_json
@@ -136,6 +137,7 @@ def run(recipe: Path | str, out: Path | str, *, overrides: Sequence[str] = ()) -
     Raises:
         RecipeError: the recipe is not valid, models that it names cannot be had from the Hub (all
             are asked for first), or torchrun or the like started several of this.
+        BusyError: another process runs a recipe into `out`, or a stage of this one.
         CheckpointError: `out` cannot be written, or holds something in the place of an output.
         HubError: what a stage would publish may not be, by this token or without one.
         ExtendError: whatever a stage raises.
@@ -151,14 +153,15 @@ def run(recipe: Path | str, out: Path | str, *, overrides: Sequence[str] = ()) -
     except OSError as error:
         raise CheckpointError(f"{out}: no such directory can be made ({error.strerror}); choose "
                               "another --out") from None
-    _check_destinations(loaded, out)
-    loaded = pin_inputs(loaded)
-    keep_recipe(out, _describe(loaded))
-    _keep_plan(out, loaded)
-    for number, stage in enumerate(loaded.stages, start=1):
-        label = f"[{number}/{len(loaded.stages)}] {stage.name} ({stage.kind})"
-        _run_stage(stage, loaded, out, label)
-    _refresh_page(out)
+    with holding(out, inside=True):
+        _check_destinations(loaded, out)
+        loaded = pin_inputs(loaded)
+        keep_recipe(out, _describe(loaded))
+        _keep_plan(out, loaded)
+        for number, stage in enumerate(loaded.stages, start=1):
+            label = f"[{number}/{len(loaded.stages)}] {stage.name} ({stage.kind})"
+            _run_stage(stage, loaded, out, label)
+        _refresh_page(out)
     return out
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from extend.errors import CheckpointError
 from extend.model_config import read_json
 from extend.output import write_json
+from extend.secrets import without_secrets
 
 RUN_RECORD = "run.json"
 RECIPE_RECORD = "recipe.json"
@@ -79,13 +80,13 @@ def keep_recipe(out: Path, record: Mapping[str, Any]) -> None:
         CheckpointError: it cannot be written.
     """
     path = out / RECIPE_RECORD
-    if not path.is_file() or read_json(path) != record:
+    if not path.is_file() or read_json(path) != without_secrets(record):
         _write(path, record)
 
 
 def _write(path: Path, data: Mapping[str, Any]) -> None:
     try:
-        write_json(path, data)
+        write_json(path, without_secrets(data))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error.strerror}); free space or choose "
                               "another --out") from None

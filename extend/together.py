@@ -9,6 +9,7 @@ it.
 import contextlib
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -16,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from extend.console import printable
@@ -31,6 +33,8 @@ _SILENCE_SECONDS = 60.0
 _CONNECT = timedelta(minutes=10)  # processes of a large launch do not start at once
 _ANSWER = timedelta(seconds=30)
 _FAILED, _ENDED = "failed", "ended"
+LAUNCHED_BY_US = "EXTEND_LAUNCHED"
+"""In the environment of processes whose launcher is `extend.train.launch`."""
 # What gloo and NCCL say when the process at the other end of a connection is gone.
 _BROKEN = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
            "remote process exited", "NCCL communicator was aborted", "Socket closed",
@@ -63,6 +67,7 @@ class _Board:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._store = PrefixStore(f"extend/{attempt}", store)
         self._rank, self._world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self._store.set(f"process/{self._rank}", json.dumps(_identity()))
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="siblings", daemon=True)
         self._thread.start()
@@ -108,14 +113,30 @@ class _Board:
                 seen, since = found, time.monotonic()
             patience = _SILENCE_SECONDS if seen else _CONNECT.total_seconds()
             if time.monotonic() - since > patience and self.claim():
-                self._end(f"process {next_one} has given no sign of life for {patience:.0f} s; it "
-                          "or its host is gone: see the end of that host's output. The same "
-                          "command goes on from the last checkpoint")
+                self._end(f"process {next_one} has given no sign of life for {patience:.0f} s: "
+                          f"{self._end_silent(next_one)}. The same command goes on from the last "
+                          "checkpoint")
 
     def _beat_of(self, rank: int) -> bytes:
         """Empty for one that has not started yet."""
         key = f"alive/{rank}"
         return self._store.get(key) if self._store.check([key]) else b""
+
+    def _end_silent(self, rank: int) -> str:
+        """End a process of this host that was stopped or hangs, which nothing else would; say so.
+
+        It would keep its launcher waiting, its memory, and the lock of the run.
+        """
+        gone = "it or its host is gone: see the end of that host's output"
+        key = f"process/{rank}"
+        with contextlib.suppress(RuntimeError, OSError):
+            if self._store.check([key]):
+                known = json.loads(self._store.get(key))
+                if known == _identity(known["pid"]) and Path(f"/proc/{known['pid']}").is_dir():
+                    os.kill(known["pid"], signal.SIGKILL)
+                    return (f"it was stopped or hung (pid {known['pid']} on {known['host']}), and "
+                            "was ended")
+        return gone
 
     def _end_after(self, first: dict[str, Any]) -> None:
         if first["rank"] == self._rank:
@@ -126,8 +147,29 @@ class _Board:
 
     def _end(self, why: str) -> None:
         if not self._done.wait(_GRACE_SECONDS):
-            _say(why)
+            if not _leave_word(why):
+                _say(why)
             os._exit(1)
+
+
+def _identity(pid: int | None = None) -> dict[str, Any]:
+    """What tells a process from all others of the launch: its number, where, and since when."""
+    pid = os.getpid() if pid is None else pid
+    began = ""
+    with contextlib.suppress(OSError):  # Linux only; another process may have the number by now
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+        began = stat.rpartition(")")[2].split()[19]
+    return {"pid": pid, "host": socket.gethostname(), "began": began}
+
+
+def _leave_word(why: str) -> bool:
+    """Leave an error to the launcher of ours, which tells it; other launchers would not."""
+    if LAUNCHED_BY_US not in os.environ:
+        return False
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    get_error_handler().record_exception(RankError(why))
+    return True
 
 
 def _point_to(first: dict[str, Any]) -> None:

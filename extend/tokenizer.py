@@ -19,8 +19,10 @@ def load_tokenizer(model: Path | str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(model), local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
+        return AutoTokenizer.from_pretrained(str(model), local_files_only=True,
+                                             trust_remote_code=False)
+    except (OSError, ValueError, ImportError, LookupError, TypeError, AttributeError,
+            RecursionError) as error:
         raise CheckpointError(f"{model}: its tokenizer cannot be loaded ({error})") from error
 
 

@@ -176,6 +176,14 @@ class TrainOptions(Options):
     betas: tuple[Number, Number] = (0.9, 0.95)
     weight_decay: Annotated[Number, Field(ge=0)] = 0.0
     clip_norm: Annotated[Number, Field(gt=0)] = 1.0
+    bad_loss: Literal["stop", "skip"] = "stop"
+    """What to do about a step whose loss or gradient is not finite or has exploded: stop and name
+    its rows, or leave the weights as they are and go on."""
+    max_loss_rise: Annotated[Number, Field(gt=0)] | None = 5.0
+    """A loss so many nats a token above the median of the last 32 steps of the phase has exploded;
+    none: only one that is not finite is bad."""
+    max_skipped_steps: Annotated[int, Field(ge=1)] = 10
+    """With bad_loss skip: after so many in a run the next bad step stops it."""
     loss_chunk: Annotated[int, Field(ge=1)] = 4096
     """Tokens whose logits exist at once."""
     save_every: Annotated[int, Field(ge=1)] = 100
@@ -193,6 +201,9 @@ class TrainOptions(Options):
     training goes on."""
     nproc: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Processes; auto is one per visible GPU, or one."""
+    restarts: Annotated[int, Field(ge=0)] = 0
+    """So often the processes are started again from the last checkpoint when one of them was
+    killed, hangs, or fails in a way that is not told as an error of the run."""
     seed: int = 0
 
     @model_validator(mode="after")

@@ -25,7 +25,7 @@ TIMEOUT = timedelta(seconds=60)
 # What the processes would otherwise import one by one, part of it deep inside their first call.
 PRELOAD = ["torch", "torch._dynamo", "transformers.models.llama.modeling_llama", "peft",
            "matplotlib.pyplot", "extend.ring", "extend.train.loop", "extend.cli", "extend.run",
-           "extend.adapter", "extend.merge", "extend.evaluate"]
+           "extend.adapter", "extend.merge", "extend.evaluate", "pytest", "tests.frozen"]
 
 
 def spawn(world: int, fn: Callable[..., Any], *args: Any) -> list[Any]:

@@ -20,6 +20,8 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 import extend.cli
 from extend.adapter import extract
+from extend.run_page import PAGE_NAME
+from extend.run_record import PLAN_NAME, RECIPE_RECORD, RUN_RECORD
 from tests.adapter_format.tiny_models import build, edit_json, make_models, save
 from tests.train.tiny import save_model, save_text
 
@@ -107,8 +109,9 @@ def refuse(command: list[str], inputs: Path, *expected: str) -> str:
     for text in expected:
         assert text in result.stderr
     after = snapshot(inputs.parent)
-    if command[0] == "run":  # what it was about to do, for the next call
-        after.pop(str(inputs.parent / "out" / "run.json"), None)
+    if command[0] == "run":  # what it was about to do, for the next call, and the page of it
+        for name in (RUN_RECORD, RECIPE_RECORD, PLAN_NAME, PAGE_NAME):
+            after.pop(str(inputs.parent / "out" / name), None)
     assert after == before
     return result.stderr
 

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -26,11 +27,22 @@ COMMANDS = sorted(main.commands)
 NUMBERS = ("--head-dim", "128", "--theta", "500000", "--from", "8k")
 
 
+@pytest.mark.filterwarnings("error")  # as click warns of an option that is there twice
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(invoke, command):
     result = invoke(command, "--help")
     assert result.exit_code == 0
     assert f"extend {command} " in result.output
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_is_declared_once_and_says_what_it_is(command):
+    params = main.commands[command].params
+    names = [name for param in params for name in param.opts]
+    assert sorted(names) == sorted(set(names))  # click warns on stderr whenever it is run
+    told = {param.opts[-1]: param.help for param in params if isinstance(param, click.Option)}
+    assert [name for name, text in told.items()
+            if not text and name not in ("--seed", "--device", "--lr", "--steps")] == []
 
 
 def test_unknown_command_is_usage_and_suggests(invoke):

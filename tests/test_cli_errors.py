@@ -92,6 +92,8 @@ def test_debug_before_and_after_the_command(place, failing):
 @pytest.mark.parametrize(("error", "code", "message"), [
     (PermissionError(13, "Permission denied", "a/b"), 1,
      "extend: a/b: Permission denied; --debug shows where this happened"),
+    (OSError(28, "No space left on device"), 1,
+     "extend: No space left on device; --debug shows where this happened"),
     (KeyboardInterrupt(), 130, "extend: interrupted; the same command goes on where it can")])
 def test_what_the_machine_or_the_user_does(error, code, message, failing, tmp_path):
     failing(error)

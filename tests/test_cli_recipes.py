@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import yaml
 from click.testing import CliRunner
 
 from extend.cli import main
-from extend.options import STAGES
+from extend.options import STAGES, resolve_inputs
 from extend.recipe import load_recipe
 from extend.recipe_schema import recipe_schema
 from extend.recipe_text import RecipeLoader
@@ -93,18 +94,47 @@ def test_init_copies_a_recipe_that_loads(tmp_path):
     result = invoke("init", "demo", "--out", out, "--json")
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
-    assert told == {"output": str(out), "recipe": "demo", "missing_inputs": [
-        "../assets/demo/base", "../assets/demo/skill.jsonl", "../assets/demo/notes.jsonl",
-        "../assets/demo/sibling"]}
+    assert told == {"output": str(out), "recipe": "demo", "missing_inputs": []}
     first, *lines = out.read_text().splitlines()
     assert first == f"{EDITOR_LINE}{schema_file()}" and schema_file().is_file()
     assert f"#   extend run {out} --out runs/demo" in lines
     shipped = shipped_recipes()["demo"]
-    assert load_recipe(out, check_files=False).stages == load_recipe(shipped).stages
+    assert located(load_recipe(out)) == located(load_recipe(shipped))
     again = invoke("init", "demo", "--out", out)
     assert again.exit_code == 1 and "exists already" in again.stderr
     assert invoke("init", "demo", "--out", out, "--overwrite").stdout == f"{out}\n"
     assert list(out.parent.iterdir()) == [out]
+
+
+def located(recipe):
+    """The stages of a recipe with their inputs as absolute paths, and what its stages make."""
+    made = {stage.name for stage in recipe.stages}
+    return [(stage.name, resolve_inputs(stage.options, lambda value: value if value in made else
+                                        os.path.normpath(recipe.path.parent / value)))
+            for stage in recipe.stages]
+
+
+@pytest.mark.parametrize(("place", "root"), [("mine.yaml", ""), ("a/mine.yaml", "../"),
+                                             ("../mine.yaml", None)])
+def test_init_keeps_the_inputs_of_a_source_tree(place, root, tmp_path, monkeypatch):
+    """Of those that are still to be made, too: the scripts of the tree make them there."""
+    tree = tmp_path / "with space"
+    shutil.copytree(shipped_recipes()["demo"].parent, tree / "recipes")
+    (tree / "pyproject.toml").touch()
+    monkeypatch.setattr("extend.shipped_recipes.shipped_recipes",
+                        lambda: {"demo": tree / "recipes/demo.yaml"})
+    told = json.loads(invoke("init", "demo", "--out", tree / place, "--json").stdout)
+    where = f"{tree}/" if root is None else root
+    assert told["missing_inputs"] == [f"{where}assets/demo/{name}" for name in (
+        "base", "skill.jsonl", "notes.jsonl", "sibling")]
+
+
+def test_init_of_an_installed_package_says_what_is_missing(tmp_path, monkeypatch):
+    shutil.copytree(shipped_recipes()["demo"].parent, tmp_path / "extend/recipes")
+    monkeypatch.setattr("extend.shipped_recipes.shipped_recipes",
+                        lambda: {"demo": tmp_path / "extend/recipes/demo.yaml"})
+    result = invoke("init", "demo", "--out", tmp_path / "mine/mine.yaml")
+    assert "inputs to be provided, or named otherwise: ../assets/demo/base" in result.stderr
 
 
 def test_init_writes_to_any_path(tmp_path):
@@ -116,7 +146,7 @@ def test_init_writes_to_any_path(tmp_path):
 def test_init_lists_and_suggests(tmp_path):
     listed = json.loads(invoke("init", "--list", "--json").stdout)["recipes"]
     assert [one["name"] for one in listed] == list(shipped_recipes())
-    assert all(len(one["summary"]) > 20 for one in listed)
+    assert all(len(one["summary"]) > 20 and one["summary"][-1] != "." for one in listed)
     assert invoke("init").stdout == invoke("init", "--list").stdout
     wrong = invoke("init", "dmeo", "--out", tmp_path / "x.yaml")
     assert wrong.exit_code == 1 and "did you mean 'demo'?" in wrong.stderr

@@ -79,6 +79,16 @@ def test_verbosity(level, rank, told, capsys):
     assert capsys.readouterr().err.splitlines() == told
 
 
+def test_what_torchao_says_as_it_is_imported_is_for_verbose_only(capsys):
+    """transformers imports it for everybody who has it; each command began with five such lines."""
+    for level in (logging.INFO, logging.DEBUG):
+        with showing_logs(level):
+            logging.getLogger("torchao.kernel.intmm").warning("no triton, at %d", level)
+            logging.getLogger("torchao").error("broken, at %d", level)
+    assert capsys.readouterr().err.splitlines() == ["broken, at 20", "no triton, at 10",
+                                                    "broken, at 10"]
+
+
 def test_levels_and_handlers_are_as_before():
     root, own = logging.getLogger(), logging.getLogger("extend")
     before = (root.level, own.level, list(root.handlers))

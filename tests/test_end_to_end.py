@@ -9,13 +9,13 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from torch import multiprocessing as mp
@@ -53,7 +53,7 @@ def run_in_session(recipe: Path, out: Path, log: Path, workers: Workers) -> None
     for stream in (1, 2):
         os.dup2(file, stream)
     with workers():
-        extend.cli.main(["run", str(recipe), "--out", str(out)])
+        extend.cli.main(["run", str(recipe), "--out", str(out), "-v"])
 
 
 class Running:
@@ -89,11 +89,7 @@ class Running:
 
     def descendants(self) -> list[int]:
         """Processes that it has started, and those that they have."""
-        parents = {child: parent for child, (parent, _) in process_table().items()}
-        found = [self._process.pid]
-        for known in found:
-            found += [child for child, parent in parents.items() if parent == known]
-        return found[1:]
+        return [child.pid for child in psutil.Process(self._process.pid).children(recursive=True)]
 
     def kill(self, family: list[int], *, workers: bool) -> None:
         """SIGKILL the session and, as a power cut would, training processes in theirs.
@@ -111,15 +107,11 @@ class Running:
             time.sleep(0.01)
 
 
-def process_table() -> dict[int, tuple[int, str]]:
-    """pid -> parent's pid and state."""
-    lines = subprocess.run(["ps", "-eo", "pid=,ppid=,stat="], capture_output=True, text=True,
-                           check=True).stdout.splitlines()
-    return {int(pid): (int(parent), state) for pid, parent, state in map(str.split, lines)}
-
-
 def is_alive(pid: int) -> bool:
-    return not process_table().get(pid, (0, "Z"))[1].startswith("Z")
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def send(pid: int, number: signal.Signals) -> None:
@@ -235,7 +227,7 @@ def test_killed_at_every_stage_it_ends_the_same(recipe, undisturbed):
     rng, out = random.Random(0), recipe.parent / "out"
     for strike in STRIKES:
         hit(strike, recipe, out, rng)
-    last = run_python(["-m", "extend", "run", recipe, "--out", out], cwd=ROOT,
+    last = run_python(["-m", "extend", "run", recipe, "--out", out, "-v"], cwd=ROOT,
                       env=os.environ | ENVIRONMENT)
     assert last.returncode == 0, last.stderr
     assert [line.split(" ", 1)[1] for line in last.stderr.splitlines() if line.startswith("[")] == [

@@ -99,6 +99,13 @@ def test_each_problem_has_its_message_and_line(write, old, new, message):
     assert message in str(caught.value)
 
 
+def test_a_path_is_told_as_a_path_and_not_as_a_stage(write):
+    path = write(GOOD.replace("model: base", "model: a/../gone/x", 1))
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert str(caught.value).endswith(f": model: {path.parent}/gone/x does not exist")
+
+
 def test_all_problems_are_reported_at_once(write):
     text = GOOD.replace("method: ntk", "method: nkt\n    too: 1")
     text = text.replace("model: long", "model: lng")

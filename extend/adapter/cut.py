@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from extend.adapter.rank import RankRule, ranks_within
-from extend.adapter.report import REPORT_JSON, REPORT_PAGE, write_report
+from extend.adapter.report import REPORT_PAGE, write_report
+from extend.adapter.report_page import REPORT_JSON
 from extend.adapter_format.peft_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,

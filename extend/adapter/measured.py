@@ -8,8 +8,7 @@ from typing import Any
 from extend.adapter_format.peft_files import ADAPTER_WEIGHTS, Adapter
 from extend.errors import CheckpointError
 from extend.inputs import local_path
-from extend.manifest import MANIFEST_NAME, hash_content
-from extend.model_config import read_json
+from extend.manifest import MANIFEST_NAME, hash_content, read_manifest
 from extend.results import Results, format_length, format_rate, read_results
 
 
@@ -108,7 +107,7 @@ def _find_adapter(results: Results) -> tuple[Mapping[str, str] | None, float]:
                               "so it cannot be seen which adapter was merged into it; score the "
                               "base with `extend eval BASE --adapter ADAPTER` instead")
     manifest = directory / MANIFEST_NAME
-    record = read_json(manifest) if manifest.is_file() else {}
+    record = read_manifest(directory) if manifest.is_file() else {}
     if record.get("stage") != "merge":
         return None, 1.0
     merged = [entry for role, entry in record["inputs"].items() if role.startswith("adapter")]

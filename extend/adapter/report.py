@@ -9,6 +9,7 @@ import torch
 
 from extend.adapter.curve import Spectra
 from extend.adapter.measured import Measured, read_measured
+from extend.adapter.report_page import REPORT_JSON, render_page
 from extend.adapter.rounding import merge_dtype, merge_loss
 from extend.adapter_format.peft_files import (
     ADAPTER_WEIGHTS,
@@ -27,7 +28,7 @@ from extend.model_config import read_json
 from extend.output import atomic_directory, require_apart, write_json
 
 SCHEMA = 1
-REPORT_JSON, REPORT_PAGE = "report.json", "report.html"
+REPORT_PAGE = "report.html"
 _SPECTRUM_POINTS = 128
 _INSIDE_LAYER = re.compile(r".*?\blayers\.\d+\.(?:(?:self_attn|mlp)\.)?")
 _NUMBER = re.compile(r"\.\d+(?=\.)")
@@ -83,7 +84,6 @@ def write_report(directory: Path, base: Checkpoint | None = None) -> None:
 
 
 def _write(directory: Path, data: Mapping[str, Any]) -> None:
-    from extend.adapter.report_page import render_page
 
     write_json(directory / REPORT_JSON, data)
     (directory / REPORT_PAGE).write_text(render_page(data), encoding="utf-8")

@@ -9,6 +9,7 @@ from extend.adapter.report_quality import quality_charts, quality_table, referen
 from extend.page import render
 from extend.page.chart import PALETTE, SCALE, Chart, blend, format_bytes, ink_on, shade
 
+REPORT_JSON = "report.json"  # beside the adapter
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 _ORDER = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj",
           "gate_up_proj", "down_proj")

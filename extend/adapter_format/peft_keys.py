@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,12 @@ _KINDS = {"factor": re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
           "embedding": re.compile(r"(?P<module>.+)\.lora_embedding_(?P<factor>[AB])"),
           "bias": re.compile(r"(?P<module>.+)\.lora_B\.bias")}
 _DIMENSIONS = {"factor": 2, "embedding": 2, "bias": 1}
+
+# Of expressions in a config, which are matched against names: those that take a time without bound
+# (a repeated group, a reference back, one that looks around), and more repetitions than two.
+_RISKY = re.compile(r"\)[*+{]|\\\d|\(\?")
+_REPEATS = re.compile(r"[*+{]")
+_MAX_REPEATS, _MAX_PATTERN, _MAX_NAME = 2, 256, 256
 
 # Config entries under which W + scaling * B A is not the adapted weight.
 _REFUSED = {
@@ -55,8 +61,49 @@ class AdapterTensors(NamedTuple):
     absolutes: frozenset[str]
 
 
+def check_entries(config: Mapping[str, Any], path: Path) -> None:
+    """Raise CheckpointError when entries that are read are of another kind, or not safe to use."""
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(key)
+        if patterns is not None and not isinstance(patterns, dict):
+            raise CheckpointError(f"{path}: {key} is {str(patterns)[:100]!r}, not an object")
+        for pattern in patterns or ():
+            problem = _pattern_problem(pattern)
+            if problem:
+                raise CheckpointError(f"{path}: {key} {pattern[:100]!r} {problem}; write the names "
+                                      "of modules")
+    for key, kind in (("modules_to_save", list), ("base_model_name_or_path", str),
+                      ("revision", str)):
+        value = config.get(key)
+        if value is not None and not isinstance(value, kind):
+            raise CheckpointError(f"{path}: {key} is {str(value)[:100]!r}, not a {kind.__name__}")
+    if not all(isinstance(name, str) for name in config.get("modules_to_save") or ()):
+        raise CheckpointError(f"{path}: modules_to_save holds what is no name")
+
+
+def check_names(names: Iterable[str], path: Path) -> None:
+    """Raise CheckpointError for tensors with names so long that no expression can be tried."""
+    for name in names:
+        if len(name) > _MAX_NAME:
+            raise CheckpointError(f"{path}: the name {name[:100]!r}... of a tensor is longer than "
+                                  f"{_MAX_NAME} characters; no model has such")
+
+
+def _pattern_problem(pattern: str) -> str | None:
+    if len(pattern) > _MAX_PATTERN:
+        return f"is longer than {_MAX_PATTERN} characters"
+    if _RISKY.search(pattern) or len(_REPEATS.findall(pattern)) > _MAX_REPEATS:
+        return "is an expression whose matching may take for ever"
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        return f"is no regular expression ({error})"
+    return None
+
+
 def refuse_variants(config: Mapping[str, Any], path: Path) -> None:
     """Raise CompatibilityError for an adapter that is more than W + scaling * B A."""
+    check_entries(config, path)
     kind = config.get("peft_type")
     if kind != "LORA":
         raise CompatibilityError(f"{path}: peft_type is {kind!r}; only 'LORA' can be merged")
@@ -82,6 +129,7 @@ def sort_tensors(infos: Mapping[str, TensorInfo], config: Mapping[str, Any],
         CheckpointError: a factor without the other, or ranks that do not agree.
         CompatibilityError: a tensor of another kind.
     """
+    check_names(infos, path)
     factors: dict[str, dict[str, TensorInfo]] = {}
     transposed: dict[str, dict[str, TensorInfo]] = {}
     biased, absolutes = [], set()
@@ -155,7 +203,7 @@ def _check_pair(name: str, pair: Mapping[str, TensorInfo], config: Mapping[str, 
     if not rank == rank_b == announced or rank < 1:
         raise CheckpointError(f"{path}: module {name} has rank {rank} in lora_A, {rank_b} in "
                               f"lora_B and {announced} in {ADAPTER_CONFIG}; they must agree")
-    if not isinstance(alpha, (int, float)):
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e9:
         raise CheckpointError(f"{path.with_name(ADAPTER_CONFIG)}: lora_alpha of {name} is "
                               f"{alpha!r}, not a number")
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from extend.adapter_format.peft_files import TensorFile, find_weights
-from extend.adapter_format.peft_keys import ADAPTER_CONFIG, PREFIX, by_pattern
+from extend.adapter_format.peft_keys import (
+    ADAPTER_CONFIG,
+    PREFIX,
+    by_pattern,
+    check_entries,
+    check_names,
+)
 from extend.adapter_format.sidecar import Sidecar, read_sidecar
 from extend.checkpoint import TensorInfo
 from extend.errors import CheckpointError
@@ -92,6 +98,7 @@ def read_view(directory: Path | str) -> ServingView:
     """
     directory = Path(directory)
     config = read_json(directory / ADAPTER_CONFIG)
+    check_entries(config, directory / ADAPTER_CONFIG)
     missing = [key for key in _REQUIRED if config.get(key) is None]
     if missing:
         raise CheckpointError(f"{directory / ADAPTER_CONFIG}: {', '.join(missing)} missing; every "
@@ -99,7 +106,9 @@ def read_view(directory: Path | str) -> ServingView:
     _check_numbers(config, directory)
     factors: dict[str, dict[str, TensorInfo]] = {}
     others, unusual = [], []
-    for key, info in TensorFile(find_weights(directory)).infos.items():
+    weights = TensorFile(find_weights(directory))
+    check_names(weights.infos, weights.path)
+    for key, info in weights.infos.items():
         name = key.removeprefix(PREFIX)
         match = _FACTOR.fullmatch(name)
         if match is None:

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -30,6 +30,7 @@ _CONTEXT_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "rope_local_ba
                  "max_position_embeddings", "original_max_position_embeddings", *WINDOW_KEYS)
 _DERIVED_SUFFIX = "rotary_emb.inv_freq"  # a buffer that old checkpoints stored; config decides it
 _MAX_LISTED = 8
+_EXPERT_DIMENSIONS = 3
 
 
 class _Frozen(BaseModel):
@@ -132,7 +133,7 @@ class RopeChange(_Frozen):
     after: dict[str, Any]
     max_position_embeddings_before: int
     max_position_embeddings_after: int
-    config_keys: dict[str, Any]
+    config_keys: dict[Literal[_CONTEXT_KEYS], Any]
     by_layer_type: dict[str, dict[str, Any]] = {}
 
     @classmethod
@@ -279,13 +280,25 @@ def read_sidecar(directory: Path) -> Sidecar | None:
     try:
         sidecar = Sidecar.model_validate(data)
         for rope in (sidecar.rope.before, sidecar.rope.after, *sidecar.rope.by_layer_type.values()):
-            RopeSpec.from_json(rope)
+            _check_spec(RopeSpec.from_json(rope))
+        sidecar.rope.apply({})
+        for report in sidecar.experts.values():
+            if len(report.shape) != _EXPERT_DIMENSIONS:
+                raise ValueError(f"experts of the shape {report.shape}")
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise CheckpointError(f"{path}: {where}: {first['msg']}; extract the adapter "
                               "again") from None
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise CheckpointError(f"{path}: rope is not complete ({error}); extract the adapter "
                               "again") from None
     return sidecar
+
+
+def _check_spec(rope: RopeSpec) -> None:
+    numbers = {"rope_theta": rope.rope_theta, "rotary_dim": rope.rotary_dim,
+               "original_len": rope.original_len}
+    for key, number in numbers.items():
+        if not 0 < number < 1e15:
+            raise ValueError(f"{key} is {number}")

@@ -1,25 +1,24 @@
 """Lazy safetensors in.
 
-Every header is checked against the file's size, so a truncated shard is found before any work.
 Tensors are read whole, in blocks of rows, or at single places, into memory of their own; files are
 not mapped, because what was read of a map counts as memory of the process as long as it is open.
 """
 
 import contextlib
-import json
 import logging
 import math
 import os
-import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import EllipsisType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from extend.checkpoint.ahead import will_need
+from extend.checkpoint.header import DTYPE_BYTES, TensorInfo, read_layout, torch_dtype
 from extend.errors import CheckpointError
 from extend.model_config import read_json
+from extend.untrusted import name_problem
 
 if TYPE_CHECKING:
     import torch
@@ -29,108 +28,6 @@ log = logging.getLogger(__name__)
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _MAX_PROBLEMS = 8  # of one message
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1,
-               "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}
-FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
-
-
-class TensorInfo(NamedTuple):
-    """A tensor as its header describes it; `dtype` is the safetensors name, such as BF16."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * DTYPE_BYTES[self.dtype]
-
-
-def torch_dtype(name: str) -> "torch.dtype":
-    """The torch dtype of a safetensors dtype name."""
-    import torch
-
-    return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-            "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
-            "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "U16": torch.uint16,
-            "U32": torch.uint32, "U64": torch.uint64,
-            "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}[name]
-
-
-def dtype_name(dtype: "torch.dtype") -> str:
-    """The safetensors name of a torch dtype."""
-    for name in DTYPE_BYTES:
-        with contextlib.suppress(KeyError):
-            if torch_dtype(name) == dtype:
-                return name
-    raise CheckpointError(f"dtype {dtype} cannot be stored in safetensors")
-
-
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Read a safetensors header and check it against the size of the file.
-
-    Raises:
-        CheckpointError: missing, truncated or damaged file.
-    """
-    return read_layout(path)[0]
-
-
-def read_layout(path: Path) -> tuple[dict[str, TensorInfo], dict[str, int]]:
-    """The tensors of a file, and the byte at which each begins; see `read_header`."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-            if not 0 < length <= min(_MAX_HEADER_BYTES, size - 8):
-                raise CheckpointError(f"{path}: not a safetensors file (header length {length} in "
-                                      f"a file of {size} bytes); fetch it again")
-            header = json.loads(file.read(length))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; the checkpoint is incomplete") from None
-    except (ValueError, UnicodeDecodeError, RecursionError):
-        raise CheckpointError(f"{path}: damaged safetensors header; fetch the file again") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-    infos, begins = _check_header(header, path, body_bytes=size - 8 - length)
-    return infos, {name: 8 + length + begin for name, begin in begins.items()}
-
-
-def _check_header(header: object, path: Path,
-                  body_bytes: int) -> tuple[dict[str, TensorInfo], dict[str, int]]:
-    """Check that the tensors tile the file's body exactly, without gap or overlap."""
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: damaged safetensors header; fetch the file again")
-    infos, begins, spans = {}, {}, []
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            info = TensorInfo(name, entry["dtype"], tuple(int(n) for n in entry["shape"]))
-            begin, end = entry["data_offsets"]
-            fits = min((*info.shape, begin), default=0) >= 0 and end - begin == info.num_bytes
-        except (KeyError, TypeError, ValueError):
-            fits = False
-        if not fits:
-            raise CheckpointError(f"{path}: the header entry of tensor {name!r} is not consistent; "
-                                  "fetch the file again")
-        infos[name], begins[name] = info, begin
-        spans.append((begin, end))
-    position = 0
-    for begin, end in sorted(spans):
-        if begin != position:
-            raise CheckpointError(f"{path}: tensors overlap or leave a gap at byte {position}; "
-                                  "fetch the file again")
-        position = end
-    if position != body_bytes:
-        raise CheckpointError(f"{path}: the header describes {position} bytes of tensors but the "
-                              f"file holds {body_bytes}; it is truncated or damaged, fetch it "
-                              "again")
-    return infos, begins
 
 
 class StoredTensor:
@@ -288,9 +185,12 @@ class Checkpoint:
                 raise CheckpointError(f"{self.directory / INDEX_NAME}: holds no weight_map; fetch "
                                       "the checkpoint again")
             for file in self._weight_map.values():
-                if not isinstance(file, str) or Path(file).name != file:
-                    raise CheckpointError(f"{self.directory / INDEX_NAME}: {file!r} is not a file "
-                                          "name in this directory")
+                problem = name_problem(file)
+                if problem is None and not file.endswith(".safetensors"):
+                    problem = "is not the name of a file NAME.safetensors"
+                if problem:
+                    raise CheckpointError(f"{self.directory / INDEX_NAME}: {repr(file)[:300]} "
+                                          f"{problem}")
             return list(self._weight_map.values())
         self._weight_map = {}
         if (self.directory / SINGLE_NAME).is_file():

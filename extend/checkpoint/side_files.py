@@ -3,8 +3,10 @@
 import shutil
 from pathlib import Path
 
+from extend.errors import CheckpointError
 from extend.model_config import read_json
 from extend.output import write_json
+from extend.untrusted import link_problem
 
 _SIDE_PATTERNS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
                   "vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json",
@@ -20,9 +22,12 @@ def copy_side_files(source: Path, destination: Path, *, max_len: int) -> None:
     """
     for file in sorted({f for pattern in _SIDE_PATTERNS for f in source.glob(pattern)}):
         if file.is_file():
+            _require_own(file, source)
             shutil.copyfile(file, destination / file.name)
     templates = source / "additional_chat_templates"
     if templates.is_dir():
+        for file in (templates, *templates.rglob("*")):
+            _require_own(file, source)
         shutil.copytree(templates, destination / templates.name)
     if (source / "tokenizer_config.json").is_file():
         settings = read_json(source / "tokenizer_config.json")
@@ -31,3 +36,10 @@ def copy_side_files(source: Path, destination: Path, *, max_len: int) -> None:
         generation = read_json(source / "generation_config.json")
         generation.pop("max_length", None)
         write_json(destination / "generation_config.json", generation)
+
+
+def _require_own(file: Path, source: Path) -> None:
+    """Refuse to copy what is not the checkpoint's: a link to a file elsewhere on this machine."""
+    problem = link_problem(file, source)
+    if problem:
+        raise CheckpointError(f"{file}: {problem}; put a copy of the file there if it is meant")

@@ -16,7 +16,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from extend.checkpoint.read import INDEX_NAME, SINGLE_NAME, TensorInfo, torch_dtype
+from extend.checkpoint.header import TensorInfo, torch_dtype
+from extend.checkpoint.read import INDEX_NAME, SINGLE_NAME
 from extend.errors import CheckpointError
 from extend.output import finished_files, keep_finished, require_space, write_json
 

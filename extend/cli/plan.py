@@ -9,6 +9,9 @@ from extend.rope.methods import METHODS
 # Keys of `extend.capacity.GPUS`, which would take long to load for a line of help; a test keeps
 # the two alike.
 GPU_NAMES = ("h200", "h100", "h800", "a100", "b200")
+TRAINED = ("all", "lora", "lora+")
+WEIGHT_DTYPES = ("float32", "bfloat16")
+OPTIMIZERS = ("adamw", "adamw-8bit", "adamw-offload")
 
 
 @main.command()
@@ -35,14 +38,18 @@ GPU_NAMES = ("h200", "h100", "h800", "a100", "b200")
               help="Memory of a GPU; that of its kind unless given.")
 @click.option("--host-memory", type=float, default=0.0, metavar="GIB",
               help="Memory of a host that training may use.")
-@click.option("--hosts", type=click.IntRange(min=1), default=1, metavar="N")
+@click.option("--hosts", type=click.IntRange(min=1), default=1, metavar="N",
+              help="Hosts that the GPUs are spread over (1 unless given).")
 @click.option("--rows", type=click.IntRange(min=1), default=None, metavar="N",
               help="Rows of an optimizer step; as many as are fastest unless given.")
-@click.option("--trained", type=NameType(("all", "lora", "lora+")), default="all",
-              help="all weights, adapters, or lora+: adapters, norms and embeddings.")
-@click.option("--weight-dtype", type=NameType(("float32", "bfloat16")), default="float32")
-@click.option("--optimizer", type=NameType(("adamw", "adamw-8bit", "adamw-offload")),
-              default="adamw")
+@click.option("--trained", type=NameType(TRAINED), default="all",
+              help="What is trained: all weights, lora (adapters), or lora+ (adapters, norms and "
+                   "embeddings); all unless given.")
+@click.option("--weight-dtype", type=NameType(WEIGHT_DTYPES), default="float32",
+              help=f"In which weights are kept: {' or '.join(WEIGHT_DTYPES)} (float32 unless "
+                   "given).")
+@click.option("--optimizer", type=NameType(OPTIMIZERS), default="adamw",
+              help=f"{', '.join(OPTIMIZERS)} (adamw unless given).")
 @set_option
 @click.option("--run", "run_dir", default=None, metavar="DIR",
               help="With RECIPE: the --out of `extend run`. What is done there is skipped, and its "
@@ -50,7 +57,6 @@ GPU_NAMES = ("h200", "h100", "h800", "a100", "b200")
 @click.option("--config", multiple=True, metavar="INPUT=FILE",
               help="With RECIPE: config.json of a model that is not here, by what the recipe calls "
                    "it.")
-@set_option
 @click.option("--out", default=None, metavar="DIR",
               help="With MODEL: write plan.json and frequencies.png there.")
 @overwrite_option

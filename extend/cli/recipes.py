@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from extend.cli.group import main, overwrite_option, reporting, set_option
+from extend.cli.group import main, reporting, set_option
 from extend.cli.types import OpenName
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ def _names() -> Iterable[str]:
 @click.option("--list", "list_", is_flag=True, help="List the recipes that there are.")
 @click.option("--out", default=None, metavar="FILE", type=click.Path(),
               help="File to write; NAME.yaml unless given.")
-@overwrite_option
+@click.option("--overwrite", is_flag=True, help="Replace FILE if it exists.")
 @reporting
 def init(name, list_, out, overwrite):
     """Copy the shipped recipe NAME, to be edited and run.

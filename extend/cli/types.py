@@ -121,10 +121,9 @@ def parse_pairs(pairs: tuple[str, ...], reserved: Collection[str] = ()) -> dict[
     Raises:
         RecipeError: a pair without `=`, a value that is no YAML, or a reserved name.
     """
-    import yaml
-
     from extend.errors import RecipeError
     from extend.option_types import parse_number
+    from extend.untrusted import load_yaml
 
     found = {}
     for pair in pairs:
@@ -134,8 +133,8 @@ def parse_pairs(pairs: tuple[str, ...], reserved: Collection[str] = ()) -> dict[
         if key in reserved:
             raise RecipeError(f"--option {pair!r}: {key} is no option of a RoPE method")
         try:
-            found[key] = parse_number(yaml.safe_load(value))
-        except yaml.YAMLError:
+            found[key] = parse_number(load_yaml(value))
+        except ValueError:
             raise RecipeError(f"--option {pair!r}: its value cannot be read; write a number, text "
                               "or a list, [1, 2], in quotes for the shell") from None
     return found

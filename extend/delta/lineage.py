@@ -240,10 +240,14 @@ def collect(shared: Mapping[str, tuple[int, ...]], base: Mapping[str, Any],
     """A `Lineage` of the moments of `shared`; `base` and `target` map names to infos."""
     resized = {name: (base[name].shape[0], target[name].shape[0]) for name in shared
                if base[name].shape != target[name].shape}
-    return Lineage(tensors=moments, resized=resized, sampled=sampled,
-                   matrices=frozenset(n for n, shape in shared.items() if is_matrix(n, shape)),
-                   only_base=tuple(in_layer_order(base.keys() - target.keys())),
-                   only_target=tuple(in_layer_order(target.keys() - base.keys())))
+    found = Lineage(tensors=moments, resized=resized, sampled=sampled,
+                    matrices=frozenset(n for n, shape in shared.items() if is_matrix(n, shape)),
+                    only_base=tuple(in_layer_order(base.keys() - target.keys())),
+                    only_target=tuple(in_layer_order(target.keys() - base.keys())))
+    if found.overall.cosine() is None:
+        raise CompatibilityError("every matrix of the decoder layers is zero in the base or in the "
+                                 "target, as in no trained model; see that their files are whole")
+    return found
 
 
 def is_matrix(name: str, shape: tuple[int, ...]) -> bool:

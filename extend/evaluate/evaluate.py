@@ -16,13 +16,14 @@ from extend.evaluate.summary import summarize
 from extend.evaluate.summary_text import summary_text
 from extend.evaluate.tasks.task import BASE
 from extend.inputs import name_inputs, takes_models
+from extend.lock import holding
 from extend.manifest import Manifest
 from extend.model_config import ModelConfig, read_config
 from extend.options import local_tasks
 from extend.output import atomic_directory, write_json
+from extend.results import RESULTS_NAME
 
 logger = logging.getLogger(__name__)
-RESULTS_NAME = "results.json"
 SCHEMA = 1
 
 
@@ -77,42 +78,43 @@ def evaluate(model: Path | str, out: Path | str, *,
     native_len = None if base is None else read_config(base).max_position_embeddings
     planned = planned if native_len is None else with_base(planned, native_len)
     paths = _input_paths(model, adapter, base, planned)
-    with atomic_directory(out, overwrite=overwrite, inputs=paths) as partial:
-        from extend.evaluate.adapted import adapted_config
-        from extend.tokenizer import load_tokenizer
+    with holding(out):
+        with atomic_directory(out, overwrite=overwrite, inputs=paths) as partial:
+            from extend.evaluate.adapted import adapted_config
+            from extend.tokenizer import load_tokenizer
 
-        config = adapted_config(model, adapter)
-        tokenizer = load_tokenizer(model)
-        runner = make_runner(tokenizer, planned, device=device, dtype=dtype, chunk=chunk,
-                             nproc=nproc, context_parallel=context_parallel, server=server,
-                             others={"adapter": adapter, "base": base})
-        settings = {**runner.settings, "template": template, "thinking": thinking}
-        _check_prompts(Frame.of(tokenizer, template, thinking=thinking), planned, seed)
-        manifest = Manifest("eval", paths, {
-            "tasks": describe_tasks(planned),
-            "cells": [cell.key for entry in planned for cell in entry.cells], **settings}, seed)
-        store = RowStore.open(_rows_directory(Path(out)), {
-            key: manifest.record[key] for key in ("inputs", "options", "seed", "versions")})
-        try:
-            rows = _score(store, planned, runner, model=str(model), seed=seed, device=device,
-                          adapter=None if adapter is None else str(adapter),
-                          base=None if base is None else str(base),
-                          dtype=settings["dtype"], chunk=settings["chunk"], template=template,
-                          thinking=thinking)
-        except (ExtendError, OSError):
-            store.remove_if_empty()
-            raise
-        results = name_inputs({
-            "schema": SCHEMA, "model": _describe_model(config, manifest, settings),
-            "run": describe_run(manifest.record, planned, model=model, template=template,
-                                thinking=thinking, lengths=lengths, depths=depths,
-                                trials=trials, base_len=native_len),
-            "summary": summarize(rows, chance_levels(planned)), "rows": rows})
-        logger.info("%s", summary_text(results["summary"]))
-        write_json(partial / RESULTS_NAME, results)
-        manifest.write(partial, rows=len(rows),
-                       effective_length=results["summary"]["effective_length"])
-    store.remove()
+            config = adapted_config(model, adapter)
+            tokenizer = load_tokenizer(model)
+            runner = make_runner(tokenizer, planned, device=device, dtype=dtype, chunk=chunk,
+                                 nproc=nproc, context_parallel=context_parallel, server=server,
+                                 others={"adapter": adapter, "base": base})
+            settings = {**runner.settings, "template": template, "thinking": thinking}
+            _check_prompts(Frame.of(tokenizer, template, thinking=thinking), planned, seed)
+            manifest = Manifest("eval", paths, {
+                "tasks": describe_tasks(planned),
+                "cells": [cell.key for entry in planned for cell in entry.cells], **settings}, seed)
+            store = RowStore.open(_rows_directory(Path(out)), {
+                key: manifest.record[key] for key in ("inputs", "options", "seed", "versions")})
+            try:
+                rows = _score(store, planned, runner, model=str(model), seed=seed, device=device,
+                              adapter=None if adapter is None else str(adapter),
+                              base=None if base is None else str(base),
+                              dtype=settings["dtype"], chunk=settings["chunk"], template=template,
+                              thinking=thinking)
+            except (ExtendError, OSError):
+                store.remove_if_empty()
+                raise
+            results = name_inputs({
+                "schema": SCHEMA, "model": _describe_model(config, manifest, settings),
+                "run": describe_run(manifest.record, planned, model=model, template=template,
+                                    thinking=thinking, lengths=lengths, depths=depths,
+                                    trials=trials, base_len=native_len),
+                "summary": summarize(rows, chance_levels(planned)), "rows": rows})
+            logger.info("%s", summary_text(results["summary"]))
+            write_json(partial / RESULTS_NAME, results)
+            manifest.write(partial, rows=len(rows),
+                           effective_length=results["summary"]["effective_length"])
+        store.remove()
     return Path(out) / RESULTS_NAME
 
 

@@ -142,9 +142,13 @@ def _split_template(tokenizer: Any, *, thinking: bool) -> tuple[str, str]:
                                  "'base', or add chat_template.jinja to the model")
     # Names that a template does not know are no error: enable_thinking is Qwen's, SmolLM's and
     # others', thinking is DeepSeek's.
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True,
-        date_string=_DATE, enable_thinking=thinking, thinking=thinking)
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True,
+            date_string=_DATE, enable_thinking=thinking, thinking=thinking)
+    except Exception as error:  # templates raise what they like
+        raise CompatibilityError(f"the chat template cannot be used ({error}); use 'base', or "
+                                 "another template") from error
     if text.count(_MARK) != 1:
         raise CompatibilityError(f"the chat template writes the user's text {text.count(_MARK)} "
                                  "times instead of once; use 'base', or another template")

@@ -12,6 +12,9 @@ from extend.results import Results, format_length
 COLORS = "cividis"  # even in lightness, and the same to colour-blind eyes
 _TEXT_FITS = 12  # columns up to which the counts are written into the cells
 _PANELS_A_ROW = 4
+_MOST_SQUARES = 48  # to a side; of more, all have their colour but the picture does not grow
+MOST_CELLS = 6000
+"""Squares of all heat maps that a page draws one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +123,8 @@ def draw_heatmap(panels: Sequence[Panel], path: Path, title: str) -> None:
 
     columns = min(len(panels), _PANELS_A_ROW)
     lines = math.ceil(len(panels) / columns)
-    wide = max(2.3, 0.5 * len(panels[0].lengths) + 0.3)
-    high = max(2.2, 0.28 * len(panels[0].depths) + 0.7)
+    wide = max(2.3, 0.5 * min(len(panels[0].lengths), _MOST_SQUARES) + 0.3)
+    high = max(2.2, 0.28 * min(len(panels[0].depths), _MOST_SQUARES) + 0.7)
     figure = Figure(figsize=(wide * columns + 1.5, high * lines + 0.7), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False, sharey=True)
     for ax, panel in zip(axes.flat, panels):
@@ -154,12 +157,16 @@ def save_figure(figure: Any, path: Path) -> None:
 
 def _draw_panel(ax: Any, panel: Panel) -> Any:
     scores = [[math.nan if c.score is None else c.score for c in line] for line in panel.cells]
-    image = ax.pcolormesh(scores, cmap=COLORS, vmin=0, vmax=1, edgecolors="white", linewidth=1)
+    many = max(len(panel.lengths), len(panel.depths)) > _MOST_SQUARES
+    edges = {} if many else {"edgecolors": "white", "linewidth": 1}
+    image = ax.pcolormesh(scores, cmap=COLORS, vmin=0, vmax=1, rasterized=many, **edges)
     ax.set_facecolor("#dddddd")
     ax.set_ylim(len(panel.depths), 0)  # depth 0 on top
-    ax.set_xticks([i + 0.5 for i in range(len(panel.lengths))],
-                  [format_length(n) for n in panel.lengths])
-    ax.set_yticks([i + 0.5 for i in range(len(panel.depths))], [f"{d:.2f}" for d in panel.depths])
+    columns = some_of(range(len(panel.lengths)), _MOST_SQUARES)
+    ax.set_xticks([i + 0.5 for i in columns], [format_length(panel.lengths[i]) for i in columns],
+                  rotation=90 if many else 0)
+    lines = some_of(range(len(panel.depths)), _MOST_SQUARES)
+    ax.set_yticks([i + 0.5 for i in lines], [f"{panel.depths[i]:.2f}" for i in lines])
     ax.tick_params(labelsize=8, length=0)
     ax.spines[:].set_visible(False)
     ax.set_title(plain(f"{panel.label}\n{panel.n_text}"), fontsize=9)
@@ -171,6 +178,11 @@ def _draw_panel(ax: Any, panel: Panel) -> Any:
     if 0 < panel.native_columns < len(panel.lengths):
         ax.axvline(panel.native_columns, color="#d55e00", linewidth=2, linestyle="--")
     return image
+
+
+def some_of(values: Sequence[int], most: int) -> Sequence[int]:
+    """All of them, or of too many every so-many-th."""
+    return values[::-(-len(values) // most)] if values else values
 
 
 def plain(text: str) -> str:

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from extend.evaluate.effective import OWN_SHARE, RULER_THRESHOLD
-from extend.evaluate.heatmap import plain, save_figure
+from extend.evaluate.heatmap import plain, save_figure, some_of
 from extend.page.chart import PALETTE, Chart
 from extend.results import Results, format_length, format_rate
 
 _Z95 = 1.959963984540054
 _MOST_TICKS = 6
+_MOST_TICKS = 24
 _MARKERS = "osD^vPX*"
 
 
@@ -186,7 +187,8 @@ def draw_plot(plot: Plot, path: Path) -> None:
 def _dress(ax: Any, plot: Plot) -> None:
     low, high = plot.y_range
     ax.set_xscale("log", base=2)
-    ax.set_xticks(list(plot.ticks), [format_length(n) for n in plot.ticks], fontsize=8)
+    ticks = some_of(plot.ticks, _MOST_TICKS)
+    ax.set_xticks(list(ticks), [format_length(n) for n in ticks], fontsize=8)
     ax.minorticks_off()
     ax.set_ylim((low - 0.03, high + 0.03) if plot.kind == "scores" else (low, high))
     ax.set_xlabel(plot.x_label + (" (dashed: the model's own context ends)" if plot.natives

@@ -1,5 +1,6 @@
 """The report stage: several results side by side, as a page, heat maps and a table."""
 
+import base64
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -15,14 +16,14 @@ from extend.evaluate.comparison import (
     to_markdown,
 )
 from extend.evaluate.effective import OWN_RULE, RULER_RULE
-from extend.evaluate.heatmap import build_panels, draw_heatmap
+from extend.evaluate.heatmap import MOST_CELLS, build_panels, draw_heatmap
 from extend.evaluate.plots import Plot, draw_plot, loss_plots, score_plots
 from extend.evaluate.summary import format_chance, summarize
 from extend.manifest import Manifest
 from extend.output import atomic_directory, write_json
 from extend.page import render
 from extend.page.chart import SCALE
-from extend.results import Results, format_length, read_results
+from extend.results import Results, format_length, read_results, reading_rows
 
 SCHEMA = 1
 _TEMPLATE = "report.html.jinja"
@@ -44,7 +45,9 @@ def report(results: Mapping[str, Path | str], out: Path | str, *, title: str = "
         CheckpointError: results or metrics that cannot be read, or `out` exists.
         RecipeError: no results.
     """
-    read = [refresh(result) for result in read_results(results)]
+    read = read_results(results)
+    with reading_rows(read):
+        read = [refresh(result) for result in read]
     courses = [] if training is None else read_courses(training)
     paths = {f"results.{r.label}": r.path for r in read}
     if training is not None:
@@ -52,7 +55,8 @@ def report(results: Mapping[str, Path | str], out: Path | str, *, title: str = "
     title = title or f"Context length of {', '.join(r.label for r in read)}"
     manifest = Manifest("report", paths, {"title": title})
     labels = [r.label for r in read]
-    table, differences = build_table(read), build_differences(read)
+    with reading_rows(read):
+        table, differences = build_table(read), build_differences(read)
     with atomic_directory(out, overwrite=overwrite, inputs=paths) as partial:
         maps, plots = _write_heatmaps(read, partial), _write_plots(read, partial)
         markdown = to_markdown(labels, table) + (
@@ -77,8 +81,12 @@ def refresh(result: Results) -> Results:
 
 
 def _write_heatmaps(results: list[Results], directory: Path) -> list[dict[str, Any]]:
-    """A PNG and an SVG a task; returns its name, file and panels."""
+    """A PNG and an SVG a task; returns its name, file and panels.
+
+    Of tasks for which the page has no room it shows the `picture` as it is.
+    """
     maps: list[dict[str, Any]] = []
+    left = MOST_CELLS
     for name in grid_tasks(results):
         panels = build_panels(results, name)
         if not panels:
@@ -86,8 +94,17 @@ def _write_heatmaps(results: list[Results], directory: Path) -> list[dict[str, A
         file = _file_name("heatmap", name, [entry["file"] for entry in maps])
         draw_heatmap(panels, directory / file, name)
         stream = any(r.data["summary"]["tasks"].get(name, {}).get("stream") for r in results)
-        maps.append({"name": name, "file": file, "panels": panels, "stream": stream})
+        left -= (cells := sum(len(p.lengths) * len(p.depths) for p in panels))
+        picture = _embed(directory / file) if left < 0 else None
+        left += cells if picture else 0
+        maps.append({"name": name, "file": file, "panels": panels, "stream": stream,
+                     "picture": picture})
     return maps
+
+
+def _embed(picture: Path) -> str:
+    """The address of a PNG that a page carries itself."""
+    return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
 
 
 def _write_plots(results: list[Results], directory: Path) -> list[tuple[Plot, str]]:

@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from extend.errors import CheckpointError, CompatibilityError
+from extend.gguf.check import check_gguf
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+
+_MAX_PARTS = 2048
 
 
 class Header:
@@ -35,8 +38,13 @@ class Header:
             raise CheckpointError(f"{path}: is one of {count} parts, but its name is not that of a "
                                   "part; give the first as NAME-00001-of-0000N.gguf, with the "
                                   "others beside it")
-        self.tensors: dict[str, ReaderTensor] = {
-            tensor.name: tensor for reader in readers for tensor in reader.tensors}
+        self.tensors: dict[str, ReaderTensor] = {}
+        for part, reader in zip(self.paths, readers, strict=True):
+            for tensor in reader.tensors:
+                if tensor.name in self.tensors:
+                    raise CheckpointError(f"{part}: tensor {tensor.name!r} is in another part too; "
+                                          "the parts are not of one model")
+                self.tensors[tensor.name] = tensor
         self.architecture = str(self.need("general.architecture"))
 
     @property
@@ -79,12 +87,15 @@ def list_parts(path: Path) -> list[Path]:
     """
     match = _PART.fullmatch(path.name)
     count = int(match["count"]) if match else 1
+    if match and not 1 <= int(match["number"]) <= count <= _MAX_PARTS:
+        raise CheckpointError(f"{path}: is no part of a model; parts are NAME-00001-of-0000N.gguf, "
+                              f"and at most {_MAX_PARTS}")
     parts = [path] if match is None else [
         path.with_name(f"{match['stem']}-{number:05d}-of-{count:05d}.gguf")
         for number in range(1, count + 1)]
     missing = [part.name for part in parts if not part.is_file()]
     if missing:
-        raise CheckpointError(f"{path}: {', '.join(missing)} is not there" + (
+        raise CheckpointError(f"{path}: {', '.join(missing[:4])} is not there" + (
             f"; all {count} parts are needed" if count > 1 else "; give a GGUF file"))
     return parts
 
@@ -95,15 +106,10 @@ def _open(path: Path) -> "GGUFReader":
     except ImportError:
         raise CompatibilityError("reading GGUF files needs the package gguf; install it with "
                                  "`pip install 'extend-context[gguf]'`") from None
+    check_gguf(path)
     try:
-        reader = GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
+        return GGUFReader(path)
+    except (ValueError, LookupError, ArithmeticError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as GGUF ({error}); fetch it again") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-    size = path.stat().st_size
-    end = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
-    if end > size:
-        raise CheckpointError(f"{path}: its tensors end at byte {end:,}, but it has {size:,}; "
-                              "it is truncated, fetch it again")
-    return reader

@@ -56,7 +56,7 @@ def import_gguf(file: Path | str, out: Path | str, *, dtype: str = "bfloat16",
     file, out = Path(file), Path(out)
     header = Header(file)
     architecture = find_architecture(header)
-    config = _config(header, architecture, dtype)
+    config = read_model_config(header, architecture, dtype)
     sources = _sources(header, architecture, config)
     inputs = {"file" if number == 0 else f"file.{number + 1}": path
               for number, path in enumerate(header.paths)}
@@ -75,11 +75,18 @@ def import_gguf(file: Path | str, out: Path | str, *, dtype: str = "bfloat16",
     return out
 
 
-def _config(header: Header, architecture: Architecture, dtype: str) -> dict[str, Any]:
+def read_model_config(header: Header, architecture: Architecture, dtype: str) -> dict[str, Any]:
     """The config in every spelling of the RoPE."""
-    raw = {**architecture.config(header), "dtype": dtype}
-    parsed = parse_config(raw, header.path)
-    written = write_rope(raw, parsed.rope, parsed.max_position_embeddings)
+    try:
+        raw = {**architecture.config(header), "dtype": dtype}
+        parsed = parse_config(raw, header.path)
+        written = write_rope(raw, parsed.rope, parsed.max_position_embeddings)
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        raise CheckpointError(f"{header.path}: a key holds a value of the wrong kind "
+                              f"({error}); fetch the file again") from error
+    if parsed.num_layers > len(header.tensors):
+        raise CheckpointError(f"{header.path}: announces {parsed.num_layers} layers but holds "
+                              f"{len(header.tensors)} tensors; fetch the file again")
     return dict(sorted(written.items()))
 
 

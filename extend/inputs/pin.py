@@ -1,20 +1,23 @@
 """Pin a repository to a commit, and fetch what is needed of that commit."""
 
+import contextlib
 import fnmatch
 import glob
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from extend.checkpoint import INDEX_NAME
 from extend.errors import CheckpointError, HubError, SpaceError
-from extend.hub import HubId, explaining, hub_api
+from extend.hub import HubId, check_repo_id, explaining, hub_api
 from extend.inputs.files import choose_files
 from extend.inputs.names import HubInput
 from extend.model_config import read_json
+from extend.output import write_text
 from extend.registry import suggest
+from extend.untrusted import path_problem
 
 log = logging.getLogger(__name__)
 _OFFLINE = ("once the network is there run the same command again, or set HF_HUB_OFFLINE=1 for "
@@ -59,16 +62,17 @@ class Pinned:
             if left:
                 raise HubError(f"{self.id}: {', '.join(left[:3])} did not come from the Hub; run "
                                "the same command again")
-            self._note_asked()
+        self._note_asked()
         folder = _snapshot(self.id)
         return folder / self.file if self.file else folder
 
     def _note_asked(self) -> None:
-        """Let the cache know what the revision meant, as others who fetch by its name do."""
-        ref = _folder(self.id) / "refs" / self.asked
-        if self.asked != self.id.revision:
-            ref.parent.mkdir(parents=True, exist_ok=True)
-            ref.write_text(str(self.id.revision))
+        """Let the cache know what the revision means now, as others who fetch by its name do."""
+        ref, commit = _folder(self.id) / "refs" / self.asked, str(self.id.revision)
+        with contextlib.suppress(OSError):  # a cache that may only be read serves as well
+            if self.asked != commit and not (ref.is_file() and ref.read_text().strip() == commit):
+                ref.parent.mkdir(parents=True, exist_ok=True)
+                write_text(ref, commit)
 
     @property
     def missing(self) -> list[str]:
@@ -132,7 +136,20 @@ def _pin_online(wanted: HubInput, weights: bool) -> Pinned:
     if info.id != repo:
         log.warning("%s: is called %s on the Hub now; give that name", repo, info.id)
     sizes = {entry.rfilename: entry.size for entry in info.siblings}
+    _check_listing(wanted, info.id, info.sha, sizes)
     return _pinned(wanted, HubId(info.id, info.sha), sizes, weights)
+
+
+def _check_listing(wanted: HubInput, repo: str, commit: str, names: Iterable[str]) -> None:
+    """Refuse an answer whose names would lead out of the cache."""
+    check_repo_id(repo)
+    if not HubId(repo, commit).pinned:
+        raise HubError(f"{wanted.id}: the Hub answered with the commit {str(commit)[:100]!r}, "
+                       "which is none; nothing was fetched")
+    for name in names:
+        if problem := path_problem(name):
+            raise HubError(f"{wanted.id}: the Hub lists a file {str(name)[:100]!r}, which "
+                           f"{problem}; nothing was fetched")
 
 
 def _tell_refused(error: Exception, wanted: HubInput) -> None:

@@ -1,7 +1,5 @@
 """The sizes of a model, its RoPE and its window, from `config.json`."""
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +9,9 @@ from extend.errors import CheckpointError, CompatibilityError
 from extend.model_config.families import SLIDING
 from extend.model_config.rope_read import head_dim_of, read_rope
 from extend.model_config.rope_spec import RopeSpec
+from extend.untrusted import parse_json, read_bounded
+
+_LARGEST = 2**53  # of a size; beyond it a JSON number is not exact everywhere
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,15 +60,12 @@ def read_config(directory: Path | str) -> ModelConfig:
     """
     path = Path(directory) / "config.json"
     raw = read_json(path)
-    try:
-        if raw.get("quantization_config"):
-            method = raw["quantization_config"].get("quant_method", "unknown")
-            raise CompatibilityError(
-                f"{path}: the weights are quantized ({method}); dequantize the model first and "
-                "give that checkpoint")
-        return parse_config(raw, path)
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{path}: a key holds a value of the wrong kind ({error})") from None
+    found = raw.get("quantization_config")
+    if found:
+        method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
+        raise CompatibilityError(f"{path}: the weights are quantized ({method}); dequantize the "
+                                 "model first and give that checkpoint")
+    return parse_config(raw, path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -77,11 +75,11 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing, not JSON, or not an object.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(read_bounded(path))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; give the directory of a checkpoint in "
                               "Hugging Face format") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
@@ -91,7 +89,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
-    """Turn the keys of a config.json into a `ModelConfig`; `path` is for messages."""
+    """Turn the keys of a config.json into a `ModelConfig`; `path` is for messages.
+
+    Raises:
+        CheckpointError: a value of the wrong kind.
+        CompatibilityError: a key is missing, or keys contradict one another.
+    """
+    try:
+        return _parse(raw, path)
+    except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
+        raise CheckpointError(f"{path}: a key holds a value of the wrong kind ({error})") from None
+
+
+def _parse(raw: Mapping[str, Any], path: Path) -> ModelConfig:
     def need(key: str) -> Any:
         if raw.get(key) is None:
             raise CompatibilityError(f"{path}: key {key!r} is missing; only decoder models with "
@@ -118,5 +128,5 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
 
 def _check_whole(key: str, value: Any, least: int, path: Path) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not least <= value < math.inf or value != int(value):
+    if not number or not least <= value < _LARGEST or value != int(value):
         raise CheckpointError(f"{path}: {key} is {value!r}; it must be a whole number from {least}")

@@ -4,6 +4,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from extend.console import printable
+
 if TYPE_CHECKING:
     import jinja2
 
@@ -26,4 +28,12 @@ def _environment(directory: Path) -> "jinja2.Environment":
 
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader([directory, _LAYOUT]), autoescape=True,
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=shown)
+
+
+def shown(value: Any) -> Any:
+    """A value as templates write it: text without secrets, and without marks that no one sees.
+
+    What is marked as HTML already was made by a template, out of values that came through here.
+    """
+    return printable(value) if type(value) is str else value

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from extend.capacity import CapacityPlan
-from extend.errors import CheckpointError, RecipeError
+from extend.errors import RecipeError
 from extend.inputs import local_path
 from extend.manifest import Manifest
 from extend.model_config import ModelConfig, RopeSpec, parse_config, read_json
@@ -116,11 +116,7 @@ def _native_of(head_dim: int | None, rope_theta: float | None, from_len: int | N
 def _read_model(path: Path) -> ModelConfig:
     """A config.json by itself will do, also that of a quantized model: only its RoPE is read."""
     file = path if path.is_file() else path / "config.json"
-    raw = read_json(file)
-    try:
-        return parse_config(raw, file)
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{file}: a key holds a value of the wrong kind ({error})") from None
+    return parse_config(read_json(file), file)
 
 
 def _notes(config: ModelConfig, target_len: int) -> list[str]:

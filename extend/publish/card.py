@@ -14,6 +14,7 @@ from extend.evaluate.heatmap import build_panels, draw_heatmap
 from extend.evaluate.summary_text import format_own, format_ruler
 from extend.hub import HubId
 from extend.model_config import read_config
+from extend.page import shown
 from extend.publish.facts import Row, in_words, residual_rows, rope_rows, sidecar_limits, stage_rows
 from extend.publish.files import CARD, RECIPE, Folder
 from extend.publish.loading import Lines, adapter_lines, model_lines
@@ -95,7 +96,7 @@ def _template() -> Any:
     import jinja2
 
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True,
-                                     lstrip_blocks=True, autoescape=False)
+                                     lstrip_blocks=True, autoescape=False, finalize=shown)
     environment.filters["cell"] = _cell
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from extend.manifest import MANIFEST_NAME, Hashes, hash_file
 from extend.output import write_json
 from extend.publish.naming import Names
 from extend.publish.provenance import ADAPTER, RESULTS, Run, StageOutput
+from extend.recipe_text import written_values
 from extend.results import RESULTS_NAME, Results
+from extend.untrusted import link_problem, yaml_problems
 
 CARD = "README.md"
 MANIFESTS = "manifests"
@@ -113,6 +115,10 @@ def add_output(folder: Folder, output: StageOutput, names: Names, *, read: bool 
     wanted = [name for name in output.manifest["outputs"] if name != CARD]
     extra = sorted({p.name for pattern in _TERMS for p in output.directory.glob(pattern)}
                    - set(wanted))
+    for name in extra:
+        if problem := link_problem(output.directory / name, output.directory):
+            raise CheckpointError(f"{output.directory / name}: {problem}, and is not sent; put a "
+                                  "copy of the file there if it is meant")
     for name in [*wanted, *extra]:
         file = folder.add(output.directory / name, name)
         if file.origin == AS_IS and name in wanted:
@@ -125,6 +131,9 @@ def add_output(folder: Folder, output: StageOutput, names: Names, *, read: bool 
 def _check_whole(output: StageOutput, read: bool) -> None:
     known = {output.directory / name: entry for name, entry in output.manifest["outputs"].items()}
     for path, entry in known.items():
+        if problem := link_problem(path, output.directory):
+            raise CheckpointError(f"{path}: {problem}, and is not sent; put a copy of the file "
+                                  "there if it is meant")
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
             raise CheckpointError(f"{path}: is missing or was changed since {output.stage} wrote "
                                   f"it, so the manifest is not its; run {output.stage} again")
@@ -187,24 +196,18 @@ def add_provenance(folder: Folder, run: Run, lineage: Iterable[StageOutput], nam
 def public_recipe(recipe: Mapping[str, Any], names: Names) -> str:
     """The recipe's text, comments and all, with public names in place of its paths."""
     text, home = str(recipe["text"]), Path(str(recipe.get("path") or ".")).parent
-    for node in sorted(_scalars(yaml.compose(text, Loader=yaml.SafeLoader)),
-                       key=lambda n: n.start_mark.index, reverse=True):
-        path = str((home / node.value).resolve()) if node.value else ""
+    try:
+        refused = [what for what, _ in yaml_problems(text, yaml.SafeLoader)]
+    except (yaml.YAMLError, ValueError) as error:
+        refused = [" ".join(str(error).split())]
+    if refused:
+        raise CheckpointError(f"the recipe that this run kept is not one ({refused[0]}); run it "
+                              "again")
+    for begin, end, value in written_values(text):
+        path = str((home / value).resolve()) if value else ""
         if path in names.local and "/" in path and path != str(home):
-            begin, end = node.start_mark.index, node.end_mark.index
             text = text[:begin] + names.of(path) + text[end:]
     return names.apply(text)
-
-
-def _scalars(node: yaml.Node | None) -> Iterator[yaml.ScalarNode]:
-    if isinstance(node, yaml.ScalarNode):
-        yield node
-    elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            yield from _scalars(item)
-    elif isinstance(node, yaml.MappingNode):
-        for _, value in node.value:
-            yield from _scalars(value)
 
 
 def add_results(folder: Folder, results: Sequence[Results]) -> None:

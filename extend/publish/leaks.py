@@ -14,7 +14,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from extend.checkpoint import read_header
 from extend.errors import RecipeError
+from extend.secrets import LOOKS
 
 _PLACES = ("home", "Users", "root", "tmp", "mnt", "var", "opt", "srv", "scratch", "work",
            "workspace", "media", "private", "Volumes", "content", "kaggle", "gpfs", "lustre",
@@ -24,9 +26,7 @@ _PATTERNS = {
         rf"(?<![\w.:/<>\-@*])/(?:{'|'.join(_PLACES)})/[\w.@~+-][\w.@~+/-]*"
         r"|(?<![\w/])~/[\w.@+/-]+|\b[A-Za-z]:\\{1,2}(?:Users|Documents)[\\\w .-]+"
         r"|\bfile://[^\s\"'<>]+"),
-    "a token": re.compile(
-        r"\bhf_[A-Za-z0-9]{20,}|\bgh[pousr]_[A-Za-z0-9]{30,}|\bsk-[A-Za-z0-9_-]{20,}"
-        r"|\bAKIA[0-9A-Z]{16}\b|-----BEGIN [A-Z ]*PRIVATE KEY-----")}
+    "a token": LOOKS}
 _BINARIES = (".png", ".model", ".gguf", ".bin", ".pt")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json",
                  "extend_vocabulary.json", "vocab.txt")
@@ -115,6 +115,7 @@ class Privacy:
 
 def _metadata(path: Path) -> str:
     """What stands beside the tensors in a safetensors file's header."""
+    read_header(path)  # made sure to be one
     with path.open("rb") as file:
         size, = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(size))

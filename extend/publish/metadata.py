@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from extend.errors import RecipeError
 from extend.hub import HubId, explaining, hub_api
 from extend.publish.provenance import ADAPTER, RESULTS
 from extend.results import Results, format_length
+from extend.untrusted import load_yaml
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -80,8 +79,8 @@ def read_front(directory: Path) -> dict[str, Any]:
     found = _FRONT.match(card.read_text(encoding="utf-8", errors="replace")) \
         if card.is_file() else None
     try:
-        front = yaml.safe_load(found[1]) if found else {}
-    except yaml.YAMLError:
+        front = load_yaml(found[1]) if found else {}
+    except ValueError:
         return {}
     return front if isinstance(front, dict) else {}
 

@@ -4,6 +4,7 @@ A manifest names an input by path and by the hash of its content. The path is of
 hash leads to the stage that wrote it, wherever the run lies now.
 """
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,12 +14,12 @@ from typing import Any
 
 from extend.errors import CheckpointError, RecipeError
 from extend.hub import HubId, is_repo_id
-from extend.manifest import MANIFEST_NAME, recorded_content
+from extend.manifest import MANIFEST_NAME, read_manifest, recorded_content
 from extend.model_config import read_json
 from extend.results import RESULTS_NAME
+from extend.run_record import RECIPE_RECORD
 
 ADAPTER, MODEL, RESULTS = "adapter", "model", "results"
-RECIPE_RECORD = "recipe.json"  # that `run` keeps beside its stages
 _MODEL_ROLES = re.compile(r"(model|base|tuned|target|merged|reference|rope_from|adapters?"
                           r"(\[\d+\]|\.\d+)?)")
 
@@ -154,12 +155,7 @@ def read_output(directory: Path) -> StageOutput:
     if not path.is_file():
         raise CheckpointError(f"{directory}: has no {MANIFEST_NAME}, from which its card would be "
                               "made; give the output of a stage, or the directory of a run")
-    manifest = read_json(path)
-    for key in ("stage", "inputs", "outputs"):
-        if key not in manifest:
-            raise CheckpointError(f"{path}: has no {key!r}, so it is no stage's manifest; run the "
-                                  "stage again")
-    return StageOutput(directory, manifest)
+    return StageOutput(directory, read_manifest(directory))
 
 
 def read_run(directory: Path) -> Run:
@@ -177,7 +173,7 @@ def find(source: Path, kind: str | None) -> tuple[Run, list[StageOutput]]:
         CheckpointError: nothing of a stage is there.
         RecipeError: not of the kind that was asked for, or several are.
     """
-    source = source.absolute()
+    source = Path(os.path.abspath(source))  # `..` would be no name of an output
     if not source.is_dir():
         raise CheckpointError(f"{source}: no such directory; give the output of a stage, or the "
                               "directory of a run")

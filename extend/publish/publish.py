@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from extend.errors import RecipeError
 from extend.hub import HubId, check_repo_id
+from extend.lock import holding
 from extend.manifest import Manifest
 from extend.output import atomic_directory, require_new, write_json
 from extend.publish.bases import pin_bases
@@ -100,10 +101,11 @@ def publish(source: Path | str, to: str, *, out: Path | str | None = None,
     """
     settled = _options({"source": str(source), "to": to, **options})
     check_repo_id(settled.to)
-    if out is not None:
+    if out is None:
+        return _publish(settled)[0]
+    with holding(out):
         require_new(out, overwrite=overwrite)
-    publication, outputs = _publish(settled)
-    if out is not None:
+        publication, outputs = _publish(settled)
         _record(Path(out), settled, publication, outputs, overwrite)
     return publication
 

@@ -69,6 +69,7 @@ def _prompts(options: EvalOptions, notes: list[str]) -> Iterator[tuple[int, floa
     """(tokens, how often they are read) of all tasks; what cannot be counted goes into `notes`."""
     from extend.evaluate.plan import expand, plan_tasks
 
+    writing: list[str] = []
     for entry in expand(options.tasks):
         label = entry if isinstance(entry, str) else entry.get("name", entry["task"])
         try:
@@ -79,8 +80,10 @@ def _prompts(options: EvalOptions, notes: list[str]) -> Iterator[tuple[int, floa
             continue
         for task in planned:
             if task.task.measure in _WRITES:
-                notes.append(f"{label}: the answers that it writes are not counted")
+                writing.append(label)
             yield from _prompts_of(task.task, task.cells)
+    if writing:
+        notes.append(f"answers that are written are not counted ({', '.join(writing)})")
 
 
 def _prompts_of(task: Any, cells: Any) -> Iterator[tuple[int, float]]:

@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from extend.capacity import ModelShape, model_shape
 from extend.errors import CheckpointError, CompatibilityError
@@ -47,11 +46,6 @@ class Facts:
     source: str = ""
     problem: str = ""
     path: Path | None = None
-
-    @property
-    def weights_bytes(self) -> int | None:
-        """Of a checkpoint of this shape, in its own dtype."""
-        return None if self.shape is None else self.shape.parameters * self.value_bytes
 
 
 NOTHING = Facts()
@@ -122,7 +116,7 @@ def _look_up(value: str, directory: Path, config: Path | str | None) -> Facts:
     elif path.exists():
         facts = look_at(path)
     else:
-        facts = _presumed(value, "missing", f"{path} is not there")
+        facts = _presumed(value, "missing", f"{os.path.normpath(path)} is not there")
     if config is None:
         return facts
     shape, value_bytes = _read_shape(Path(config))
@@ -153,9 +147,12 @@ def _from_hub(value: str, hub: HubFacts) -> Facts:
         size = hub.num_bytes or facts.num_bytes
         return replace(facts, num_bytes=size, download_bytes=size if hub.download_bytes is None
                        else hub.download_bytes)
-    config = _parse(hub.config, Path(value) / "config.json")
-    return Facts(num_bytes=hub.num_bytes, shape=model_shape(config), where="hub",
-                 value_bytes=_value_bytes(config), download_bytes=hub.download_bytes)
+    facts = Facts(num_bytes=hub.num_bytes, where="hub", download_bytes=hub.download_bytes)
+    try:
+        config = parse_config(hub.config, Path(value) / "config.json")
+        return replace(facts, shape=model_shape(config), value_bytes=_value_bytes(config))
+    except (CheckpointError, CompatibilityError) as error:
+        return replace(facts, problem=str(error))
 
 
 def _presumed(value: str, where: str, problem: str) -> Facts:
@@ -164,22 +161,15 @@ def _presumed(value: str, where: str, problem: str) -> Facts:
     if known is None:
         return Facts(where=where, problem=problem,
                      download_bytes=None if where == "hub" else 0)
-    shape = model_shape(_parse(known[1], Path(known[0]) / "config.json"))
+    shape = model_shape(parse_config(known[1], Path(known[0]) / "config.json"))
     return Facts(num_bytes=2 * shape.parameters, shape=shape, where=where, problem=problem,
-                 source=f"the shape of {known[0]}")
+                 source=f"its config is not here; its shape is that of {known[0]}")
 
 
 def _read_shape(path: Path) -> tuple[ModelShape, int]:
     file = path if path.is_file() else path / "config.json"
-    config = _parse(read_json(file), file)
+    config = parse_config(read_json(file), file)
     return model_shape(config), _value_bytes(config)
-
-
-def _parse(raw: Mapping[str, Any], file: Path) -> ModelConfig:
-    try:
-        return parse_config(raw, file)
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{file}: a key holds a value of the wrong kind ({error})") from None
 
 
 def _value_bytes(config: ModelConfig) -> int:

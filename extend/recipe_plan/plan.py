@@ -1,6 +1,5 @@
 """What a whole recipe takes: every stage in order, before anything is read or downloaded."""
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,6 +8,7 @@ from pathlib import Path
 from extend.capacity import GIB, GPUS, Machine, gpu_rates
 from extend.decisions import Decision, decide_stages
 from extend.errors import CompatibilityError, RecipeError
+from extend.manifest import host_memory
 from extend.recipe import Recipe, load_recipe
 from extend.recipe_inputs import pin_inputs
 from extend.recipe_plan.cost import Cost
@@ -105,7 +105,8 @@ class RecipePlan:
         """What would stop the run, as far as a plan can tell."""
         found = [f"{stage.decision.stage.name}: {stage.cost.notes[0]}" for stage in self.stages
                  if stage.runs and not stage.cost.fits]
-        found += [f"{value}: {problem}" for value, problem in self.missing.items()]
+        found += [problem if problem.startswith(f"{value}: ") else f"{value}: {problem}"
+                  for value, problem in self.missing.items()]
         for needed, free, place in (
                 (self.disk_bytes, self.free_bytes, self.run_dir),
                 (self.download_bytes, self.cache_free_bytes, self.cache_dir)):
@@ -183,9 +184,8 @@ def visible_machine() -> Machine | None:
         raise CompatibilityError(f"the rates of a {name} are not known; give --gpus N and the "
                                  f"nearest --gpu of {', '.join(GPUS)}")
     memory = torch.cuda.get_device_properties(0).total_memory
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Machine(gpu=gpu, num_gpus=torch.cuda.device_count(), gpu_memory_bytes=memory,
-                   host_memory_bytes=host)
+                   host_memory_bytes=host_memory())
 
 
 def _hub_cache() -> Path:

@@ -1,5 +1,6 @@
 """The plan of a recipe as JSON, and as text for a terminal."""
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -7,8 +8,10 @@ from extend.capacity import GIB, gpu_rates
 from extend.recipe_plan.cost import Phase
 from extend.recipe_plan.facts import Facts
 from extend.recipe_plan.plan import RecipePlan, StagePlan
+from extend.results import format_length
 
 _HEADER = ("stage", "kind", "does", "reads", "writes", "time", "GPUs", "GiB a GPU", "GiB host")
+_WIDTH = 100
 _LEGEND = """\
 All numbers are estimates but sizes of files that are here. Memory of training is counted, its time
 modelled from measured steps (docs/planning.md): optimizer steps alone, without loading, tokenising
@@ -69,13 +72,19 @@ def _phase_json(phase: Phase) -> dict[str, Any]:
 
 def plan_text(plan: RecipePlan) -> str:
     """Title, table, totals, what is wrong, notes."""
-    parts = [_title(plan), _table(plan), "\n".join(_totals(plan))]
-    if plan.problems:
-        parts.append("\n".join(["would stop the run", *(f"  {line}" for line in plan.problems)]))
-    notes = list(_notes(plan))
-    if notes:
-        parts.append("\n".join(["notes", *(f"  {line}" for line in notes)]))
+    parts = [_title(plan), _table(plan),
+             "\n".join(_filled(line, indent=11) for line in _totals(plan))]
+    for title, told in (("would stop the run", plan.problems), ("notes", _notes(plan))):
+        lines = [_filled(f"  {line}", indent=4) for line in told]
+        if lines:
+            parts.append("\n".join([title, *lines]))
     return "\n\n".join([*parts, _LEGEND])
+
+
+def _filled(line: str, indent: int) -> str:
+    """The line, and where it is too long what is left of it below, further to the right."""
+    return textwrap.fill(line, _WIDTH, subsequent_indent=" " * indent, break_long_words=False,
+                         break_on_hyphens=False)
 
 
 def _title(plan: RecipePlan) -> str:
@@ -116,10 +125,16 @@ def _row(stage: StagePlan) -> Sequence[str]:
 
 
 def _phase_line(phase: Phase) -> str:
-    return (f"    {_tokens(phase.length)}: {phase.steps} steps of {phase.rows} rows, "
-            f"{phase.step_seconds:.3g} s each ({_time(phase.seconds)}), "
+    each = f"{phase.step_seconds:.3g} s" if phase.step_seconds < 100 else \
+        _time(phase.step_seconds)
+    return (f"    {format_length(phase.length)}: {_counted(phase.steps, 'step')} of "
+            f"{_counted(phase.rows, 'row')}, {each} each ({_time(phase.seconds)}), "
             f"{phase.gpu_bytes / GIB:.1f} GiB a GPU, {phase.recomputed} layers recomputed, MFU "
             f"{phase.mfu:.0%}")
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _totals(plan: RecipePlan) -> Iterator[str]:
@@ -139,17 +154,22 @@ def _totals(plan: RecipePlan) -> Iterator[str]:
 
 
 def _notes(plan: RecipePlan) -> Iterator[str]:
+    """What is to be said of inputs, and of stages: once what is the same of several."""
     for value, facts in plan.inputs.items():
         if facts.source:
             yield f"{value}: {facts.source}"
         elif facts.problem and value not in plan.missing:
             yield f"{value}: {facts.problem}"
+    told: dict[str, list[str]] = {}
     for stage in plan.stages:
-        if stage.decision.reason:
-            yield f"{stage.decision.stage.name}: {stage.decision.action}, {stage.decision.reason}"
-        if stage.runs:
-            yield from (f"{stage.decision.stage.name}: {note}"
-                        for note in stage.cost.notes[0 if stage.cost.fits else 1:])
+        decision, cost = stage.decision, stage.cost
+        notes = list(cost.notes[0 if cost.fits else 1:]) if stage.runs else []
+        if decision.reason:
+            notes.insert(0, f"{decision.action}, {decision.reason}")
+        for note in notes:
+            told.setdefault(note, []).append(decision.stage.name)
+    for note, names in told.items():
+        yield f"{', '.join(names)}: {note}"
 
 
 def _range(plan: RecipePlan) -> tuple[float, float]:
@@ -177,10 +197,3 @@ def _size(size: int | None) -> str:
 
 def _gib(size: float | None) -> str:
     return "-" if size is None else f"{size / GIB:.1f}"
-
-
-def _tokens(length: int) -> str:
-    for unit, name in ((2**20, "M"), (2**10, "K")):
-        if length % unit == 0:
-            return f"{length // unit}{name}"
-    return f"{length:,}"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from extend.evaluate.comparison import TableRow, build_table, grid_tasks
-from extend.evaluate.heatmap import Panel, build_panels
+from extend.evaluate.heatmap import MOST_CELLS, Panel, build_panels
 from extend.evaluate.plots import loss_plots, score_plots
 from extend.evaluate.report import refresh
 from extend.evaluate.summary_text import reached
@@ -14,8 +14,6 @@ from extend.results import RESULTS_NAME, Results, format_length, format_rate, re
 from extend.run_page.story import StageStory, Story
 from extend.run_page.words import short_path
 
-MOST_CELLS = 6000
-"""Squares of all heat maps of the page; the maps of tasks beyond that stand in the reports."""
 _EFFECTIVE = "effective length"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from extend.errors import CheckpointError, ExtendError
-from extend.manifest import MANIFEST_NAME, outputs_intact
+from extend.manifest import MANIFEST_NAME, outputs_intact, read_manifest
 from extend.model_config import read_json
 from extend.run_record import (
     DONE,
@@ -186,7 +186,7 @@ def _read_stage(out: Path, number: int, asked: Mapping[str, Any], entry: Mapping
     state = entry.get("state") or (DONE if there else UNKNOWN if entry else WAITING)
     manifest = damage = None
     if state in (DONE, UNCHECKED) and there:
-        manifest = gaps.attempt(f"{name}/{MANIFEST_NAME}", read_json, directory / MANIFEST_NAME)
+        manifest = gaps.attempt(f"{name}/{MANIFEST_NAME}", read_manifest, directory)
         damage = manifest and gaps.attempt(f"{name}, its files", outputs_intact, directory)
     elif state in (DONE, UNCHECKED):
         state = GONE

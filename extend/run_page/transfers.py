@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from extend.adapter.report_page import (
+    REPORT_JSON,
     Group,
     HeatMap,
     facts_of,
@@ -24,7 +25,6 @@ from extend.run_page.words import flat, short_path
 MOST_LAYERS = 48  # rows of a map
 MOST_SPECTRA = 24  # lines of a chart
 _MAPS = ("Size of the change", "Rank", "Residual")
-REPORT_JSON = "report.json"
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,6 +68,7 @@ def load_model(directory: Path, device: torch.device) -> SearchedModel:
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             str(directory), dtype=dtype, local_files_only=True, output_loading_info=True,
+            trust_remote_code=False, use_safetensors=True,
             attn_implementation=register_ring_attention())
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CompatibilityError(f"{directory}: transformers cannot load it ({error})") from error

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from extend.errors import CheckpointError
 from extend.inputs import takes_models
+from extend.lock import holding
 from extend.manifest import Manifest
 from extend.model_config import read_config
 from extend.output import remove_directory, require_apart, write_json
@@ -83,15 +84,16 @@ def search(model: Path | str, out: Path | str, *, target_len: int, text: Path | 
     _check_out(out, overwrite)
     from extend.search.session import Session
 
-    session = Session(settings, config)
-    if overwrite:
-        remove_directory(out)
-    out.mkdir(parents=True, exist_ok=True)
-    manifest = Manifest("search", settings.inputs(), {
-        **session.fingerprint, "budget": budget, "merge_safe": merge_safe, "reach": reach,
-        "sliding_window": sliding_window}, seed)
-    outcome = session.run(out)
-    _write(out, session, outcome, manifest)
+    with holding(out):
+        session = Session(settings, config)
+        if overwrite:
+            remove_directory(out)
+        out.mkdir(parents=True, exist_ok=True)
+        manifest = Manifest("search", settings.inputs(), {
+            **session.fingerprint, "budget": budget, "merge_safe": merge_safe, "reach": reach,
+            "sliding_window": sliding_window}, seed)
+        outcome = session.run(out)
+        _write(out, session, outcome, manifest)
     return out / SEARCH_NAME
 
 

@@ -25,12 +25,13 @@ class BackgroundWriter:
 
     Attributes:
         partial: the directory that is being written, or None.
+        group: what the threads of all processes talk through; None where there is one process.
     """
 
     def __init__(self, processes: Processes):
         # The threads of all processes talk among themselves, beside whatever training does.
-        self._group = dist.new_group(backend="gloo") if processes.mesh is not None else None
-        if self._group is None:  # that is meant; a filter of the thread's own would not be safe
+        self.group = dist.new_group(backend="gloo") if processes.mesh is not None else None
+        if self.group is None:  # that is meant; a filter of the thread's own would not be safe
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         self._on_gpu = processes.device.type == "cuda"
         self._room: dict[str, Tensor] = {}
@@ -51,8 +52,8 @@ class BackgroundWriter:
 
     def _write(self, tensors: dict[str, Any], planner: "_Planner", partial: Path,
                keep: Callable[[], None]) -> None:
-        dcp.save(tensors, checkpoint_id=partial, planner=planner, process_group=self._group,
-                 no_dist=self._group is None)
+        dcp.save(tensors, checkpoint_id=partial, planner=planner, process_group=self.group,
+                 no_dist=self.group is None)
         keep()
 
     def wait(self) -> None:

@@ -27,6 +27,7 @@ from extend.train.token_cache import TokenCache
 from extend.train_options import TrainOptions
 
 IGNORE = -100  # label of a token that is not predicted
+_MOST_NAMED = 8  # documents
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -76,6 +77,13 @@ class DocumentRows:
     def bounds(self, phase: int, draw: int, length: int) -> np.ndarray:
         return self.stream.bounds(phase, draw, length)
 
+    def place(self, phase: int, draw: int, length: int) -> str:
+        """Where a row comes from, for messages; documents are numbered from 1."""
+        numbers = [part.document + 1 for part in self.stream.parts(phase, draw, length)]
+        shown = ", ".join(map(str, numbers[:_MOST_NAMED]))
+        more = f" and {len(numbers) - _MOST_NAMED} more" if len(numbers) > _MOST_NAMED else ""
+        return f"document {shown}{more} of {self.stream.documents.source}"
+
     def row(self, phase: int, index: int, draw: int, length: int) -> Row:
         stretch = self.stream.cut(phase, draw, length)
         predicted = stretch.labels & (stretch.answers | (not self.mask_prompt))
@@ -100,6 +108,9 @@ class QuizRows:
 
     def bounds(self, phase: int, draw: int, length: int) -> np.ndarray:
         return np.asarray([0, length], dtype=np.int32)
+
+    def place(self, phase: int, draw: int, length: int) -> str:
+        return f"facts hidden in {self.builder.haystack.source}"
 
     def row(self, phase: int, index: int, draw: int, length: int) -> Row:
         ids, answers = self.builder.build(length, random.Random(f"{self.seed}/{phase}/{index}"))
@@ -160,6 +171,11 @@ class Rows:
         """Tokens of each document of a row, which is not built for it."""
         source, draw = self._source(phase, index)
         return np.diff(source.bounds(phase, draw, self.schedule[phase].length)).tolist()
+
+    def place(self, phase: int, index: int) -> str:
+        """The source of a row, and where in it the row lies, for messages."""
+        source, draw = self._source(phase, index)
+        return source.place(phase, draw, self.schedule[phase].length)
 
     def row(self, phase: int, index: int) -> Row:
         """Row `index` of phase number `phase`."""

@@ -32,6 +32,7 @@ from extend.train.gather import Gather
 from extend.train.mesh import Processes
 from extend.train.model import CausalLoss, build_model
 from extend.train.session import read_fingerprint, rope_stages
+from extend.train.sound import find_damage
 from extend.train.state import (
     RUN_FILE,
     describe_cause,
@@ -82,9 +83,13 @@ def export_step(state: Path | str, out: Path | str, *, model: Path | str | None 
     rope = schedule_ropes(config.rope, rope_stages(options, config.rope))[len(phases) - 1]
     trained, max_len = build_model(options, config), made_for(phases, config)
     exporter = Exporter(source, trained, dtype)
+    alone = Processes(0, 1, torch.device("cpu"), None)
+    if (damage := find_damage(step_dir, alone)) is not None:
+        raise CheckpointError(f"{step_dir}: the training state is damaged: {damage}; export "
+                              "another step")
     whole = _read_from(step_dir, CausalLoss(trained, options.loss_chunk))
     with atomic_directory(out, overwrite=overwrite, inputs=inputs) as partial:
-        exporter.write(partial, Processes(0, 1, torch.device("cpu"), None), whole)
+        exporter.write(partial, alone, whole)
         write_json(partial / "config.json", exporter.config(config, rope, max_len))
         copy_side_files(Path(options.model), partial, max_len=max_len)
         _copy_metrics(step_dir.parent, partial, step)

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +17,12 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from extend import errors
-from extend.errors import ExtendError, TrainingError
+from extend.errors import ExtendError, RankError, TrainingError
 from extend.train_options import TrainOptions
 
 logger = logging.getLogger(__name__)
+
+_PAUSE_SECONDS = 1.0  # before a restart: for what has failed to give back its memory
 
 Job = Callable[[TrainOptions, Path, bool], None]
 
@@ -49,9 +52,11 @@ def launch(job: Job, options: TrainOptions, out: Path, *, overwrite: bool, world
 
     Raises:
         ExtendError: what the first failing process raised.
-        TrainingError: a process died without a word, or the run was interrupted.
+        RankError: a process died without a word, hung, or met a fault that is no ExtendError,
+            and `options.restarts` are used up.
+        TrainingError: the run was interrupted.
     """
-    if "RANK" in os.environ or world == 1:
+    if "RANK" in os.environ or (world == 1 and not options.restarts):
         job(options, out, overwrite)
         return
     with tempfile.TemporaryDirectory(prefix="extend-train-") as directory:
@@ -60,7 +65,15 @@ def launch(job: Job, options: TrainOptions, out: Path, *, overwrite: bool, world
             "options": options.model_dump(), "out": str(out), "overwrite": overwrite,
             "launcher": os.getpid(),
             "log_level": logging.getLogger("extend").getEffectiveLevel()}), encoding="utf-8")
-        _start(world, ticket)
+        for left in range(options.restarts, -1, -1):
+            try:
+                return _start(world, ticket)
+            except RankError as error:
+                if not left:
+                    raise
+                logger.warning("%s; starting again from the last checkpoint (%d restarts left "
+                               "after this one)", error, left - 1)
+                time.sleep(_PAUSE_SECONDS)
 
 
 def _start(world: int, ticket: Path) -> None:
@@ -94,8 +107,8 @@ def _first_error(error: ChildFailedError) -> ExtendError:
             return known
     rank, failure = failures[0]
     logger.error("%s", _traceback(failure))
-    return TrainingError(f"process {rank} ended with exit code {failure.exitcode}: "
-                         f"{_message(failure)}")
+    return RankError(f"process {rank} ended with exit code {failure.exitcode}: "
+                     f"{_message(failure)}; the same command goes on from the last checkpoint")
 
 
 def _message(failure: ProcessFailure) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from extend.console import hushing_imports
 from extend.errors import CompatibilityError
 from extend.train.mesh import split_phase
 from extend.train_options import TrainOptions
@@ -26,19 +27,13 @@ def require_torchao(what: str) -> None:
     """
     # Its own kernels are for other uses: the optimizers and training in float8 need torch's alone.
     os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
-    chatty = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
-    levels = [each.level for each in chatty]
-    for each in chatty:
-        each.setLevel(logging.ERROR)
     try:
-        for name in ("torchao.optim", "torchao.float8"):
-            importlib.import_module(name)
+        with hushing_imports():
+            for name in ("torchao.optim", "torchao.float8"):
+                importlib.import_module(name)
     except ImportError as error:
         raise CompatibilityError(f"{what} needs torchao, which cannot be imported ({error}); "
                                  "pip install 'extend-context[torchao]'") from None
-    finally:
-        for each, level in zip(chatty, levels, strict=True):
-            each.setLevel(level)
 
 
 def check_low_bits(options: TrainOptions, dtype: torch.dtype, world: int) -> None:

@@ -5,10 +5,11 @@ import logging
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from extend.checkpoint import Checkpoint
 from extend.errors import CompatibilityError
+from extend.loading import read_hf_config
 from extend.model_config import ModelConfig, RopeSpec
 from extend.ring.hf_attention import RingSettings, register_ring_attention
 from extend.train.loss import chunked_loss
@@ -58,7 +59,7 @@ def build_model(options: TrainOptions, config: ModelConfig) -> PreTrainedModel:
         RecipeError: an expression in `trainable` or `trained_beside` that matches nothing or is
             none.
     """
-    check_config(str(config.path), AutoConfig.from_pretrained(options.model).to_dict())
+    check_config(str(config.path), read_hf_config(options.model).to_dict())
     model = _without_weights(options, config)
     check_layers(model)
     model.config.use_cache = False
@@ -74,7 +75,7 @@ def _without_weights(options: TrainOptions, config: ModelConfig) -> PreTrainedMo
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(options.model), dtype=dtype, attn_implementation=name)
+                read_hf_config(options.model), dtype=dtype, attn_implementation=name)
     except KeyError as error:
         if error.args != (name,):
             raise

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 from extend.console import progress
 from extend.errors import CheckpointError
+from extend.manifest import host_peak
 from extend.train.mesh import Processes
 from extend.train.trackers import Trackers
 
@@ -39,7 +39,7 @@ def memory_peaks(processes: Processes) -> dict[str, int]:
         `peak_memory_bytes`: allocated on the GPU of the process that has most, or on the CPU its
         whole memory. `host_memory_bytes`: of all processes of the host that has most.
     """
-    own_host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    own_host = host_peak()
     device = processes.device
     own = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else own_host
     peaks = torch.tensor([[own, own_host]], device=device)
@@ -117,10 +117,12 @@ class Progress:
 def progress_line(record: dict[str, Any]) -> str:
     """One line of text for a record of metrics.jsonl."""
     parts = [f"step {record['step']}/{record['steps']}", f"phase {record['phase']}",
-             f"loss {record['loss']:.4f}", f"nll {record['nll']:.4f}"]
+             f"loss {_told(record['loss'], 4)}", f"nll {_told(record['nll'], 4)}"]
     if record["answer_nll"] is not None:
         parts.append(f"answers {record['answer_nll']:.4f}")
-    parts += [f"lr {record['lr']:.2e}", f"grad {record['grad_norm']:.3f}",
+    if "skipped" in record:
+        parts.append("skipped")
+    parts += [f"lr {record['lr']:.2e}", f"grad {_told(record['grad_norm'], 3)}",
               f"{record['tokens_per_second']:,.0f} tok/s"]
     if record["tokens_per_second_per_gpu"] != record["tokens_per_second"]:
         parts.append(f"{record['tokens_per_second_per_gpu']:,.0f} each")
@@ -131,6 +133,11 @@ def progress_line(record: dict[str, Any]) -> str:
               f"host {record['host_memory_bytes'] / 2**30:.1f} GiB",
               f"ETA {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}"]
     return " | ".join(parts)
+
+
+def _told(value: float | None, digits: int) -> str:
+    """None stands for a number that is not finite, in a step that was skipped."""
+    return "not finite" if value is None else f"{value:.{digits}f}"
 
 
 def _truncate(file: Path, step: int) -> None:

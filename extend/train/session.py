@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from extend.capacity import choose_recomputed_layers
 from extend.checkpoint import Checkpoint
@@ -17,8 +18,12 @@ from extend.documents import list_files
 from extend.errors import RecipeError
 from extend.manifest import Manifest
 from extend.model_config import ModelConfig, RopeSpec, read_config
+from extend.ring.hf_attention import RingSettings
 from extend.rope.live import RotaryModules, make_rotary, place_rotary
 from extend.rope.schedule import Stage, composition_warnings, schedule_ropes
+from extend.tokenizer import load_tokenizer
+from extend.train.bad_steps import LossHistory
+from extend.train.batch import Batch
 from extend.train.compiled import compile_layers, compiles
 from extend.train.data import Rows, load_rows
 from extend.train.equality import check_equal
@@ -26,6 +31,7 @@ from extend.train.export import Exporter
 from extend.train.low_bits import check_low_bits
 from extend.train.memory import LayerMemory, checkpoint_layers, make_memory, tile_layers
 from extend.train.mesh import (
+    PhaseMesh,
     Processes,
     check_attention,
     check_schedule,
@@ -46,10 +52,12 @@ from extend.train_options import TrainOptions
 
 logger = logging.getLogger(__name__)
 
-# They decide where and when the work is done, not what comes out of it.
+# They decide where and when the work is done, not what comes out of it; or, of a step that went
+# wrong, what is to be done now.
 _NOT_RECORDED = {"nproc", "save_every", "keep_checkpoints", "save_in_background", "model",
                  "host_memory", "kept_attention", "token_cache", "trackers", "project", "run_name",
-                 "shard_over", "tensor_parallel"}
+                 "shard_over", "tensor_parallel", "restarts", "bad_loss", "max_loss_rise",
+                 "max_skipped_steps"}
 
 
 @dataclass
@@ -61,6 +69,7 @@ class Run:
         memory: what layers keep until their backward; None: all that autograd saves.
         manifest: in the main process only.
         first_step: steps that a checkpoint holds already.
+        history: of the losses so far.
     """
 
     options: TrainOptions
@@ -76,6 +85,7 @@ class Run:
     state: RunState
     manifest: Manifest | None
     first_step: int
+    history: LossHistory
     _rotary: dict[bool, RotaryModules] = field(default_factory=dict)
 
     def set_phase_rope(self, number: int) -> None:
@@ -92,6 +102,13 @@ class Run:
     def use_rope(self, *, native: bool) -> None:
         """Read what follows with the model's own RoPE, or with that of the phase."""
         place_rotary(self._rotary[native])
+
+    def forward(self, mesh: PhaseMesh, batch: Batch, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The weighted loss of a batch, and the loss of each of its tokens."""
+        ring = RingSettings(mesh.ring, self.options.layout, self.options.kernel,
+                            self.options.strategy, batch.cu_seqlens, self.memory)
+        self.use_rope(native=batch.native_rope)
+        return self.module(batch.input_ids, batch.position_ids, batch.labels, weights, ring)
 
 
 def plan_ropes(options: TrainOptions, world: int) -> list[RopeSpec]:
@@ -152,7 +169,7 @@ def start_rows(options: TrainOptions, config: ModelConfig, state: RunState,
     # Where the cache cannot be written, tokens go where the run's checkpoints do.
     cache = TokenCache([token_directory(options), state.directory / "tokens"], hashes,
                        is_main=state.processes.is_main)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer = load_tokenizer(options.model)
     with ThreadPoolExecutor(1, "rows") as pool:
         try:
             yield pool.submit(load_rows, options, tokenizer, cache, native_length(config))
@@ -199,13 +216,12 @@ def _put_together(options: TrainOptions, config: ModelConfig, ropes: list[RopeSp
     if manifest is not None:  # only now, so that bad data or a bad model leaves nothing behind
         state.open(_fingerprint(manifest, options, processes))
     processes.barrier()
-    step = state.last_step()
-    if step:
-        state.load(step, module, optimizer)
-        if processes.is_main:
-            logger.info("going on after step %d of %s", step, state.directory)
+    step = state.load_newest(module, optimizer)
+    if step and processes.is_main:
+        logger.info("going on after step %d of %s", step, state.directory)
+    lines = state.metrics_lines() if processes.is_main and step else []
     return Run(options, processes, config, ropes, found, module, memory, optimizer, size, exporter,
-               state, manifest, step)
+               state, manifest, step, LossHistory.read(processes.share(lines), step))
 
 
 def save_memory(model: PreTrainedModel, options: TrainOptions, config: ModelConfig,

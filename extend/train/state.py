@@ -7,35 +7,37 @@ are: a run may go on with others, which read their shards out of those that were
 """
 
 import contextlib
-import fcntl
 import logging
 import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
+from extend.curves import METRICS_NAME
 from extend.errors import CheckpointError, TrainingError
+from extend.lock import holding
 from extend.model_config import read_json
 from extend.output import remove_directory, require_space, write_json
 from extend.train.background import BackgroundWriter
 from extend.train.mesh import Processes
 from extend.train.optim import create_state
+from extend.train.sound import find_damage, write_hashes
 
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
-_LOCK = "lock"
 _PREFIX = "step-"
 _DECISIVE = ("options", "inputs")  # of the fingerprint: what must not change between steps
 
 
 class RunState:
-    """The working directory of a run; a context, in which no other run may use it.
+    """The working directory of a run; a context, in which no other process may write `out`.
 
     Args:
         out: what the run writes in the end; the directory lies beside it.
@@ -47,21 +49,28 @@ class RunState:
         self.directory = out.with_name(out.name + ".state")
         self.processes = processes
         self.keep = keep
-        self._lock: IO[str] | None = None
+        self._lock = holding(out) if processes.is_main else contextlib.nullcontext()
         self._background = BackgroundWriter(processes) if background else None
 
     def __enter__(self) -> "RunState":
+        self._lock.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._background is not None:
-            self._background.close()
-        if self._lock is not None:
-            self._lock.close()
+        try:
+            if self._background is not None:
+                self._background.close()
+        finally:
+            self._lock.__exit__(None, None, None)
 
     @property
     def metrics_file(self) -> Path:
-        return self.directory / "metrics.jsonl"
+        return self.directory / METRICS_NAME
+
+    def metrics_lines(self) -> list[str]:
+        """What was told of the steps so far, a line each."""
+        file = self.metrics_file
+        return file.read_text(encoding="utf-8").splitlines(True) if file.is_file() else []
 
     def check(self, fingerprint: dict[str, Any]) -> None:
         """Raise TrainingError when the directory holds steps of a run with another `fingerprint`.
@@ -85,20 +94,14 @@ class RunState:
                         self.directory, fingerprint.get("processes"), old.get("processes"))
 
     def open(self, fingerprint: dict[str, Any]) -> None:
-        """Create the directory and lock it; call it in the main process only.
+        """Create the directory; call it in the main process only.
 
         Raises:
-            TrainingError: another run is at work in it.
             CheckpointError: it cannot be written.
         """
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.directory / _LOCK).open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             write_json(self.directory / RUN_FILE, fingerprint)
-        except BlockingIOError:
-            raise TrainingError(f"{self.directory}: another run is at work in it; wait for its "
-                                "end, or stop it") from None
         except OSError as error:
             raise CheckpointError(f"{self.directory}: cannot be written "
                                   f"({error.strerror})") from None
@@ -121,11 +124,12 @@ class RunState:
             require_space(self.directory, _count_bytes(tensors))
         self.processes.barrier()
         if self._background is not None:
-            self._background.begin(tensors, partial, lambda: self._keep(step))
+            group = self._background.group
+            self._background.begin(tensors, partial, lambda: self._keep(step, group))
             return
         with self._telling(partial), quiet_alone():
             dcp.save(tensors, checkpoint_id=partial, no_dist=self.processes.mesh is None)
-        self._keep(step)
+            self._keep(step)
         self.processes.barrier()
 
     def finish(self) -> None:
@@ -150,16 +154,46 @@ class RunState:
                                   f"({describe_cause(error)}); see that the disk is not full, and "
                                   "the same command goes on from the checkpoint before") from None
 
-    def _keep(self, step: int) -> None:
+    def _keep(self, step: int, group: dist.ProcessGroup | None = None) -> None:
         """Give the complete checkpoint of `step` its name, and delete those that are too old."""
+        partial = self.directory / f".{_PREFIX}{step}.partial"
+        write_hashes(partial, self.processes, group)
         if not self.processes.is_main:
             return
         final = step_directory(self.directory, step)
-        shutil.rmtree(final, ignore_errors=True)
-        (self.directory / f".{_PREFIX}{step}.partial").rename(final)
+        remove_directory(final)
+        partial.rename(final)
         for old in sorted(saved_steps(self.directory))[:-self.keep]:
-            shutil.rmtree(step_directory(self.directory, old))
+            remove_directory(step_directory(self.directory, old))
         logger.info("saved step %d in %s", step, self.directory)
+
+    def load_newest(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+        """Load the newest checkpoint that is whole, and return its step; 0 where there is none.
+
+        One that is not is told of and set aside.
+
+        Raises:
+            CheckpointError: none of those that are there is whole.
+        """
+        while step := self.processes.share(self.last_step()):
+            path = step_directory(self.directory, step)
+            damage = find_damage(path, self.processes)
+            if damage is None:
+                self.load(step, module, optimizer)
+                return step
+            before = self.processes.share(max(set(saved_steps(self.directory)) - {step}, default=0))
+            if not before:
+                raise CheckpointError(
+                    f"{path}: the training state is damaged: {damage}. There is none before it; "
+                    f"delete {self.directory} to start afresh (keep_checkpoints 2 keeps one more)")
+            if self.processes.is_main:
+                logger.warning("%s: the training state is damaged: %s; it is set aside, and the "
+                               "run goes on after step %d", path, damage, before)
+                aside = path.with_name(f".{path.name}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+            self.processes.barrier()
+        return 0
 
     def load(self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Put the checkpoint of `step` into the module and the optimizer, in place.

@@ -1,8 +1,10 @@
 """One optimizer step: rows to batches, forward and backward, clipping, update."""
 
+import logging
 import math
 import threading
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from extend.errors import DataError, TrainingError
-from extend.ring.hf_attention import RingSettings
+from extend.train.bad_steps import finite_or_none, meet_bad_step
 from extend.train.batch import Batch, build_batch, token_weights
 from extend.train.data import Row
 from extend.train.deal import deal, imbalance, join_turns
@@ -24,6 +26,8 @@ from extend.train.optim import (
 )
 from extend.train.session import Run
 
+logger = logging.getLogger(__name__)
+
 _MICRO_TOKENS = 8192  # short rows are computed together, up to this many local tokens
 
 
@@ -33,10 +37,12 @@ class StepWork(NamedTuple):
     Attributes:
         batches: of its group's rows, its part of each.
         imbalance: how unevenly the attention of the step is spread over the groups, 1.0 is evenly.
+        digest: of its group's whole rows.
     """
 
     batches: list[Batch]
     imbalance: float
+    digest: int = 0
 
 
 class StepResult(NamedTuple):
@@ -80,12 +86,21 @@ def build_step(run: Run, number: int, mesh: PhaseMesh, step: int) -> StepWork:
     kinds = [run.rows.native_rope(number, index) for index in indices]
     at_once = max(1, _MICRO_TOKENS * mesh.cp // phase.length)
     dealt = join_turns(deal(costs, kinds, mesh.dp), kinds, at_once)
-    batches = [build_batch([_row(run, number, indices[turn[mesh.dp_rank]]) for turn in turns],
-                           layout=run.options.layout, rank=mesh.cp_rank, world=mesh.cp,
-                           document_mask=run.options.document_mask) for turns in dealt]
+    held = [[_row(run, number, indices[turn[mesh.dp_rank]]) for turn in turns] for turns in dealt]
+    batches = [build_batch(rows, layout=run.options.layout, rank=mesh.cp_rank, world=mesh.cp,
+                           document_mask=run.options.document_mask) for rows in held]
     if run.processes.device.type == "cuda":
         batches = [batch.pin() for batch in batches]
-    return StepWork(batches, imbalance(dealt, costs))
+    return StepWork(batches, imbalance(dealt, costs), _digest(held))
+
+
+def _digest(held: Iterable[Iterable[Row]]) -> int:
+    """32 bits of what rows hold and what is predicted of them."""
+    digest = 0
+    for rows in held:
+        for row in rows:
+            digest = zlib.crc32(row.labels.data, zlib.crc32(row.input_ids.data, digest))
+    return digest
 
 
 def _row(run: Run, number: int, index: int) -> Row:
@@ -114,7 +129,8 @@ def train_step(run: Run, number: int, mesh: PhaseMesh, step: int, work: StepWork
     """Take one optimizer step.
 
     Raises:
-        TrainingError: the loss or the gradient is not finite, or there is nothing to learn from.
+        TrainingError: the loss or the gradient is bad (`extend.train.bad_steps`), processes that
+            share rows read different ones, or there is nothing to learn from.
     """
     phase, device, batches = run.options.schedule[number], run.processes.device, work.batches
     counts = torch.stack([batch.counts() for batch in batches]).sum(0)
@@ -123,33 +139,45 @@ def train_step(run: Run, number: int, mesh: PhaseMesh, step: int, work: StepWork
     counts_tokens = run.processes.tp_rank == 0
     squares = [run.size.squares(batch.documents(mesh.cp)) for batch in batches]
     own = torch.tensor([int(stopped.is_set()),
-                        sum(squares) if mesh.cp_rank == 0 and counts_tokens else 0])
+                        sum(squares) if mesh.cp_rank == 0 and counts_tokens else 0,
+                        mesh.dp_rank, work.digest])
     # Over all processes: predicted tokens, answer tokens, processes told to stop, squares.
-    totals = run.processes.sum(torch.cat((counts * counts_tokens, own)).to(device))
+    told = _gather(run, torch.cat((counts * counts_tokens, own)))
+    _check_same_rows(run, number, step, told[:, 4].tolist(), told[:, 5].tolist())
+    totals = told[:, :4].sum(0)
     if not totals[0]:
         raise TrainingError(f"step {step + 1} of phase {number + 1}: no token of "
                             f"{_rows(run, number, step)} is predicted; give longer rows, or "
                             "mask_prompt false")
     sums = torch.zeros(3, device=device)
     for batch in batches:
-        sums += forward_backward(run, mesh, batch.to(device), totals[:2])
+        sums += forward_backward(run, mesh, batch.to(device), totals[:2].to(device))
     norm = clip_gradients(run.module.parameters(), run.options.clip_norm)
     sums = run.processes.sum(sums if counts_tokens else torch.zeros_like(sums))
     loss, nll, answer_nll, grad_norm = *sums.tolist(), norm.item()
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise _not_finite(run, number, step, loss, grad_norm)
+    num_predicted, num_answers, num_told, num_squares = totals.tolist()
+    nll = nll / max(num_predicted, 1)
+    bad = run.history.judge(number, nll if math.isfinite(loss) else loss, grad_norm,
+                            run.options.max_loss_rise)
+    if bad is not None:
+        bad = meet_bad_step(run, number, mesh, step, bad)
+        if run.processes.is_main:
+            logger.warning("%s; the step is skipped (bad_loss skip)", bad)
     lr = learning_rate(phase, step)
     set_learning_rate(run.optimizer, lr)
     if run.options.stochastic_rounding:
         seed_rounding(run.options.seed, number, step)
-    run.optimizer.step()
+    if bad is None:
+        run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    num_predicted, num_answers, num_told, num_squares = totals.tolist()
+    run.history.add(number, nll, bad is not None)
     metrics = {
         "phase": number + 1, "length": phase.length, "loss": loss,
-        "nll": nll / max(num_predicted, 1),
+        "nll": nll,
         "answer_nll": answer_nll / num_answers if num_answers else None,
         "lr": lr, "grad_norm": grad_norm, "attention_imbalance": round(work.imbalance, 4)}
+    if bad is not None:
+        metrics = finite_or_none(metrics) | {"skipped": bad}
     flops = run.size.flops(phase.batch_rows * phase.length, num_squares)
     return StepResult(metrics, flops, num_told > 0)
 
@@ -161,19 +189,32 @@ def forward_backward(run: Run, mesh: PhaseMesh, batch: Batch, totals: Tensor) ->
         fp32 [3], this process's share of: the loss, and the summed losses of all predicted tokens
         and of answer tokens.
     """
-    ring = RingSettings(mesh.ring, run.options.layout, run.options.kernel, run.options.strategy,
-                        batch.cu_seqlens, run.memory)
     weights = token_weights(batch, totals, run.options.answer_weight)
-    run.use_rope(native=batch.native_rope)
-    loss, nll = run.module(batch.input_ids, batch.position_ids, batch.labels, weights, ring)
+    loss, nll = run.forward(mesh, batch, weights)
     loss.backward()
     return torch.stack((loss.detach(), nll.sum(), (nll * batch.answers.flatten()).sum()))
 
 
-def _not_finite(run: Run, number: int, step: int, loss: float, norm: float) -> TrainingError:
-    return TrainingError(
-        f"step {step + 1} of phase {number + 1}: loss {loss}, gradient norm {norm}, from "
-        f"{_rows(run, number, step)}; try a lower lr, more warm-up, or weight_dtype float32")
+def _gather(run: Run, own: Tensor) -> Tensor:
+    """The numbers of all processes, int64 [process, number], on the host."""
+    if run.processes.mesh is None:
+        return own[None]
+    return run.processes.gather(own[None].to(run.processes.device)).cpu()
+
+
+def _check_same_rows(run: Run, number: int, step: int, groups: list[int],
+                     digests: list[int]) -> None:
+    """Raise TrainingError when processes that share rows do not read the same ones."""
+    first: dict[int, int] = {}
+    for rank, group in enumerate(groups):
+        other = first.setdefault(group, rank)
+        if digests[rank] != digests[other]:
+            raise TrainingError(
+                f"step {step + 1} of phase {number + 1}: processes {other} and {rank} share rows, "
+                f"but read different ones (their tokens hash to {digests[other]:08x} and "
+                f"{digests[rank]:08x}), of {_rows(run, number, step)}; the data or its cached "
+                "tokens are not the same for all: give all hosts the same files, or another "
+                "token_cache")
 
 
 def _rows(run: Run, number: int, step: int) -> str:

@@ -16,9 +16,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from extend.errors import CompatibilityError
+from extend.loading import read_hf_config
 from extend.model_config import ModelConfig
 from extend.train.local import split_module
 from extend.train.vocabulary import split_embedding
@@ -49,7 +50,7 @@ def check_tensor_parallel(options: TrainOptions, config: ModelConfig) -> None:
             raise CompatibilityError(
                 f"{config.path}: the {number} {what} do not divide by tensor_parallel {parts}; "
                 "choose a number that divides them, or spread rows over more processes instead")
-    read_plan(AutoConfig.from_pretrained(config.path.parent).get_text_config())
+    read_plan(read_hf_config(config.path.parent).get_text_config())
 
 
 def read_plan(config: PretrainedConfig) -> Plan:

@@ -26,6 +26,7 @@ from typing import IO, Any
 import numpy as np
 
 from extend.errors import CheckpointError, TrainingError
+from extend.lock import NO_LOCKS
 from extend.output import write_json
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,6 @@ _META = "meta.json"
 _DTYPES = {"ids": np.int32, "offsets": np.int64, "answers": np.bool_}
 _BLOCK = 1 << 23  # bytes that are read at once to sum them up
 _NO_PLACE = {errno.EROFS, errno.EACCES, errno.EPERM}
-_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
 
 
 def default_directory() -> Path:
@@ -231,7 +231,7 @@ class TokenCache:
                         raise TrainingError("waiting for tokens was stopped, since the run "
                                             "ends") from None
                 except OSError as error:
-                    if error.errno not in _NO_LOCKS:
+                    if error.errno not in NO_LOCKS:
                         raise
                     is_alone = False
                     break

@@ -11,7 +11,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from transformers.utils.logging import disable_progress_bar
 
 from extend.console import showing_logs
-from extend.together import failing_together
+from extend.together import LAUNCHED_BY_US, failing_together
 from extend.train.loop import run_process
 from extend.train_options import TrainOptions
 
@@ -35,6 +35,7 @@ def main(ticket: str) -> int:
     disable_progress_bar()
     sys.stdout = sys.stderr  # the launcher alone prints results
     _follow_parent(job["launcher"])
+    os.environ[LAUNCHED_BY_US] = "1"
     handler = get_error_handler()
     handler.initialize()
     try:

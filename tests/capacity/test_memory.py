@@ -77,14 +77,16 @@ def measure_case(case: Setup, processes: Processes) -> int:
     checkpoint_layers(model, memory)
     module = shard_model(CausalLoss(model, CHUNK), processes, options)
     trained = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, foreach=False)
+    # Of the parts that this process holds: sharded tensors plan each operator on each shape anew.
+    held = [p.detach().to_local() for p in trained]
+    optimizer = torch.optim.AdamW(held, foreach=False)
     positions = torch.arange(case.tokens)[None]
     batch = torch.zeros_like(positions), positions, positions % 2, torch.ones(positions.shape)
     with LiveBytes() as live:
         for parameter in module.parameters():
             live.see(parameter)
-        for parameter in trained:  # an update makes the moments
-            parameter.grad = torch.zeros_like(parameter)
+        for part in held:  # an update makes the moments
+            part.grad = torch.zeros_like(part)
         optimizer.step()
         optimizer.zero_grad()
         live.begin()

@@ -224,3 +224,17 @@ def test_numbers_as_text():
     assert format_loss(entry, {"loss": 2.0}) == "2.100 (+5.00 %)"
     table = [TableRow("s", "a|b", {"x": None, "y": "1"})]
     assert to_markdown(["x", "y"], table).splitlines()[-1] == "| a\\|b |  | 1 |"
+
+
+def test_a_grid_of_many_lengths_is_one_picture_of_bounded_size(tmp_path):
+    """matplotlib makes no picture of 2^16 pixels, and a page of so many squares would not open."""
+    lengths = tuple(range(512, 512 + 8 * 2001, 8))
+    out = report({"many": make_results(tmp_path / "many.json", 512, 1024, lengths=lengths)},
+                 tmp_path / "report")
+    width, height = (int.from_bytes((out / "heatmap-passkey.png").read_bytes()[at:at + 4], "big")
+                     for at in (16, 20))
+    assert width < 6000 and height < 6000
+    assert (out / "heatmap-passkey.svg").stat().st_size < 500_000
+    text = (out / "index.html").read_text()
+    assert text.count('src="data:image/png;base64,') == 1 and "<rect" not in text.partition(
+        "length and depth</h2>")[2]

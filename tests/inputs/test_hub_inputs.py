@@ -171,6 +171,16 @@ def test_the_cache_is_all_there_is_offline(lab, monkeypatch):
     assert len(lab.requests) == asked
 
 
+def test_offline_a_branch_means_what_it_meant_when_it_was_last_asked_for(lab, monkeypatch):
+    local_path("lab/base")
+    files = lab.repos["lab/base"].files
+    new = lab.add("lab/base", {**files, "config.json": files["config.json"] + b" "})
+    assert local_path(f"lab/base@{new}").name == new  # all of it is here, by the commit alone
+    folder = local_path("lab/base")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert folder.name == new and local_path("lab/base") == folder
+
+
 def test_a_hub_that_does_not_answer(lab, caplog):
     sha = shas(lab)["base"]
     folder = local_path("lab/base")
@@ -222,6 +232,17 @@ def test_a_recipe_is_pinned_and_skipped_by_commit(lab, tmp_path, caplog):
     assert project.run() == ["one"]  # what it writes is as before
     assert project.revision("one") == shas(lab)["base"] != before["base"]
     assert project.revision("pinned") == before["base"]
+
+
+def test_a_model_whose_tokenizer_is_taken_first_is_fetched_whole(lab, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("""\
+stages:
+  - {name: imported, stage: import, file: x.gguf, tokenizer: lab/base}
+  - {name: one, stage: rescale, model: lab/base, to: 1k, method: ntk}
+""")
+    pin_inputs(load_recipe(path, check_files=False))
+    assert pin(HubInput.parse("lab/base")).missing == []
 
 
 def test_all_that_a_recipe_lacks_is_told_before_anything_runs(lab, tmp_path, caplog):

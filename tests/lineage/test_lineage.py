@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from extend.adapter import extract
 from extend.cli import main
 from extend.delta.sample import SAMPLE_NAME
-from extend.errors import CheckpointError, RecipeError
+from extend.errors import CheckpointError, CompatibilityError, RecipeError
 from extend.lineage import lineage, write_lineage
 from extend.manifest import outputs_intact
 
@@ -143,3 +143,12 @@ def test_out_that_holds_an_input(copies):
     with pytest.raises(RecipeError):
         write_lineage(report, copies.target.parent, overwrite=True)
     assert copies.target.is_dir()
+
+
+def test_a_model_of_zeros_is_refused(llama, tmp_path):
+    """A file that was only given its size reads as zeros; no cosine can be told of them."""
+    shutil.copytree(llama.target, tmp_path / "hollow")
+    file = tmp_path / "hollow" / "model.safetensors"
+    save_file({name: torch.zeros_like(t) for name, t in load_file(file).items()}, file)
+    with pytest.raises(CompatibilityError, match="every matrix of the decoder layers is zero"):
+        lineage(tmp_path / "hollow", llama.base)

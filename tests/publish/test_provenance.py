@@ -43,6 +43,12 @@ def test_stages_are_found_by_content_also_after_a_move(run: Path, tmp_path: Path
         f"long, eval-base/results.json, a/b/x, text.jsonl, {run}-2, {run.parent}/base-2")
 
 
+def test_a_source_may_be_written_with_dots(run: Path):
+    (run / "adapter" / "logs").mkdir()
+    assert find(run / "adapter" / "logs" / "..", None)[1] == find(run / "adapter", None)[1]
+    (run / "adapter" / "logs").rmdir()
+
+
 def test_models_must_have_a_name_on_the_hub(run: Path):
     found, (merged,) = find(run / "merged", None)
     with pytest.raises(RecipeError) as refused:
@@ -125,6 +131,15 @@ def test_the_recipe_keeps_its_comments_and_loses_its_paths(run: Path):
     assert public_recipe(found.recipe, names) == RECIPE.replace("./base", "a/b").replace(
         "base: base", "base: a/b").replace("texts/text.jsonl", "text.jsonl").replace(
         "target: sibling", "target: c/d")
+
+
+def test_what_an_alias_repeats_is_renamed_once():
+    """Each alias cut the text after its anchor's paths again, by what the path was longer."""
+    text = ("stages:\n  - {name: a, tasks: &tasks [{task: loss, text: ../far/away/a.jsonl}]}\n"
+            "  # said of b\n  - {name: b, tasks: *tasks}\n  - {name: c, tasks: *tasks}\n")
+    names = Names({}, {"/far/away/a.jsonl": "a.jsonl"})
+    assert public_recipe({"text": text, "path": "/home/recipe.yaml"}, names) == text.replace(
+        "../far/away/", "")
 
 
 def test_what_of_a_run_is_published(run: Path, tmp_path: Path):

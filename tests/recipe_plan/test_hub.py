@@ -69,6 +69,14 @@ def test_gates_and_revisions_that_do_not_exist_are_problems_of_the_run(hub, plan
     assert "has no revision 'v1'" in problem
 
 
+def test_a_config_that_no_plan_understands_is_a_problem_and_no_end(hub, planned):
+    hub.add("lab/base", {**FILES, "config.json": b'{"model_type": "odd", "hidden_size": [1]}'},
+            tag="v1")
+    found = planned()
+    (problem,) = found.problems
+    assert problem.startswith("lab/base@v1: ") and found.downloads["lab/base@v1"] > 2**21
+
+
 def test_what_a_run_did_with_a_commit_is_known_by_it(planned, tmp_path):
     run = tmp_path / "run"
     run.mkdir()

@@ -9,7 +9,7 @@ import yaml
 from click.testing import CliRunner
 
 from extend.capacity import GIB, Machine, model_shape, prefill_seconds
-from extend.capacity.rates import GPUS, gpu_rates
+from extend.capacity.rates import gpu_rates
 from extend.capacity.recompute import choose_recomputed_layers
 from extend.cli import main
 from extend.errors import CompatibilityError, RecipeError
@@ -19,7 +19,7 @@ from extend.recipe import load_recipe
 from extend.recipe_plan import plan as plan_module
 from extend.recipe_plan import plan_json, plan_recipe, plan_text
 from extend.recipe_plan.evaluation import read_bytes
-from extend.recipe_plan.facts import Facts, look_at
+from extend.recipe_plan.facts import look_at
 from extend.recipe_plan.known import known_config
 from extend.recipe_plan.stages import COSTS
 from extend.run import run
@@ -129,6 +129,26 @@ def test_what_is_not_here_is_told(whole):
     assert "unit: 5 stages on 8 x H200 of 140 GiB" in text
     assert "    1M: 5 steps of 16 rows" in text and "downloads  15.0 GiB into" in text
     assert "org/fine-tune: taken to be like Meta-Llama-3-8B" in text
+
+
+def test_the_text_fits_a_terminal_and_says_once_what_holds_of_several_stages():
+    """Lines of 289 characters, and 30 that said the same of other tasks and stages."""
+    text = plan_text(plan_recipe(ROOT / "recipes/smollm2-135m-1m.yaml", machine=machine()))
+    _, rest = text.split("\ntime  ")
+    assert max(map(len, rest.splitlines())) <= 100
+    told = " ".join(rest.split())
+    assert told.count("answers that are written are not counted") == 1
+    assert "eval-shipped, eval-long, eval-merged, eval-record, eval-reverse, eval-dates: " in told
+    assert "(ruler-niah_single_1, ruler-niah_multikey_2, ruler-niah_multikey_3, ruler-vt," in told
+    assert "1 rows" not in text and "e+0" not in text
+
+
+def test_what_the_hub_says_names_its_repository_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    found = plan_recipe(write(tmp_path, {**ADAPTER, "base": "org/base", "tuned": "org/long"}),
+                        machine=machine())
+    assert [line.count("org/base:") for line in found.problems][:1] == [1]
 
 
 def test_the_adapter_has_the_size_that_was_published(tmp_path):
@@ -246,7 +266,6 @@ def test_usage(tmp_path):
 
 
 def test_kin_and_unknown_sizes(tmp_path):
-    assert GPUS and Facts().weights_bytes is None
     stage = {"name": "cut", "stage": "cut", "adapter": "somewhere", "rank": 4}
     found = plan_recipe(write(tmp_path, stage), machine=machine())
     assert found.unsized == ["cut"] and "not counted: cut" in plan_text(found)

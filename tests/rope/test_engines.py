@@ -8,19 +8,21 @@ from click.testing import CliRunner
 from transformers import AutoConfig
 
 from extend.cli import main
+from extend.cli.group import _logging
 from tests.rope.conftest import NATIVE, edit_config
 
 
 @pytest.fixture
 def quiet(llama, tmp_path, monkeypatch, caplog):
-    """A model whose keys transformers does not all know, after a command has run."""
+    """A model whose keys transformers does not all know, and what a command logs by."""
     result = CliRunner().invoke(main, [
         "rescale", str(llama), "--to", str(4 * NATIVE), "--method", "yarn", "-o",
         "attention_factor=1.0", "--out", str(tmp_path / "out"), "--json"])
     assert result.exit_code == 0, result.output
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     caplog.clear()
-    return tmp_path / "out"
+    with _logging(verbose=False, quiet=False):
+        yield tmp_path / "out"
 
 
 def test_keys_for_other_engines_are_no_news(quiet, caplog):

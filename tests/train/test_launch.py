@@ -66,8 +66,8 @@ def test_the_error_of_a_started_process_is_told_once(tmp_path: Path):
         {"length": 128, "steps": 3, "lr": 1e30, "rope": {"method": "ntk"}}])
     done = run_python(["-c", LAUNCH, run.model_dump_json(), tmp_path / "out"], cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert re.match(r"step 2 of phase 1: loss .* from rows 1 to 1 of retrieval in repeated filler",
-                    done.stdout)
+    assert re.match(r"step 2 of phase 1: loss .* from row 1 \(loss .*: facts hidden in repeated "
+                    r"filler", done.stdout)
     assert "exit code" not in done.stdout and "{" not in done.stdout
     assert not (tmp_path / "out").exists()
     assert "Traceback" not in done.stderr

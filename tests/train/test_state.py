@@ -3,14 +3,16 @@
 import json
 import logging
 import os
+import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from extend.errors import CheckpointError, TrainingError
+from extend.errors import BusyError, CheckpointError, TrainingError
 from extend.manifest import hash_file
 from extend.train import train
 from extend.train.mesh import Processes
@@ -121,15 +123,15 @@ def test_a_write_that_fails_in_the_background_is_told(run: TrainOptions, tmp_pat
         train(run, tmp_path / "out")
     assert steps == [".step-3.partial", ".step-6.partial"]
     assert sorted(path.name for path in (tmp_path / "out.state").iterdir()) == [
-        "lock", "metrics.jsonl", "run.json", "step-3"]
+        "metrics.jsonl", "run.json", "step-3"]
 
 
 def test_two_runs_in_one_directory_are_refused(tmp_path: Path):
     alone = Processes(0, 1, torch.device("cpu"), None)
-    with RunState(tmp_path / "out", alone) as first, RunState(tmp_path / "out", alone) as second:
-        first.open({})
-        with pytest.raises(TrainingError, match=r"out\.state: another run is at work in it"):
-            second.open({})
+    with RunState(tmp_path / "out", alone), ThreadPoolExecutor(1) as elsewhere:
+        second = elsewhere.submit(RunState(tmp_path / "out", alone).__enter__)
+        with pytest.raises(BusyError, match=rf"/out: process {os.getpid()} \(.*is at work on it"):
+            second.result()
     with RunState(tmp_path / "out", alone) as third:
         third.open({})
 
@@ -144,3 +146,33 @@ def test_state_of_another_run_is_refused(run: TrainOptions, tmp_path: Path):
     assert (tmp_path / "out.state" / "step-5").is_dir()  # nothing is lost
     # How often it is saved does not matter.
     train(run.model_copy(update={"save_every": 1}), tmp_path / "out")
+
+
+def damage(file: Path) -> None:
+    """Turn one bit in the middle of a file."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_is_found_by_its_hash(run: TrainOptions, undisturbed: Path,
+                                                   tmp_path: Path,
+                                                   caplog: pytest.LogCaptureFixture):
+    """The one before is used, and says so; without one, nothing is."""
+    run, out = run.model_copy(update={"keep_checkpoints": 2}), tmp_path / "out"
+    with pytest.raises(TrainingError, match="stopped by a signal after step 7"):
+        train_until(run, out, 6, signal.SIGTERM)
+    state = tmp_path / "out.state"
+    assert sorted(path.name for path in state.glob("step-*")) == ["step-6", "step-7"]
+    damage(state / "step-7" / "__0_0.distcp")
+    shutil.copytree(state, tmp_path / "copy.state")
+    with caplog.at_level(logging.WARNING, logger="extend"):
+        train(run, out)
+    assert_same_run(out, undisturbed)
+    [line] = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING
+              and r.name == "extend.train.state"]
+    assert "step-7: the training state is damaged" in line and "goes on after step 6" in line
+    shutil.rmtree(tmp_path / "copy.state" / "step-6")
+    with pytest.raises(CheckpointError, match="__0_0.distcp has the sha256 .*none before it"):
+        train(run, tmp_path / "copy")
+    assert (tmp_path / "copy.state" / "step-7").is_dir()  # what may be of use stays
