@@ -39,7 +39,7 @@ from extend.option_types import parse_length
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-ALONE, ROPE = "alone", "+rope"
+ALONE, ROPE, CACHE = "alone", "+rope", "cache"
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings")
 
 
@@ -106,7 +106,7 @@ def merges(args: argparse.Namespace, target: Path, where: Path) -> dict[str, lis
     return {"extend": ["-m", "extend", "merge", "--adapter", ours, "--target", str(target),
                        "--out", str(where / "extend")],
             "mergekit": [*kit, str(where / "mergekit.yml"), str(where / "mergekit"),
-                         "--lora-merge-cache", str(where / "cache")],
+                         "--lora-merge-cache", str(where / CACHE)],
             "mergekit-delta": [*kit, str(where / "mergekit-delta.yml"),
                                str(where / "mergekit-delta")],
             "peft": [*peft, ours, str(where / "peft"), "cpu"],
@@ -133,7 +133,8 @@ def run_tool(args: argparse.Namespace, out: Path, command: list[str]) -> None:
     if record.exists() or late(args):
         return
     out.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(out, ignore_errors=True)
+    for leftover in (out, out.with_name(CACHE)):  # mergekit trusts half a model in it
+        shutil.rmtree(leftover, ignore_errors=True)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH":
                    os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     begin = time.perf_counter()
@@ -179,7 +180,7 @@ def models(args: argparse.Namespace) -> Iterator[tuple[str, str, Path]]:
         yield name, ALONE, target
         where = args.out / "merged" / name
         for made in sorted(where.glob("*/config.json")):
-            if not made.parent.name.endswith((".partial", "cache")):
+            if not made.parent.name.endswith((".partial", CACHE)):
                 yield name, made.parent.name, made.parent
 
 

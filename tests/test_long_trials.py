@@ -133,7 +133,7 @@ def test_the_recorded_run_gives_its_tables_and_plots_again(recorded, capsys):
     known = json.loads(RECORDED.read_text())["units"]
     assert {u["label"]: u["summary"] for u in again} == {u["label"]: u["summary"] for u in known}
     text = (recorded / "table.md").read_text()
-    for title in ("## Siblings", "## The adapter by rank", "## Loss by position"):
+    for title in ("## Short text", "## The adapter by rank", "## Loss by position"):
         assert title in text
 
 
