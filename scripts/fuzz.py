@@ -31,7 +31,7 @@ RESULTS = ROOT / "docs" / "results" / "reliability"
 SHARES = {"header": 250, "names": 300, "config": 120, "vocabulary": 150, "lines": 90,
           "manifest": 30, "index": 20, "results": 20, "adapter": 10, "sidecar": 10, "gguf": 10,
           "card": 10, "overrides": 3, "recipe": 0.5}
-SECONDS, MEMORY_MIB, LONGEST = 10, 2048, 4096
+SECONDS, MEMORY_MIB, LONGEST = 10, 2048, 1 << 14
 
 
 def main() -> int:

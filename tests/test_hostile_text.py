@@ -61,7 +61,7 @@ def test_what_is_a_secret(secret):
 def test_logs(level, capsys):
     with showing_logs(level):
         logging.getLogger("extend.x").warning("read %s", HOSTILE)
-        logging.getLogger("transformers.x").error("read %s", HOSTILE)
+        logging.getLogger("library.x").error("read %s", HOSTILE)
     told = harmless(capsys.readouterr().err)
     assert told.count("***") == 2 and r"\x1b" in told
 
