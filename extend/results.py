@@ -29,7 +29,12 @@ class Results:
 
     @property
     def native_len(self) -> int:
-        return int(self.data["model"]["max_position_embeddings"])
+        """Raises CheckpointError where the results do not say it, as those of some servers."""
+        length = self.data["model"].get("max_position_embeddings")
+        if length is None:
+            raise CheckpointError(f"{self.path}: model.max_position_embeddings is not known; run "
+                                  "`extend eval` again, on a checkpoint or a server that tells it")
+        return length
 
     def grid(self, name: str) -> list[Mapping[str, Any]]:
         """The rows of a task on a grid, without its controls."""
@@ -74,7 +79,7 @@ def _problem(data: Mapping[str, Any]) -> str | None:
     if not isinstance(model, dict) or not isinstance(summary, dict) or not isinstance(rows, list):
         return "model and summary are objects and rows is a list, but these are not"
     context = model.get("max_position_embeddings")
-    if type(context) is not int or not 0 < context < _LARGEST:
+    if context is not None and (type(context) is not int or not 0 < context < _LARGEST):
         return f"model.max_position_embeddings is {str(context)[:80]!r}, not a length"
     if not isinstance(summary.get("tasks", {}), dict):
         return "summary.tasks is not an object"

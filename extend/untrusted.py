@@ -8,9 +8,10 @@ import json
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import yaml
+if TYPE_CHECKING:  # it takes a while to load, which the command line's help has no use for
+    import yaml
 
 MAX_JSON_BYTES = 2**29  # a tokenizer.json of 256 thousand tokens has 2**25
 MAX_JSON_DEPTH = 100
@@ -76,12 +77,15 @@ def _check_depth(data: Any) -> None:
                  if isinstance(item, dict | list)]
 
 
-def load_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
+def load_yaml(text: str, loader: "type[yaml.SafeLoader] | None" = None) -> Any:
     """YAML as data, once `yaml_problems` finds nothing in it.
 
     Raises:
         ValueError: not YAML, or YAML that is refused.
     """
+    import yaml
+
+    loader = loader or yaml.SafeLoader
     try:
         for problem, line in yaml_problems(text, loader):
             raise ValueError(f"line {line}: {problem}")
@@ -91,7 +95,7 @@ def load_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any
         raise ValueError(" ".join(str(error).split())) from None
 
 
-def yaml_problems(text: str, loader: type[yaml.SafeLoader]) -> Iterator[tuple[str, int]]:
+def yaml_problems(text: str, loader: "type[yaml.SafeLoader]") -> Iterator[tuple[str, int]]:
     """(what, line) of what YAML allows and nobody needs: found before anything is built of it.
 
     An alias inside an anchored block could hold itself, or grow without bound. A tag asks for an
@@ -100,6 +104,8 @@ def yaml_problems(text: str, loader: type[yaml.SafeLoader]) -> Iterator[tuple[st
     Raises:
         yaml.YAMLError: not YAML.
     """
+    import yaml
+
     if len(text.encode("utf-8", "surrogatepass")) > MAX_YAML_BYTES:
         yield f"more than {MAX_YAML_BYTES:,} bytes of YAML", 1
         return

@@ -40,9 +40,10 @@ SHELLS = ("sh", "bash", "console")
 PROSE = ("text", "")
 OTHERS_OPTIONS = {
     "--cuda", "--disable-radix-cache", "--enable-lora", "--generation-config", "--lazy-unpickle",
-    "--low-cpu-memory", "--master_addr", "--max-lora-rank", "--max-model-len", "--measured",
-    "--multi_gpu", "--no-cache-prompt", "--no-enable-prefix-caching", "--no-requeue",
-    "--num_processes", "--rdzv_conf", "--save-module", "--sections", "--signal", "--sv-epsilon"}
+    "--low-cpu-memory", "--master_addr", "--max-lora-rank", "--max-model-len", "--max-restarts",
+    "--measured", "--multi_gpu", "--no-cache-prompt", "--no-enable-prefix-caching", "--no-requeue",
+    "--num_processes", "--only", "--rdzv_conf", "--record", "--runs", "--save-module",
+    "--sections", "--signal", "--sv-epsilon"}
 ELSEWHERE = ("extend/tokens",)  # in the user's cache
 
 
