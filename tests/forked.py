@@ -24,6 +24,18 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler import subproc
 
 from tests.spawn import PRELOAD
 
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def enter_session(log: Path) -> None:
+    """Put this process, which was forked, into a session of its own that says all in a file."""
+    os.setsid()
+    os.environ |= ENVIRONMENT
+    torch.set_num_threads(1)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+
 
 class ForkedPython:
     """`subprocess.Popen([python, *arguments])`, forked from the server of `tests.spawn`.

@@ -38,6 +38,9 @@ stages:
      trials: 2}
   - {name: report, stage: report, results: {base: eval-base, merged: eval-merged}}
 """
+TIMINGS = ("seconds", "wait_seconds", "tokens_per_second", "tokens_per_second_per_gpu",
+           "eta_seconds", "peak_memory_bytes", "host_memory_bytes")
+"""What lines of metrics say of the time that a run took."""
 STAGES = ("rescaled", "long", "sibling", "adapter", "merged", "eval-base", "eval-merged", "report")
 
 

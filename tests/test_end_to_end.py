@@ -17,7 +17,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 from torch import multiprocessing as mp
 
 import extend.cli
@@ -25,16 +24,13 @@ from extend.curves import METRICS_NAME, PICTURE_NAME
 from extend.manifest import MANIFEST_NAME, hash_files
 from extend.run_page import PAGE_NAME
 from extend.run_record import PLAN_NAME, RECIPE_RECORD, RUN_RECORD
-from tests.forked import forked_workers, run_python
+from tests.forked import ENVIRONMENT, enter_session, forked_workers, run_python
 from tests.page.structure import Structure
-from tests.pipeline import STAGES, write_inputs
+from tests.pipeline import STAGES, TIMINGS, write_inputs
 from tests.spawn import PRELOAD
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT_SECONDS = 120  # for one line of a run to appear on a busy machine
-TIMINGS = ("seconds", "wait_seconds", "tokens_per_second", "tokens_per_second_per_gpu",
-           "eta_seconds", "peak_memory_bytes", "host_memory_bytes")
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 MAX_TRIES = 4
 Workers = Callable[[], AbstractContextManager[None]]  # how training processes are started
 
@@ -46,12 +42,7 @@ def one_interpreter() -> AbstractContextManager[None]:
 
 def run_in_session(recipe: Path, out: Path, log: Path, workers: Workers) -> None:
     """`extend run` in a session of its own, all that it says in a file."""
-    os.setsid()
-    os.environ |= ENVIRONMENT
-    torch.set_num_threads(1)
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for stream in (1, 2):
-        os.dup2(file, stream)
+    enter_session(log)
     with workers():
         extend.cli.main(["run", str(recipe), "--out", str(out), "-v"])
 

@@ -5,6 +5,8 @@ mesh has replicas there; nothing of that is sent around afterwards, so a differe
 unnoticed into the checkpoint.
 """
 
+from collections.abc import Iterator, Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -36,15 +38,24 @@ def check_equal(tensors: dict[str, Tensor], processes: Processes) -> None:
     hashes = _gather([hash_tensor(_local(tensor)) if common else 0
                       for tensor, common in zip(tensors.values(), shared)], processes)
     for name, place, values in zip(tensors, places.T.tolist(), hashes.T.tolist()):
-        first: dict[int, int] = {}  # the process that holds a part, of those with lowest rank
-        for rank, where in enumerate(place):
-            other = first.setdefault(where, rank)
-            if values[rank] != values[other]:
-                raise TrainingError(
-                    f"{name} must be the same in processes {other} and {rank}, but its bits hash "
-                    f"to {values[other] % 2**64:016x} and {values[rank] % 2**64:016x}; a process "
-                    "has lost step with the others. Go on from the last checkpoint, and if it "
-                    "happens again see that all hosts have the same versions and sound memory")
+        for other, rank in find_difference(place, values):
+            raise TrainingError(
+                f"{name} must be the same in processes {other} and {rank}, but its bits hash "
+                f"to {values[other] % 2**64:016x} and {values[rank] % 2**64:016x}; a process "
+                "has lost step with the others. Go on from the last checkpoint, and if it "
+                "happens again see that all hosts have the same versions and sound memory")
+
+
+def find_difference(places: Sequence[int], values: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Pairs of processes whose places are the same and whose values differ.
+
+    Each process is held against the one of lowest rank in its place.
+    """
+    first: dict[int, int] = {}
+    for rank, place in enumerate(places):
+        other = first.setdefault(place, rank)
+        if values[rank] != values[other]:
+            yield other, rank
 
 
 def hash_tensor(tensor: Tensor) -> int:

@@ -17,6 +17,7 @@ from extend.train.bad_steps import finite_or_none, meet_bad_step
 from extend.train.batch import Batch, build_batch, token_weights
 from extend.train.data import Row
 from extend.train.deal import deal, imbalance, join_turns
+from extend.train.equality import find_difference
 from extend.train.mesh import PhaseMesh
 from extend.train.optim import (
     clip_gradients,
@@ -205,16 +206,13 @@ def _gather(run: Run, own: Tensor) -> Tensor:
 def _check_same_rows(run: Run, number: int, step: int, groups: list[int],
                      digests: list[int]) -> None:
     """Raise TrainingError when processes that share rows do not read the same ones."""
-    first: dict[int, int] = {}
-    for rank, group in enumerate(groups):
-        other = first.setdefault(group, rank)
-        if digests[rank] != digests[other]:
-            raise TrainingError(
-                f"step {step + 1} of phase {number + 1}: processes {other} and {rank} share rows, "
-                f"but read different ones (their tokens hash to {digests[other]:08x} and "
-                f"{digests[rank]:08x}), of {_rows(run, number, step)}; the data or its cached "
-                "tokens are not the same for all: give all hosts the same files, or another "
-                "token_cache")
+    for other, rank in find_difference(groups, digests):
+        raise TrainingError(
+            f"step {step + 1} of phase {number + 1}: processes {other} and {rank} share rows, "
+            f"but read different ones (their tokens hash to {digests[other]:08x} and "
+            f"{digests[rank]:08x}), of {_rows(run, number, step)}; the data or its cached "
+            "tokens are not the same for all: give all hosts the same files, or another "
+            "token_cache")
 
 
 def _rows(run: Run, number: int, step: int) -> str:

@@ -10,52 +10,20 @@ from extend.curves import METRICS_NAME, PICTURE_NAME
 from extend.manifest import MANIFEST_NAME, hash_files
 from extend.run_page import PAGE_NAME
 from extend.run_record import PLAN_NAME, RECIPE_RECORD, RUN_RECORD
+from tests import pipeline
 from tests.gguf.writing import make_model, write_gguf
 from tests.hub import Hub
 from tests.train.tiny import save_examples, save_text, save_tokenizer
 
-RECIPE = """\
-name: small
-seed: 3
+RECIPE = pipeline.RECIPE.replace("stages:\n", """\
 stages:
   - {name: base, stage: import, file: base.gguf, tokenizer: tokenizer, dtype: float32}
-  - {name: rescaled, stage: rescale, model: base, to: 128, method: ntk}
-  - name: long
-    stage: train
-    model: rescaled
-    nproc: 2
-    save_every: 2
-    loss_chunk: 48
-    schedule:
-      - {length: 128, steps: 6, batch_rows: 1, lr: 3e-3}
-    data:
-      - {kind: text, path: text.jsonl}
-      - {kind: retrieval}
-  - name: sibling
-    stage: train
-    model: base
-    nproc: 1
-    save_every: 2
-    loss_chunk: 48
-    schedule:
-      - {length: 64, steps: 6, batch_rows: 2, lr: 3e-3}
-    data:
-      - {kind: examples, path: examples.jsonl}
-  - {name: adapter, stage: extract, base: base, tuned: long, rank: 4}
-  - {name: merged, stage: merge, adapter: adapter, target: sibling}
-  - {name: eval-base, stage: eval, model: base, tasks: [passkey], lengths: [320], depths: 4,
-     trials: 2}
-  - {name: eval-merged, stage: eval, model: merged, tasks: [passkey], lengths: [320], depths: 4,
-     trials: 2}
-  - {name: report, stage: report, results: {base: eval-base, merged: eval-merged}}
+""", 1) + """\
   - {name: published, stage: publish, source: adapter, to: lab/adapter, base_id: lab/base,
      license: apache-2.0}
 """
-STAGES = ("base", "rescaled", "long", "sibling", "adapter", "merged", "eval-base", "eval-merged",
-          "report", "published")
+STAGES = ("base", *pipeline.STAGES, "published")
 RECORDS = (RUN_RECORD, RECIPE_RECORD, PLAN_NAME, PAGE_NAME)
-TIMINGS = ("seconds", "wait_seconds", "tokens_per_second", "tokens_per_second_per_gpu",
-           "eta_seconds", "peak_memory_bytes", "host_memory_bytes")
 _TELLS_SECONDS = re.compile(r"README\.md|.*manifest\.json|manifests/.*")  # that a stage took
 
 
@@ -88,7 +56,7 @@ def outcome(out: Path, hub: Hub) -> dict[str, Any]:
         if files.pop(METRICS_NAME, None):
             lines = (out / stage / METRICS_NAME).read_text().splitlines()
             files[METRICS_NAME] = [{key: value for key, value in json.loads(line).items()
-                                    if key not in TIMINGS} for line in lines]
+                                    if key not in pipeline.TIMINGS} for line in lines]
         found[stage] = files
     repo = hub.repos["lab/adapter"]
     blobs = repo.commits[repo.refs["main"]]

@@ -8,13 +8,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import multiprocessing as mp
 
-from tests.forked import forked_workers
+from tests.forked import enter_session, forked_workers
 from tests.spawn import PRELOAD
 
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 _BEGAN = re.compile(r"^\[(\d+)/\d+\] (\S+) \((\w+)\)(.*)$", re.MULTILINE)
 _PRELOAD = [*PRELOAD, "extend.gguf", "extend.publish", "extend.run_page", "extend.recipe_plan"]
 
@@ -25,12 +23,7 @@ def become(recipe: Path, out: Path, log: Path, setup: Setup | None) -> None:
     """What the forked process does."""
     import extend.cli
 
-    os.setsid()
-    os.environ |= ENVIRONMENT
-    torch.set_num_threads(1)
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for stream in (1, 2):
-        os.dup2(file, stream)
+    enter_session(log)
     with forked_workers():
         if setup is not None:
             setup()
