@@ -2,8 +2,9 @@
 """Time training steps of a Llama-3.1-8B shape on all GPUs, with what layers keep and where.
 
     torchrun --nproc_per_node 2 scripts/bench_train.py --lengths 64k,128k,256k --out runs/train
-    torchrun --nproc_per_node 2 scripts/bench_train.py --lengths 1m --trained norms \\
+    torchrun --nproc_per_node 2 scripts/bench_train.py --lengths 1m --trained lora+ \\
         --host-memory 200GiB --kept 0 --out runs/train
+    torchrun --nproc_per_node 8 scripts/bench_train.py --lengths 1m --tensor-parallel 2 --out runs/tp
 
 Random weights in bf16, one row over all GPUs, AdamW (moments in bf16, as of its parameters), no
 data loading: the step of `extend train` as it is, with model, ring, memory and loss of its own.
@@ -49,7 +50,7 @@ from extend.train_options import Phase, TrainOptions  # noqa: E402
 PEAK_FLOPS = 989e12
 THETA = 3580165449.0
 SETTINGS = ("recomputed", "compile", "kept", "host_memory", "form", "tile", "trained", "strategy",
-            "kernel", "optimizer", "linear")
+            "kernel", "optimizer", "linear", "tensor_parallel")
 KINDS = {"communication": "nccl", "attention": "cudnn|flash|fmha|_attn|attention|cutlass_fl",
          "matmul": "gemm|nvjet|xmma|cublas|splitK", "copy": "[Mm]emcpy|[Mm]emset",
          "compiled": "^triton_", "optimizer": "adam|multi_tensor|foreach|_norm_kernel",
@@ -83,6 +84,8 @@ def parse() -> argparse.Namespace:
         help="lora+: adapters of rank 32, norms and embeddings")
     add("--optimizer", default="adamw")
     add("--linear", default="compute", help="linear_dtype: compute, float8 or float8-rowwise")
+    add("--tensor-parallel", type=int, default=1, help="processes that share heads and channels; "
+        "the same for all of --configs")
     add("--strategy", default="auto")
     add("--kernel", default="auto")
     add("--profile", action="store_true", help="one more step, with time by kind of kernel")
@@ -100,6 +103,7 @@ def make_options(args: argparse.Namespace, longest: int) -> TrainOptions:
         schedule=[Phase(length=longest, steps=1, lr=1e-6)],
         recomputed_layers=int(args.recomputed) if args.recomputed.isdigit() else args.recomputed,
         mode="full" if args.trained == "all" else "lora", optimizer=args.optimizer,
+        tensor_parallel=args.tensor_parallel,
         trained_beside=[] if args.trained == "all" else ["norms", "embeddings"],
         linear_dtype=args.linear,
         compile={"auto": "auto", "yes": True, "no": False}[args.compile],
@@ -192,8 +196,7 @@ def measure(length: int, module: CausalLoss, memory: Any, config: LlamaConfig,
             optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     on_gpu = processes.device.type == "cuda"
     mesh = phase_mesh(Phase(length=length, steps=1, lr=1e-6), processes)
-    batch = local_batch(length, config.vocab_size, processes.rank, processes.world,
-                        processes.device)
+    batch = local_batch(length, config.vocab_size, mesh.cp_rank, mesh.cp, processes.device)
     seconds = []
     for number in range(args.steps + 1):
         if on_gpu:
@@ -247,7 +250,7 @@ def main() -> int:
     args = parse()
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     changes = json.loads(args.configs.read_text()) if args.configs else [{}]
-    with join_processes() as processes:
+    with join_processes(make_options(args, 1024)) as processes:
         rows = []
         for change in changes:
             rows += run(argparse.Namespace(**{**vars(args), **change}), processes)

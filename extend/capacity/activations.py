@@ -13,8 +13,8 @@ What autograd saves between a layer's forward and backward:
     norm of heads     4 (Q+K) + 2 (Q+K) + 4 h      2 (Q+K) + 4 h           as without tiles
     out and lse       2 Q + 4 heads                the same                the same
     exchanged heads   2 Q more: out of some heads for all rows, and of all heads for some rows
-    gated MLP         2 * 4 I: gate, silu, up,     2 * 3 I: gate, up,      nothing: its input is
-                      product                      product                 the norm's output
+    gated MLP         2 * 4 I: gate, silu, up,     2 * 2 I: gate, up       nothing: its input is
+                      product                                              the norm's output
     adapters, rank r  2 r a linear layer           the same                those of attention
 
 The output of a norm is saved once for all projections that read it. What a frozen matrix does not
@@ -136,9 +136,10 @@ def _head_norms(shape: ModelShape, setup: Setup, q: float, k: float) -> float:
 
 def _mlp_values(shape: ModelShape, setup: Setup, matrices: bool) -> float:
     """Inner values that are saved for each of the MLP's inner channels."""
+    made_again = setup.compiled  # what a product's weight gradient reads
     if shape.num_matrices == 2:
-        return 1 + matrices
-    return (2 if setup.compiled else 3) + matrices
+        return 1 + (matrices and not made_again)
+    return 2 if setup.compiled else 3 + matrices
 
 
 # Inner values that are there at once in the middle of an MLP's backward, plain and compiled, by its

@@ -4,9 +4,14 @@ What lies between matrix products (norms, rotation, gating) moves memory and com
 compiled, each such stretch is read and written once. Modules are compiled one by one and not whole
 layers: those of one kind share one compilation, and sharding, checkpoints and tiles stay what they
 are around them. Attention itself is left to the ring: `extend.ring.hf_attention` is not traced.
+
+What element-wise work makes of values that are saved anyway is not saved beside them but made again
+in backward, of which it is a small part: of a gated MLP the product of gate and up.
 """
 
+from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,4 +51,13 @@ def compile_layers(model: PreTrainedModel) -> None:
 def _compile(module: nn.Module) -> None:
     """A tiled module is compiled for one tile: what calls it tile by tile is plain Python."""
     name = "plain_forward" if hasattr(module, "plain_forward") else "forward"
-    setattr(module, name, torch.compile(getattr(module, name)))
+    setattr(module, name, torch.compile(getattr(module, name), backend=saving_backend))
+
+
+def saving_backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    """Inductor, which by itself also saves what it could make again, where a product reads it."""
+    from torch._functorch import config
+    from torch._inductor.compile_fx import compile_fx
+
+    with config.patch(aggressive_recomputation=True):
+        return compile_fx(graph, inputs)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.backends.debugging import aot_eager_decomp_partition
+from torch._inductor import compile_fx
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -12,6 +14,7 @@ from extend.capacity import Setup, model_shape
 from extend.capacity.activations import layer_bytes
 from extend.model_config import parse_config
 from extend.ring.hf_attention import register_ring_attention
+from extend.train.compiled import saving_backend
 from extend.train.memory.tiles import is_tokenwise, tile_module
 
 TOKENS, TILE = 64, 16
@@ -41,7 +44,7 @@ def saved_bytes(name: str, *, compiled: bool = False, tiled: bool = False,
             tile_module(part, TILE)
     for part in layer.children():
         if compiled:
-            part.forward = torch.compile(part.forward, backend="aot_eager_decomp_partition")
+            part.forward = torch.compile(part.forward, backend=saving_backend)
     hidden = torch.randn(1, TOKENS, SIZES["hidden_size"], dtype=torch.bfloat16, requires_grad=True)
     positions = torch.arange(TOKENS)[None]
     rotations = model.model.rotary_emb(hidden, positions)
@@ -72,7 +75,9 @@ def test_saved_by_a_layer(name, how):
     assert saved_bytes(name, **how) == expected_bytes(name, **how)
 
 
-@pytest.mark.parametrize("name,trained", [("qwen3", "all")])
-def test_saved_by_a_compiled_layer(name, trained):
+@pytest.mark.parametrize("name,trained", [("qwen3", "all"), ("llama", "norms")])
+def test_saved_by_a_compiled_layer(monkeypatch, name, trained):
+    monkeypatch.setattr(compile_fx, "compile_fx", aot_eager_decomp_partition)  # no compiler needed
+    torch._dynamo.reset()
     how = {"compiled": True, "trained": trained}
     assert saved_bytes(name, **how) == expected_bytes(name, **how)

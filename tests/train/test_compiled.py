@@ -1,10 +1,10 @@
 """Compiled parts compute what plain ones do, and layers share their compilations."""
 
-import functools
-
 import pytest
 import torch
+from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
+from torch._inductor import compile_fx
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from extend.errors import CompatibilityError
@@ -41,8 +41,7 @@ def eager_backend(monkeypatch: pytest.MonkeyPatch):
     torch._dynamo.reset()
     counters.clear()
     loss._compile.cache_clear()
-    monkeypatch.setattr(compiled.torch, "compile",
-                        functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(compile_fx, "compile_fx", aot_eager)
     yield
     torch._dynamo.reset()
     loss._compile.cache_clear()
