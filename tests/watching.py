@@ -73,7 +73,7 @@ def _look_into(handle: int, directory: Path) -> tuple[list[str], int]:
     problems, count = [], 0
     sizes = {}
     for name in os.listdir(handle):
-        if name.startswith("."):
+        if name.startswith(".") or name.endswith(".state"):
             continue
         path = directory / name
         try:
