@@ -10,6 +10,7 @@
       DataError           training or evaluation text is missing, too short or malformed
       TrainingError       training cannot go on (loss not finite, ranks disagree, resume mismatch)
       RankError           another rank does not answer: it died, hangs, or is too slow
+        SilentRankError   it gave no sign of life, and was ended
       ServerError         a server that is evaluated does not answer, or not what it was asked
       HubError            the Hugging Face Hub refuses, cannot be reached, or holds something else
 
@@ -56,6 +57,10 @@ class TrainingError(ExtendError):
 
 class RankError(ExtendError):
     """Another rank of a group that did not answer in time, or is gone."""
+
+
+class SilentRankError(RankError):
+    """A process of the launch has given no sign of life for too long, and was ended."""
 
 
 class ServerError(ExtendError):

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from extend.console import printable
-from extend.errors import RankError
+from extend.errors import RankError, SilentRankError
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -69,6 +69,7 @@ class _Board:
         self._store = PrefixStore(f"extend/{attempt}", store)
         self._rank, self._world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self._store.set(f"process/{self._rank}", json.dumps(_identity()))
+        self._store.set(f"alive/{self._rank}", "0")  # its first sign, and maybe its last
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="siblings", daemon=True)
         self._thread.start()
@@ -171,7 +172,7 @@ def _leave_word(why: str) -> bool:
         return False
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-    get_error_handler().record_exception(RankError(why))
+    get_error_handler().record_exception(SilentRankError(why))
     return True
 
 

@@ -4,7 +4,8 @@
     torchrun --nproc_per_node 2 scripts/bench_train.py --lengths 64k,128k,256k --out runs/train
     torchrun --nproc_per_node 2 scripts/bench_train.py --lengths 1m --trained lora+ \\
         --host-memory 200GiB --kept 0 --out runs/train
-    torchrun --nproc_per_node 8 scripts/bench_train.py --lengths 1m --tensor-parallel 2 --out runs/tp
+    torchrun --nproc_per_node 8 scripts/bench_train.py --lengths 1m --tensor-parallel 2 \\
+        --out runs/tp
 
 Random weights in bf16, one row over all GPUs, AdamW (moments in bf16, as of its parameters), no
 data loading: the step of `extend train` as it is, with model, ring, memory and loss of its own.
@@ -295,7 +296,7 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]], processes: Proce
                                            capture_output=True, text=True).stdout.strip()
     name = f"{args.shape}-{args.label or 'steps'}"
     (args.out / f"{name}.json").write_text(json.dumps({
-        "schema": 3, "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit,
+        "schema": 4, "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit,
         "gpu": f"{processes.world} x {gpu}", "torch": torch.__version__, "rows": rows}, indent=1))
 
 

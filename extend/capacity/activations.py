@@ -14,8 +14,10 @@ What autograd saves between a layer's forward and backward:
     out and lse       2 Q + 4 heads                the same                the same
     exchanged heads   2 Q more: out of some heads for all rows, and of all heads for some rows
     gated MLP         2 * 4 I: gate, silu, up,     2 * 2 I: gate, up       nothing: its input is
-                      product                                              the norm's output
+                      product                      (3 I: product too)      the norm's output
     adapters, rank r  2 r a linear layer           the same                those of attention
+
+In brackets, of a layer that was computed again: there compiled code also saves the product.
 
 The output of a norm is saved once for all projections that read it. What a frozen matrix does not
 need is left out: its input; a frozen norm leaves out its 2 D.
@@ -61,8 +63,8 @@ class LayerBytes:
         return self.saved + (0.0 if self.holds_input else self.input)
 
 
-def layer_bytes(shape: ModelShape, setup: Setup) -> LayerBytes:
-    """Of the mean layer of a model."""
+def layer_bytes(shape: ModelShape, setup: Setup, *, again: bool = False) -> LayerBytes:
+    """Of the mean layer of a model, of those that are computed again or of those that are not."""
     hidden, tp = shape.hidden, setup.tp
     q, k, heads = shape.q_width / tp, shape.kv_width / tp, shape.num_heads / tp
     attention = VALUE * q + 4 * heads
@@ -75,7 +77,7 @@ def layer_bytes(shape: ModelShape, setup: Setup) -> LayerBytes:
     holds_input = setup.compiled or setup.used_tile is not None
     outputs = _norm_outputs(shape, setup, matrices)
     inner = VALUE * shape.active_inner / tp
-    mlp = 0.0 if setup.used_tile else inner * _mlp_values(shape, setup, matrices)
+    mlp = 0.0 if setup.used_tile else inner * _mlp_values(shape, setup, matrices, again)
     low = VALUE * setup.lora_rank * has_adapters(setup)  # what goes from A to B
     saved = norms + outputs + qkv + _head_norms(shape, setup, q, k) + attention + mlp + 4 * low
     if not setup.used_tile:
@@ -88,7 +90,7 @@ def layer_bytes(shape: ModelShape, setup: Setup) -> LayerBytes:
     own_input = VALUE * hidden
     return LayerBytes(
         input=VALUE * hidden, attention=attention, saved=saved, holds_input=holds_input,
-        mlp_extra=VALUE * hidden + _mlp_extra(shape, setup, inner, matrices),
+        mlp_extra=VALUE * hidden + _mlp_extra(shape, setup, inner, matrices, again),
         rotation=own_input + normed * 2 + rotating,
         attention_backward=before + gradients + (0 if holds_input else own_input))
 
@@ -134,45 +136,57 @@ def _head_norms(shape: ModelShape, setup: Setup, q: float, k: float) -> float:
     return (4 + VALUE * trains) * (q + k) + 4 * scales / setup.tp
 
 
-def _mlp_values(shape: ModelShape, setup: Setup, matrices: bool) -> float:
+def makes_product(setup: Setup, again: bool) -> bool:
+    """Whether the backward of an MLP makes what its last matrix reads from what else is saved; see
+    `extend.train.compiled`.
+    """
+    return setup.compiled and not again
+
+
+def _mlp_values(shape: ModelShape, setup: Setup, matrices: bool, again: bool) -> float:
     """Inner values that are saved for each of the MLP's inner channels."""
-    made_again = setup.compiled  # what a product's weight gradient reads
+    product = matrices and not makes_product(setup, again)
     if shape.num_matrices == 2:
-        return 1 + (matrices and not made_again)
-    return 2 if setup.compiled else 3 + matrices
+        return 1 + product
+    return (2 if setup.compiled else 3) + product
 
 
-# Inner values that are there at once in the middle of an MLP's backward, plain and compiled, by its
-# matrices: of a gated one gate, silu, up, and the gradients of product, silu and up; where it is
-# compiled, one gradient is written over what is not needed any more.
-_INNER_BACKWARD = {3: (6, 4), 2: (3, 2)}
-# With adapters, compiled code does not write gradients over what is not needed any more (an H200
-# held 4 values more than without, exactly).
-_ADAPTED_INNER = {3: 4, 2: 2}
+# Inner values that are there at once in the middle of an MLP's backward, by its matrices: of a
+# gated one gate, silu, up, and the gradients of product, silu and up; where it is compiled, one
+# gradient is written over what is not needed any more, or, where the product is made again, that
+# and all gradients are made together. The last was read off two H200s (128K, 22 of 32 layers
+# computed again), for a gated MLP.
+_INNER_PLAIN, _INNER_COMPILED, _INNER_MADE = {3: 6, 2: 3}, {3: 4, 2: 2}, {3: 6, 2: 4}
+# With adapters, compiled code does not write gradients over what is not needed any more (one H200,
+# 64K: 4 values more than without, exactly; 3 more where the product is made again).
+_ADAPTED, _ADAPTED_MADE = {3: 4, 2: 2}, {3: 3, 2: 2}
 
 
-def _inner_backward(shape: ModelShape, setup: Setup) -> int:
-    values = _INNER_BACKWARD[shape.num_matrices][setup.compiled]
-    if setup.compiled and has_adapters(setup):
-        values += _ADAPTED_INNER[shape.num_matrices]
-    return values
+def _inner_backward(shape: ModelShape, setup: Setup, again: bool) -> int:
+    made, matrices = makes_product(setup, again), shape.num_matrices
+    if not setup.compiled:
+        return _INNER_PLAIN[matrices]
+    values = (_INNER_MADE if made else _INNER_COMPILED)[matrices]
+    return values + has_adapters(setup) * (_ADAPTED_MADE if made else _ADAPTED)[matrices]
 
 
-def _mlp_extra(shape: ModelShape, setup: Setup, inner: float, matrices: bool) -> float:
+def _mlp_extra(shape: ModelShape, setup: Setup, inner: float, matrices: bool,
+               again: bool) -> float:
     """Of an MLP's backward, beside the gradient of its output and what was saved for it; beside
     tiles, a whole gradient of their input.
     """
     if setup.used_tile:
         return VALUE * shape.hidden
-    return inner * (_inner_backward(shape, setup) - _mlp_values(shape, setup, matrices))
+    return inner * (_inner_backward(shape, setup, again)
+                    - _mlp_values(shape, setup, matrices, again))
 
 
-def tile_bytes(shape: ModelShape, setup: Setup) -> float:
+def tile_bytes(shape: ModelShape, setup: Setup, *, again: bool = False) -> float:
     """Bytes, not a token but at once, of a tile of an MLP and of its weights' fp32 sums."""
     if not setup.used_tile:
         return 0.0
     inner = VALUE * shape.active_inner / setup.tp
-    values = _inner_backward(shape, setup)
+    values = _inner_backward(shape, setup, again)
     of_tile = setup.used_tile * (values * inner + 2 * VALUE * shape.hidden)
     if setup.trained != "all":
         return of_tile

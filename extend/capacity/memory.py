@@ -10,7 +10,8 @@ A step holds its shards of weights and moments throughout. On top of them come, 
     end       gradients of embedding and head, whole and once more in fp32
 
 Backward is largest at a layer's MLP, at its attention, or while a layer is computed again; all
-three are counted, for the last layer, the one before it and the last one that is computed again.
+three are counted, for the last two layers, the last one that is computed again, and the first two:
+where what layers keep is on the host, backward is largest at its end, when gradients have gathered.
 
 Source: FSDP2 (`torch.distributed.fsdp`) as `extend.train.shard` uses it, the loss of
 `extend.train.loss` and the layers of `extend.train.memory`; held against a count of live bytes in
@@ -26,6 +27,7 @@ from extend.capacity.activations import (
     exchanges_heads,
     has_adapters,
     layer_bytes,
+    makes_product,
     num_groups,
     tile_bytes,
 )
@@ -97,20 +99,19 @@ class Kept:
         self._free, self.hosted_bytes = float(setup.host_share_bytes), 0.0
         self.leaving = 0.0  # what is sent last waits on the device until something else is
         fp8 = setup.kept_form == "fp8"
-        whole = layer.input * setup.tokens
         # 8 bits a value, and one fp32 scale a token.
-        held = setup.tokens * (layer.input / VALUE + _FP32) if fp8 else whole
+        held = setup.tokens * (layer.input / VALUE + _FP32 if fp8 else layer.input)
         lse = setup.tokens * _FP32 * shape.num_heads / setup.tp
         out = layer.attention * setup.tokens - lse
         self.device: list[float] = []
-        self._own: list[float] = []
+        self._hosted: list[float] = []
         for index in range(min(setup.recomputed, shape.num_layers)):
             items = [(held, True)]
             if index < setup.kept_attention:
                 items += [(out, not fp8), (lse, not fp8)]
             stays = sum(size for size, may_go in items if not (may_go and self._host(size)))
             self.device.append(stays)
-            self._own.append(whole + sum(size for size, _ in items[1:]))
+            self._hosted.append(sum(size for size, _ in items) - stays)
 
     def _host(self, size: float) -> bool:
         if size < SMALLEST_BYTES or self._free < size:
@@ -125,10 +126,8 @@ class Kept:
         return sum(self.device[:layer])
 
     def fetched(self, layer: int) -> float:
-        """Of a layer before `layer`, what is on its way back from the host."""
-        if layer == 0 or layer > len(self.device):
-            return 0.0
-        return max(0.0, self._own[layer - 1] - self.device[layer - 1])
+        """Of the layer before `layer`, what is on its way back from the host."""
+        return self._hosted[layer - 1] if 0 < layer <= len(self._hosted) else 0.0
 
 
 class _Step:
@@ -137,6 +136,7 @@ class _Step:
     def __init__(self, shape: ModelShape, setup: Setup):
         self.shape, self.setup = shape, setup
         self.layer = layer_bytes(shape, setup)
+        self.layer_again = layer_bytes(shape, setup, again=True)
         self.counts = count_parameters(shape, setup)
         self.kept = Kept(shape, setup, self.layer)
         # One process alone gathers only what it must cast or fetch from its host.
@@ -233,8 +233,9 @@ class _Step:
         return (own + VALUE * hidden) * self.setup.tokens
 
     def backward(self) -> Iterator[Moment]:
-        layers = {self.shape.num_layers - 1, self.shape.num_layers - 2, self.recomputed - 1}
-        for index in sorted(index for index in layers if index >= 0):
+        count = self.shape.num_layers
+        layers = {0, 1, self.recomputed - 1, count - 2, count - 1}
+        for index in sorted(index for index in layers if 0 <= index < count):
             base = self._backward_parts(index)
             for name, own in self._own(index).items():
                 yield Moment(f"backward of layer {index + 1}, {name}", base | {"this layer": own})
@@ -256,12 +257,12 @@ class _Step:
 
     def _own(self, index: int) -> dict[str, float]:
         """Bytes of the layer that computes: by what it computes."""
-        layer, setup = self.layer, self.setup
-        again = index < self.recomputed
+        setup, again = self.setup, index < self.recomputed
+        layer = self.layer_again if again else self.layer
         held = layer.recomputed if again else layer.saved
-        mlp = tile_bytes(self.shape, setup) if setup.used_tile else 0.0
-        if setup.trained == "all" and not setup.used_tile:  # down's gradient alone, by then
-            mlp += VALUE * self.counts.layer * _down_share(self.shape)
+        mlp = tile_bytes(self.shape, setup, again=again)
+        if setup.trained == "all" and not setup.used_tile and not makes_product(setup, again):
+            mlp += VALUE * self.counts.layer * _down_share(self.shape)  # its gradient, by then
         attention = layer.attention_backward * setup.tokens + self._exchanged()
         if setup.trained == "all":
             attention += VALUE * self.shape.mlp_matrix / setup.tp

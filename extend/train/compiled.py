@@ -5,8 +5,9 @@ compiled, each such stretch is read and written once. Modules are compiled one b
 layers: those of one kind share one compilation, and sharding, checkpoints and tiles stay what they
 are around them. Attention itself is left to the ring: `extend.ring.hf_attention` is not traced.
 
-What element-wise work makes of values that are saved anyway is not saved beside them but made again
-in backward, of which it is a small part: of a gated MLP the product of gate and up.
+In layers that are not computed again, what element-wise work makes of values that are saved anyway
+is not saved beside them but made again in backward: of a gated MLP the product of gate and up.
+There it is in memory together with the gradients (two inner values more), but of one layer only.
 """
 
 from collections.abc import Callable
@@ -36,22 +37,24 @@ def compiles(options: TrainOptions, device: torch.device) -> bool:
         options.compile == "auto" and device.type == "cuda" and not lacks_triton)
 
 
-def compile_layers(model: PreTrainedModel) -> None:
-    """Compile what the decoder's layers are made of.
+def compile_layers(model: PreTrainedModel, recomputed: int) -> None:
+    """Compile what the decoder's layers are made of; the first `recomputed` are computed again.
 
     Call it after `tile_layers`. Results differ from plain ones by rounding only.
     """
     decoder = model.get_decoder()
     parts = [child for layer in decoder.layers for child in layer.children()]
+    saving = {child for layer in decoder.layers[recomputed:] for child in layer.children()
+              if type(child).__name__.endswith("MLP")}
     for module in [*parts, *decoder.children()]:
         if is_tokenwise(module) or type(module).__name__.endswith("Attention"):
-            _compile(module)
+            _compile(module, saving_backend if module in saving else "inductor")
 
 
-def _compile(module: nn.Module) -> None:
+def _compile(module: nn.Module, backend: str | Callable[..., Any]) -> None:
     """A tiled module is compiled for one tile: what calls it tile by tile is plain Python."""
     name = "plain_forward" if hasattr(module, "plain_forward") else "forward"
-    setattr(module, name, torch.compile(getattr(module, name), backend=saving_backend))
+    setattr(module, name, torch.compile(getattr(module, name), backend=backend))
 
 
 def saving_backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:

@@ -25,6 +25,7 @@ from extend.train_options import TrainOptions
 logger = logging.getLogger(__name__)
 
 _TAKEN = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+_GOES_ON = "goes on from the last checkpoint"
 _PAUSE_SECONDS = 1.0  # before a restart: for what has failed to give back its memory
 
 Job = Callable[[TrainOptions, Path, bool], None]
@@ -96,8 +97,8 @@ def _start(world: int, ticket: Path) -> None:
     except ChildFailedError as error:
         raise _first_error(error) from None
     except SignalException as error:
-        raise TrainingError(f"stopped by signal {error.sigval.name}; the same command goes on from "
-                            "the last checkpoint") from None
+        raise TrainingError(f"stopped by signal {error.sigval.name}; the same command {_GOES_ON}"
+                            ) from None
     finally:
         elastic.setLevel(level)
         if threading.current_thread() is threading.main_thread():
@@ -108,14 +109,19 @@ def _start(world: int, ticket: Path) -> None:
 def _first_error(error: ChildFailedError) -> ExtendError:
     """The error of the process that failed first; those after it failed for want of the first."""
     failures = sorted(error.failures.items(), key=lambda item: item[1].timestamp)
-    for _, failure in failures:
-        known = _parse_error(_message(failure))
-        if known is not None:
-            return known
-    rank, failure = failures[0]
+    known = [found for _, failure in failures if (found := _parse_error(_message(failure)))]
+    # That a rank was not heard any more is what the death of another one looks like to it.
+    cause = next((found for found in known if type(found) is not RankError), None)
+    if cause is not None:
+        return cause
+    killed = [(rank, failure) for rank, failure in failures if failure.exitcode < 0]
+    if known and not killed:
+        told = str(known[0])
+        return known[0] if _GOES_ON in told else RankError(f"{told}. The same command {_GOES_ON}")
+    rank, failure = (killed or failures)[0]
     logger.error("%s", _traceback(failure))
     return RankError(f"process {rank} ended with exit code {failure.exitcode}: "
-                     f"{_message(failure)}; the same command goes on from the last checkpoint")
+                     f"{_message(failure)}; the same command {_GOES_ON}")
 
 
 def _message(failure: ProcessFailure) -> str:

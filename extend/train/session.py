@@ -231,9 +231,9 @@ def save_memory(model: PreTrainedModel, options: TrainOptions, config: ModelConf
         phase.length // split_phase(phase, processes.world, options.tensor_parallel)[1]
         for phase in options.schedule)
     tile_layers(model, options, longest)
-    if compiles(options, processes.device):
-        compile_layers(model)
     recomputed = count_recomputed(options, config, len(model.get_decoder().layers), processes)
+    if compiles(options, processes.device):
+        compile_layers(model, recomputed)
     if recomputed == 0:
         return None
     memory = make_memory(options, recomputed, processes.device, processes.local_world)

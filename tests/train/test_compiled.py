@@ -50,7 +50,7 @@ def eager_backend(monkeypatch: pytest.MonkeyPatch):
 def compiled_model(layers: int, settings: TrainOptions) -> tuple[LlamaForCausalLM, LayerMemory]:
     model = make_model(layers).train()
     tile_layers(model, settings, 40)
-    compiled.compile_layers(model)
+    compiled.compile_layers(model, 1)
     memory = make_memory(settings, 1, CPU, 1)
     checkpoint_layers(model, memory)
     return model, memory
@@ -70,10 +70,14 @@ def test_compiled_layers_equal_plain_ones_and_share_their_compilations(eager_bac
 
 def test_what_is_compiled(monkeypatch: pytest.MonkeyPatch):
     asked = []
-    monkeypatch.setattr(compiled, "_compile", asked.append)
-    compiled.compile_layers(make_model(1))
-    names = sorted(type(module).__name__ for module in asked)
-    assert names == ["LlamaAttention", "LlamaMLP", *["LlamaRMSNorm"] * 3]
+    monkeypatch.setattr(compiled, "_compile", lambda module, backend: asked.append(
+        (type(module).__name__, backend)))
+    compiled.compile_layers(make_model(3), recomputed=1)
+    assert sorted(name for name, _ in asked) == [
+        *["LlamaAttention"] * 3, *["LlamaMLP"] * 3, *["LlamaRMSNorm"] * 7]
+    assert [backend for name, backend in asked if name == "LlamaMLP"] == [
+        "inductor", compiled.saving_backend, compiled.saving_backend]
+    assert {backend for name, backend in asked if name != "LlamaMLP"} == {"inductor"}
 
 
 @pytest.mark.parametrize(("choice", "device", "triton", "expected"), [

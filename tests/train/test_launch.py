@@ -1,11 +1,15 @@
 """Starting processes, and telling what went wrong in one of them."""
 
 import re
+import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from extend.errors import LayoutError, TrainingError
+from extend.train import launch
 from extend.train.launch import _parse_error, count_processes
 from tests.forked import run_python
 from tests.train.tiny import options, save_model
@@ -71,3 +75,19 @@ def test_the_error_of_a_started_process_is_told_once(tmp_path: Path):
     assert "exit code" not in done.stdout and "{" not in done.stdout
     assert not (tmp_path / "out").exists()
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_signals_mean_afterwards_what_they_meant_before(monkeypatch, tmp_path, fails):
+    """torch's launcher leaves handlers whose error a later stage would tell as a fault."""
+    def started(*_):
+        for number in launch._TAKEN:
+            signal.signal(number, lambda *_: None)
+        if fails:
+            raise SignalException("stopped", signal.SIGTERM)
+
+    monkeypatch.setattr(launch, "elastic_launch", lambda *_: started)
+    before = [signal.getsignal(number) for number in launch._TAKEN]
+    with pytest.raises(TrainingError, match="the same command goes on") if fails else nullcontext():
+        launch._start(1, tmp_path / "job.json")
+    assert [signal.getsignal(number) for number in launch._TAKEN] == before

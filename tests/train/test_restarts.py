@@ -45,8 +45,8 @@ except ExtendError as error:
     print(type(error).__name__, error)
 """
 WAYS = {"SIGKILL": "RankError process 1 ended with exit code -9",
-        "SIGSTOP": r"RankError process 1 has given no sign of life for 3 s: it was stopped or hung "
-                   r"\(pid \d+ on .*\), and was ended",
+        "SIGSTOP": r"SilentRankError process 1 has given no sign of life for 3 s: it was stopped "
+                   r"or hung \(pid \d+ on .*\), and was ended",
         "memory": "RankError process 1 ended with exit code 1: MemoryError: no room for a tensor"}
 
 

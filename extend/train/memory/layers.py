@@ -51,6 +51,7 @@ class LayerMemory:
             with torch.no_grad():  # it would never run again, and what it put would stay for ever
                 return function(*args, **kwargs)
         rooms: dict[int, Kept] = {}  # of this run alone: what it puts, only its second run takes
+        self.inputs.begin_layer()
         # Only what the checkpoint itself saves, its inputs, is seen by hooks from outside.
         with saved_tensors_hooks(self.inputs.put, self.inputs.take):
             return checkpoint(

@@ -2,7 +2,7 @@
 
 Layers put theirs in order and take them back in the reverse order. On a GPU the copies run on a
 stream of their own, beside the computation: what a layer put goes out while the next one computes,
-and what the next one to be taken needs comes in meanwhile.
+and while a layer takes its own, all of the layer before it comes in.
 """
 
 import weakref
@@ -24,12 +24,14 @@ class _Item:
     """A tensor that was put.
 
     Attributes:
+        layer: a number of whose it is, higher for later ones.
         parts: what it was turned into: itself, or values and scales.
         host: copies of the parts in pinned memory; None where they stayed on the device.
         begun: the parts again on the device, on their way.
         ready: what to wait for before they are used.
     """
 
+    layer: int
     dtype: torch.dtype
     form: Form
     parts: list[Tensor] | None
@@ -55,38 +57,54 @@ class Store:
         self._blocks: dict[int, list[Tensor]] = {}  # pinned memory that is not in use, by size
         self._registered: dict[int, Tensor] = {}  # all that is pinned, by its address
         weakref.finalize(self, _unregister, self._registered).atexit = False
-        self._waiting: list[_Item] = []
+        self._layer = 0
+        self._waiting: dict[int, list[_Item]] = {}  # by layer
         self._leaving: _Item | None = None  # the last one that was sent to the host
         on_gpu = device.type == "cuda" and host_bytes > 0
         self._out = torch.cuda.Stream(device) if on_gpu else None
         self._in = torch.cuda.Stream(device) if on_gpu else None
+
+    def begin_layer(self) -> None:
+        """What is put from now on is taken together, before what was put so far."""
+        self._layer += 1
 
     def put(self, tensor: Tensor) -> "Tensor | _Item":
         """Hand a tensor over; small ones and integers are held as they are."""
         if not tensor.is_floating_point() or _num_bytes([tensor]) < _SMALLEST_BYTES:
             return tensor
         parts = quantize(tensor) if self.form == "fp8" else [tensor]
-        item = _Item(tensor.dtype, self.form, parts)
+        item = _Item(self._layer, tensor.dtype, self.form, parts)
         if self._free_bytes >= _num_bytes(parts):
             self._send(item)
         elif self.form == "exact":
             return tensor
-        self._waiting.append(item)
+        self._waiting.setdefault(item.layer, []).append(item)
         return item
 
     def take(self, item: "Tensor | _Item") -> Tensor:
-        """The tensor again, and the one before it is sent for."""
+        """The tensor again; the rest of its layer, and the layer before it, are sent for."""
         if isinstance(item, Tensor):
             return item
         self._let_go()
         self._fetch(item)
-        if item in self._waiting:
-            place = self._waiting.index(item)
-            del self._waiting[place]
-            if place:
-                self._fetch(self._waiting[place - 1])
+        self._forget(item)
+        self._send_for(item.layer)
         parts = self._arrive(item)
         return dequantize(*parts, item.dtype) if item.form == "fp8" else parts[0]
+
+    def _forget(self, item: _Item) -> None:
+        """It waits no more."""
+        layer = self._waiting.get(item.layer, [])
+        if item in layer:
+            layer.remove(item)
+        if not layer:
+            self._waiting.pop(item.layer, None)
+
+    def _send_for(self, layer: int) -> None:
+        """Begin the way back of what waits of a layer, and of the one that was put before it."""
+        before = max((number for number in self._waiting if number < layer), default=None)
+        for item in [*self._waiting.get(layer, []), *self._waiting.get(before, [])]:
+            self._fetch(item)
 
     def _send(self, item: _Item) -> None:
         """Copy to the host beside the computation until the next one is sent.

@@ -75,3 +75,21 @@ def test_a_store_of_eight_bits_gives_what_quantizing_gives(host_bytes):
     for item, x in zip(reversed(held), reversed(given), strict=True):
         torch.testing.assert_close(store.take(item), dequantize(*quantize(x), x.dtype), rtol=0,
                                    atol=0)
+
+
+def test_a_layer_and_the_one_before_it_are_sent_for_together():
+    store, held = Store(CPU, 10**6), []
+    for _ in range(3):
+        store.begin_layer()
+        held.append([store.put(t) for t in tensors(3)])
+
+    def on_their_way():
+        return [[item.begun is not None for item in layer] for layer in held]
+
+    store.take(held[2][0])  # a layer takes its own in the order in which it put them
+    assert on_their_way() == [[False] * 3, [True] * 3, [False, True, True]]
+    store.take(held[2][1])
+    store.take(held[2][2])
+    assert on_their_way()[0] == [False] * 3
+    store.take(held[1][0])
+    assert on_their_way()[0] == [True] * 3
