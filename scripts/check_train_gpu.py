@@ -5,8 +5,9 @@
 
 A Llama with random weights on made-up text, fp32 weights that layers multiply in bf16 as in a real
 run. Each way trains the same rows: where it may not change a bit, losses must be equal; elsewhere
-they must stay within what rounding explains. One way compiles its layers; the others do not, since
-that would take most of their time. Prints and writes a table, after each way; the exit code is the
+they must stay within what rounding explains. On GPUs, where attention's backward sums in an order
+that changes from run to run (`again` shows by how much), equal is asked of the first loss alone.
+One way compiles its layers; the others do not, since that would take most of their time. Prints and writes a table, after each way; the exit code is the
 number of ways that failed. Works on CPU processes too, at a smaller size (--length 256 --width 64).
 """
 
@@ -35,7 +36,8 @@ from extend.train.mesh import join_processes  # noqa: E402
 from extend.train_options import TrainOptions  # noqa: E402
 
 _SAME, _ROUNDING, _LOW_BITS = 0.0, 5e-3, 2e-2  # largest relative difference of a loss
-WAYS: dict[str, tuple[dict[str, Any], str, float]] = {
+_BEGIN = None  # only the first loss is the same: other weights are trained
+WAYS: dict[str, tuple[dict[str, Any], str, float | None]] = {
     # name: changes of the options, the way it is compared with, the most that losses may differ
     "plain": ({}, "plain", _SAME),
     "again": ({}, "plain", _SAME),
@@ -62,7 +64,7 @@ WAYS: dict[str, tuple[dict[str, Any], str, float]] = {
     "lora, tensor parallel": ({"mode": "lora", "lora_rank": 8, "tensor_parallel": 2}, "lora",
                               _ROUNDING),
     "lora, norms, embeddings": ({"mode": "lora", "lora_rank": 8,
-                                 "trained_beside": ["norms", "embeddings"]}, "plain", _LOW_BITS),
+                                 "trained_beside": ["norms", "embeddings"]}, "lora", _BEGIN),
 }
 
 
@@ -108,10 +110,13 @@ def judge(found: dict[str, dict[str, Any]], name: str) -> str:
         return one["error"]
     if "losses" not in base:
         return f"nothing to compare with: {other} failed"
-    pairs = zip(one["losses"], base["losses"], strict=True)
-    most = max(abs(a - b) / abs(b) for a, b in pairs)
-    one["difference"] = most
-    return "ok" if most <= limit else f"differs by {most:.2e}, more than {limit:g}"
+    apart = [abs(a - b) / abs(b) for a, b in zip(one["losses"], base["losses"], strict=True)]
+    one["difference"] = most = apart[0] if limit is _BEGIN else max(apart)
+    if limit in (_SAME, _BEGIN) and apart[0]:
+        return f"the first loss differs by {apart[0]:.2e}"
+    if limit == _SAME and torch.cuda.is_available():
+        limit = _ROUNDING
+    return "ok" if limit is _BEGIN or most <= limit else f"differs by {most:.2e}, not {limit:g}"
 
 
 def render(found: dict[str, dict[str, Any]], verdicts: dict[str, str], where: str) -> str:

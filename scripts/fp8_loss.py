@@ -109,13 +109,14 @@ def draw(runs: list[dict[str, Any]], title: str, path: Path) -> None:
 
     figure = Figure(figsize=(8, 6), layout="constrained")
     losses, apart = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    for each in runs:
+    for number, each in enumerate(runs):
         steps = range(1, len(each["losses"]) + 1)
         name = {"compute": "bfloat16"}.get(each["linear_dtype"], each["linear_dtype"])
-        losses.plot(steps, each["losses"], label=name, linewidth=1)
+        style = {"label": name, "linewidth": 1, "color": f"C{number}"}
+        losses.plot(steps, each["losses"], **style)
         if each is not runs[0]:
             apart.plot(steps, [a - b for a, b in zip(each["losses"], runs[0]["losses"],
-                                                     strict=True)], label=name, linewidth=1)
+                                                     strict=True)], **style)
     losses.set_title(title)
     losses.set_ylabel("loss (nats a token)")
     losses.legend()
