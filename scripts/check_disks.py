@@ -149,7 +149,7 @@ def check(name: str, stage: Stage, place: Path, inputs: Path, every: int) -> dic
         for path in place.glob(f"*{out.name}*"):
             if path != out:
                 problems.append(f"{name}, {what}: {path.name} stays when it is done")
-            shutil.rmtree(path)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     return {"changes": plain["changes"], "trials": len(trials), "ended_with": dict(kinds),
             "problems": problems}
 

@@ -9,12 +9,14 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 
 import torch
-from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -81,8 +83,6 @@ def launch(job: Job, options: TrainOptions, out: Path, *, overwrite: bool, world
 
 
 def _start(world: int, ticket: Path) -> None:
-    # One that is told to stop finishes its step and saves it, which takes minutes at 1M tokens.
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "900")
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=world, run_id=uuid.uuid4().hex,
         rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1)
@@ -90,20 +90,67 @@ def _start(world: int, ticket: Path) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world)))
     elastic = logging.getLogger("torch.distributed.elastic")
     level = elastic.level
-    handlers = {number: signal.getsignal(number) for number in _TAKEN}
     elastic.setLevel(logging.CRITICAL)  # what went wrong is told below, once
+    # In a thread of its own, where torch takes no signals: its handlers raise wherever the main
+    # thread happens to be, and one that held a lock would hold it for ever.
+    done: Future[object] = Future()
+    start = elastic_launch(config, sys.executable)
+    thread = threading.Thread(target=_settle, name="launcher", daemon=True, args=(
+        done, lambda: start("-m", "extend.train.worker", str(ticket))))
+    with _passing_on(stop_file(ticket)) as asked:
+        thread.start()
+        thread.join()
+    elastic.setLevel(level)
     try:
-        elastic_launch(config, sys.executable)("-m", "extend.train.worker", str(ticket))
+        done.result()
     except ChildFailedError as error:
-        raise _first_error(error) from None
-    except SignalException as error:
-        raise TrainingError(f"stopped by signal {error.sigval.name}; the same command {_GOES_ON}"
-                            ) from None
+        found = _first_error(error)
+        if asked and isinstance(found, RankError):  # before there was a step that could be finished
+            raise TrainingError(f"stopped by signal {asked[0].name}; the same command {_GOES_ON}"
+                                ) from None
+        raise found from None
+    if asked:  # too late: the training is done, but not what would follow it
+        os.kill(os.getpid(), asked[0])
+
+
+def _settle(done: "Future[object]", call: Callable[[], object]) -> None:
+    try:
+        done.set_result(call())
+    except BaseException as error:
+        # Its frames hold what torch started, which is to go now and not when they are collected.
+        done.set_exception(error.with_traceback(None))
+
+
+def stop_file(ticket: Path) -> Path:
+    """Once it is there, the processes of a job are to stop as by SIGTERM."""
+    return ticket.with_name("stop")
+
+
+@contextmanager
+def _passing_on(stop: Path) -> Iterator[list[signal.Signals]]:
+    """Yield the signals that came meanwhile; at the first one `stop` is written.
+
+    A second signal does what it did before.
+    """
+    asked: list[signal.Signals] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked  # only the main thread may handle signals
+        return
+
+    def note(number: int, _: FrameType | None) -> None:
+        asked.append(signal.Signals(number))
+        stop.touch()
+        restore()
+
+    def restore() -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    handlers = {number: signal.signal(number, note) for number in _TAKEN}
+    try:
+        yield asked
     finally:
-        elastic.setLevel(level)
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in handlers.items():  # torch leaves its own for later stages
-                signal.signal(number, handler)
+        restore()
 
 
 def _first_error(error: ChildFailedError) -> ExtendError:
@@ -114,7 +161,8 @@ def _first_error(error: ChildFailedError) -> ExtendError:
     cause = next((found for found in known if type(found) is not RankError), None)
     if cause is not None:
         return cause
-    killed = [(rank, failure) for rank, failure in failures if failure.exitcode < 0]
+    killed = [(rank, failure) for rank, failure in failures  # the rest is ended by SIGTERM
+              if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM]
     if known and not killed:
         told = str(known[0])
         return known[0] if _GOES_ON in told else RankError(f"{told}. The same command {_GOES_ON}")

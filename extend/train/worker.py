@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -12,17 +13,23 @@ from transformers.utils.logging import disable_progress_bar
 
 from extend.console import showing_logs
 from extend.together import LAUNCHED_BY_US, failing_together
+from extend.train.launch import stop_file
 from extend.train.loop import run_process
 from extend.train_options import TrainOptions
 
 
-def _follow_parent(launcher: int) -> None:
-    """End this process when its parent, the process `launcher`, has died.
+def _follow_parent(launcher: int, stop: Path) -> None:
+    """Stop this process as by SIGTERM when the file `stop` is there; end it at once when its
+    parent, the process `launcher`, has died.
 
     It would go on without anyone to tell. The launcher may be gone before this is called.
     """
     def watch() -> None:
+        told = False
         while os.getppid() == launcher:
+            if not told and stop.exists():
+                told = True
+                os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.5)
         os._exit(1)
 
@@ -34,7 +41,7 @@ def main(ticket: str) -> int:
     job = json.loads(Path(ticket).read_text(encoding="utf-8"))
     disable_progress_bar()
     sys.stdout = sys.stderr  # the launcher alone prints results
-    _follow_parent(job["launcher"])
+    _follow_parent(job["launcher"], stop_file(Path(ticket)))
     os.environ[LAUNCHED_BY_US] = "1"
     handler = get_error_handler()
     handler.initialize()

@@ -1,12 +1,13 @@
 """Starting processes, and telling what went wrong in one of them."""
 
+import os
 import re
 import signal
-from contextlib import nullcontext
+import time
 from pathlib import Path
 
 import pytest
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from extend.errors import LayoutError, TrainingError
 from extend.train import launch
@@ -77,17 +78,33 @@ def test_the_error_of_a_started_process_is_told_once(tmp_path: Path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_signals_mean_afterwards_what_they_meant_before(monkeypatch, tmp_path, fails):
-    """torch's launcher leaves handlers whose error a later stage would tell as a fault."""
-    def started(*_):
-        for number in launch._TAKEN:
-            signal.signal(number, lambda *_: None)
-        if fails:
-            raise SignalException("stopped", signal.SIGTERM)
 
-    monkeypatch.setattr(launch, "elastic_launch", lambda *_: started)
+@pytest.mark.parametrize(("message", "told"), [
+    ("TrainingError: stopped by a signal after step 2 of 6", "stopped by a signal after step 2"),
+    ("Signal 15 (SIGTERM) received", "stopped by signal SIGTERM; the same command goes on")])
+def test_a_signal_reaches_the_processes(monkeypatch, tmp_path, message, told):
+    """And later signals mean what they meant before; torch's handlers would raise anywhere."""
+    def run(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not (tmp_path / "stop").exists():
+            time.sleep(0.01)
+        raise ChildFailedError("job", {0: failure})
+
+    failure = ProcessFailure(0, 100, -15, "")
+    failure.message, failure.error_file_data = message, {"message": message}
+    monkeypatch.setattr(launch, "elastic_launch", lambda *_: run)
     before = [signal.getsignal(number) for number in launch._TAKEN]
-    with pytest.raises(TrainingError, match="the same command goes on") if fails else nullcontext():
+    with pytest.raises(TrainingError, match=told):
         launch._start(1, tmp_path / "job.json")
     assert [signal.getsignal(number) for number in launch._TAKEN] == before
+
+
+def test_a_signal_that_comes_too_late_stops_what_follows(monkeypatch, tmp_path):
+    def run(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        while not (tmp_path / "stop").exists():
+            time.sleep(0.01)
+
+    monkeypatch.setattr(launch, "elastic_launch", lambda *_: run)
+    with pytest.raises(KeyboardInterrupt):
+        launch._start(1, tmp_path / "job.json")
