@@ -5,6 +5,7 @@ What is being written has a temporary name beside its final one, and is renamed 
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import threading
@@ -14,6 +15,8 @@ from typing import Any
 
 from extend.errors import CheckpointError, RecipeError, SpaceError
 from extend.lock import describe_refusal, holding
+
+logger = logging.getLogger(__name__)
 
 FINISHED_NAME = ".finished.json"
 _RECORDING = threading.Lock()
@@ -229,6 +232,15 @@ def remove_directory(directory: Path) -> None:
     if directory.exists():
         directory.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftover(directory: Path) -> None:
+    """Delete what a finished output needs no more; that it cannot be deleted is no error."""
+    try:
+        remove_directory(directory)
+    except OSError as error:
+        logger.warning("%s: cannot be deleted (%s); nothing needs it any more", directory,
+                       error.strerror)
 
 
 def copy_or_link(source: Path, destination: Path) -> None:

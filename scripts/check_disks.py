@@ -114,10 +114,21 @@ def trials_of(changes: int, place: Path, every: int) -> list[tuple[str, Callable
 
 def faults(place: Path, out: Path, inputs: Path, before: dict[str, Any]) -> list[str]:
     """What a stage that failed should not have left or changed."""
-    expected = {"plain", out.name, f"{out.name}.state", f".{out.name}.partial"}
+    expected = {"plain", out.name, f"{out.name}.state", f".{out.name}.partial",
+                f".{out.name}.parts", f".{out.name}.rows"}
     left = sorted({path.name for path in place.iterdir()} - expected)
     return ([f"left {left}"] if left else []) + (
         ["an input has changed"] if hash_files(inputs) != before else [])
+
+
+def beside(place: Path, out: Path) -> list[Path]:
+    """What belongs to an output, but is not it."""
+    return [path for path in place.glob(f"*{out.name}.*") if path != out]
+
+
+def clear(paths: list[Path]) -> None:
+    for path in paths:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def check(name: str, stage: Stage, place: Path, inputs: Path, every: int) -> dict[str, Any]:
@@ -138,9 +149,8 @@ def check(name: str, stage: Stage, place: Path, inputs: Path, every: int) -> dic
             problems.append(f"{name}, {what}: {told['kind']}: {told['text'][:300]}")
         if told["kind"] is not None and out.exists():
             problems.append(f"{name}, {what}: failed, but left an output")
-        # The last change takes the lock's file away, which holds nobody up; nothing could be done.
-        if told["kind"] is None and "EROFS" in what:
-            (place / f".{out.name}.lock").unlink(missing_ok=True)
+        if told["kind"] is None:  # what could not be deleted after all was done is in nobody's way
+            clear(beside(place, out))
         problems += [f"{name}, {what}: {fault}" for fault in faults(place, out, inputs, before)]
         if not out.exists():
             again = attempt(stage, out, lambda: None)
@@ -149,10 +159,9 @@ def check(name: str, stage: Stage, place: Path, inputs: Path, every: int) -> dic
                 continue
         if outcome(out) != expected:
             problems.append(f"{name}, {what}: another outcome")
-        for path in place.glob(f"*{out.name}*"):
-            if path != out:
-                problems.append(f"{name}, {what}: {path.name} stays when it is done")
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        problems += [f"{name}, {what}: {path.name} stays when it is done"
+                     for path in beside(place, out)]
+        clear([*beside(place, out), out])
     return {"changes": plain["changes"], "trials": len(trials), "ended_with": dict(kinds),
             "problems": problems}
 

@@ -5,9 +5,10 @@
 
 The run: import a GGUF file, rescale, train on two processes and on one, extract, merge, evaluate
 twice, report and publish to a hub on the loopback interface, all on tiny models. Each life of the
-run is ended at a moment drawn evenly over the time that the stage at work takes undisturbed (more
-after each kill in it): mostly by SIGKILL (of everything, of the main process alone, or of one
-training process), for a share by SIGTERM or SIGINT. The next life begins at once, orphans or not.
+run is ended in one of the stages that are left, drawn evenly, at a moment drawn evenly over the
+time that the stage takes undisturbed (more after each kill in it): mostly by SIGKILL (of
+everything, of the main process alone, or of one training process), for a share by SIGTERM or
+SIGINT. The next life begins at once, orphans or not.
 
 When a run is done, every stage's files must have the hashes of an undisturbed run's, as must what
 the hub holds, and no file may be left over. All the while another process reads whatever has its
@@ -106,7 +107,7 @@ class Campaign:
         """Start the run and end it; False when it was done before."""
         running = Running(self.recipe, self.out, self.directory / "log")
         early = self.rng.random() < EARLY
-        stage = None if early else running.wait_for_work()
+        stage = None if early else running.wait_for_work(self.victims())
         way = self.rng.choices(list(WAYS), list(WAYS.values()))[0]
         longest = 1.1 * self.seconds.get(stage, 0.1) * (1 + self.kills_in_a_row(stage) / 4)
         delay = self.rng.uniform(0, EARLY_SECONDS if early else longest)
@@ -147,6 +148,11 @@ class Campaign:
         self.problems += [f"{life}: {name} is not what its manifest says"
                           for name in check_whole(self.out)]
         return True
+
+    def victims(self) -> list[str]:
+        """Stages of which the first at work is killed: those from one on, drawn of what is left."""
+        left = [name for name in STAGES if not (self.out / name).exists()]
+        return left[self.rng.randrange(len(left)):] if left else list(STAGES)
 
     def kills_in_a_row(self, stage: str | None) -> int:
         """How often the stage has been killed since it last came to its end."""

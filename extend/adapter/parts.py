@@ -18,7 +18,7 @@ from extend.adapter_format.peft_files import TensorFile
 from extend.checkpoint import TensorInfo, dtype_name, write_safetensors
 from extend.errors import CheckpointError, ExtendError, SpaceError
 from extend.manifest import versions
-from extend.output import remove_directory, write_json
+from extend.output import remove_leftover, write_json
 
 log = logging.getLogger(__name__)
 
@@ -122,4 +122,4 @@ class Parts:
     def remove(self) -> None:
         """Delete all parts."""
         self.close()
-        remove_directory(self.directory)
+        remove_leftover(self.directory)

@@ -10,7 +10,7 @@ from typing import Any
 
 from extend.errors import CheckpointError
 from extend.model_config import read_json
-from extend.output import write_json
+from extend.output import remove_leftover, write_json
 
 logger = logging.getLogger(__name__)
 _IDENTITY = "run.json"
@@ -90,7 +90,7 @@ class RowStore:
             os.fsync(file.fileno())
 
     def remove(self) -> None:
-        shutil.rmtree(self.directory)
+        remove_leftover(self.directory)
 
     def remove_if_empty(self) -> None:
         """Leave nothing behind where there is nothing to go on from."""

@@ -50,6 +50,11 @@ def memory_peaks(processes: Processes) -> dict[str, int]:
             "host_memory_bytes": max(int(host.sum()) for host in hosts)}
 
 
+def _unwritable(file: Path | str, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{file}: cannot be written ({error.strerror}); free space, and the "
+                           "same command goes on from the last checkpoint")
+
+
 class Progress:
     """Writes metrics.jsonl and the progress line; only in the main process.
 
@@ -65,8 +70,11 @@ class Progress:
     def __init__(self, file: Path, *, step: int, total_tokens: int, done_tokens: int,
                  world: int = 1, trackers: Trackers | None = None):
         self._world, self._trackers = world, trackers
-        _truncate(file, step)
-        self._file = file.open("a", encoding="utf-8")
+        try:
+            _truncate(file, step)
+            self._file = file.open("a", encoding="utf-8")
+        except OSError as error:
+            raise _unwritable(file, error) from None
         self._total, self._done = total_tokens, done_tokens
         self._seconds, self._tokens = 0.0, 0
         self._last = time.monotonic()
@@ -94,9 +102,7 @@ class Progress:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
         except OSError as error:
-            raise CheckpointError(f"{self._file.name}: cannot be written ({error.strerror}); free "
-                                  "space, and the same command goes on from the last "
-                                  "checkpoint") from None
+            raise _unwritable(self._file.name, error) from None
         logger.info("%s", progress_line(record), extra=progress(record["step"], record["steps"]))
         if self._trackers is not None:
             self._trackers.log(record)

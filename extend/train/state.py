@@ -23,7 +23,7 @@ from extend.curves import METRICS_NAME
 from extend.errors import CheckpointError, TrainingError
 from extend.lock import holding
 from extend.model_config import read_json
-from extend.output import remove_directory, require_space, write_json
+from extend.output import remove_directory, remove_leftover, require_space, write_json
 from extend.train.background import BackgroundWriter
 from extend.train.mesh import Processes
 from extend.train.optim import create_state
@@ -213,7 +213,7 @@ class RunState:
 
     def remove(self) -> None:
         """Delete the directory; the run is done."""
-        remove_directory(self.directory)
+        remove_leftover(self.directory)
 
 
 def saved_steps(directory: Path) -> list[int]:

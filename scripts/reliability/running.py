@@ -5,7 +5,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from torch import multiprocessing as mp
@@ -55,11 +55,11 @@ class Running:
         working = [match[2] for match in _BEGAN.finditer(self.log) if "skipped" not in match[4]]
         return working[-1] if working else None
 
-    def wait_for_work(self) -> str | None:
-        """Wait until a stage is at work, or the run has ended; return the stage."""
+    def wait_for_work(self, among: Collection[str]) -> str | None:
+        """Wait until one of these stages is at work, or the run has ended; return the stage."""
         while self.exit_code is None:
             stage = self.stage()
-            if stage is not None:
+            if stage in among:
                 return stage
             time.sleep(0.001)
         return self.stage()
