@@ -8,8 +8,9 @@ models, once undisturbed and then once for every change that it makes to the fil
 opened to be written, a directory made, a rename, a removal. That change fails with ENOSPC, EDQUOT,
 EROFS or EIO in turn, as do all later ones but removals: a full disk stays full. Beside that, files
 may not grow beyond some bytes (RLIMIT_FSIZE), so that writes, and memory-mapped files, fail in the
-middle. The stage must end with one error that is an ExtendError, leave its inputs as they were and
-nothing beside them but what resuming needs, and give the undisturbed hashes when it runs again.
+middle; and, for root, the output lies on a file system of less than its size. The stage must end
+with one error that is an ExtendError, leave its inputs as they were and nothing beside them but
+what resuming needs, and give the undisturbed hashes when it runs again.
 Exit code 1 when it does not.
 """
 
@@ -24,7 +25,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,7 @@ from tests.train.tiny import options  # noqa: E402
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 MAKING = {"os.mkdir", "os.rename", "os.link", "os.symlink", "os.truncate", "shutil.copyfile"}
 REMOVING = {"os.remove", "os.rmdir"}
+SHARES = (0.1, 0.3, 0.5, 0.7, 0.9, 0.99)  # of an output's bytes that a disk has
 SIZES = (0, 100, 1000, 4096, 20_000)  # bytes that a file may have
 PATIENCE_SECONDS = 300
 Stage = Callable[[Path], object]
@@ -112,23 +115,45 @@ def trials_of(changes: int, place: Path, every: int) -> list[tuple[str, Callable
     return found
 
 
-def faults(place: Path, out: Path, inputs: Path, before: dict[str, Any]) -> list[str]:
-    """What a stage that failed should not have left or changed."""
-    expected = {"plain", out.name, f"{out.name}.state", f".{out.name}.partial",
-                f".{out.name}.parts", f".{out.name}.rows"}
-    left = sorted({path.name for path in place.iterdir()} - expected)
-    return ([f"left {left}"] if left else []) + (
-        ["an input has changed"] if hash_files(inputs) != before else [])
+def faults(out: Path) -> list[str]:
+    """What a stage that failed should not have left beside its output."""
+    own = {"plain", out.name, f"{out.name}.state", f".{out.name}.partial", f".{out.name}.parts",
+           f".{out.name}.rows"}
+    left = sorted(path.name for path in out.parent.iterdir()
+                  if path.name not in own and not path.name.endswith(".removed"))
+    return [f"left {left}"] if left else []
 
 
-def beside(place: Path, out: Path) -> list[Path]:
+def beside(out: Path) -> list[Path]:
     """What belongs to an output, but is not it."""
-    return [path for path in place.glob(f"*{out.name}.*") if path != out]
+    return [path for path in out.parent.glob(f"*{out.name}.*") if path != out]
 
 
 def clear(paths: list[Path]) -> None:
     for path in paths:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def trial(stage: Stage, out: Path, prepare: Callable[[], None], make_room: Callable[[], None],
+          expected: dict[str, str], unchanged: Callable[[], bool]
+          ) -> tuple[dict[str, Any], list[str]]:
+    """How a stage ended on a bad disk, and all that is wrong with that, or once there is room."""
+    told, found = attempt(stage, out, prepare), []
+    if told["kind"] is None:  # what could not be deleted after all was done is in nobody's way
+        clear(beside(out))
+    else:
+        found += [] if told["ours"] else [f"{told['kind']}: {told['text'][:300]}"]
+        found += ["failed, but left an output"] if out.exists() else []
+    found += faults(out) + ([] if unchanged() else ["an input has changed"])
+    make_room()
+    if not out.exists():
+        again = attempt(stage, out, lambda: None)
+        if again["kind"] is not None:
+            return told, [*found, f"then with space: {again['text'][:300]}"]
+    found += ["another outcome"] if outcome(out) != expected else []
+    found += [f"{path.name} stays when it is done" for path in beside(out)]
+    clear([*beside(out), out])
+    return told, found
 
 
 def check(name: str, stage: Stage, place: Path, inputs: Path, every: int) -> dict[str, Any]:
@@ -139,31 +164,36 @@ def check(name: str, stage: Stage, place: Path, inputs: Path, every: int) -> dic
     if plain["kind"] is not None:
         sys.exit(f"{name}, undisturbed: {plain}")
     expected = outcome(place / "plain")
-    trials = trials_of(plain["changes"], place, every)
-    problems, kinds = [], Counter()
-    for number, (what, prepare) in enumerate(trials):
-        out = place / f"trial-{number}"
-        told = attempt(stage, out, prepare)
+    problems, kinds, said = [], Counter(), {}
+
+    def note(what: str, *given: Any) -> None:
+        told, found = trial(stage, *given, expected, lambda: hash_files(inputs) == before)
         kinds[told["kind"] or "none: it could do without"] += 1
-        if told["kind"] is not None and not told["ours"]:
-            problems.append(f"{name}, {what}: {told['kind']}: {told['text'][:300]}")
-        if told["kind"] is not None and out.exists():
-            problems.append(f"{name}, {what}: failed, but left an output")
-        if told["kind"] is None:  # what could not be deleted after all was done is in nobody's way
-            clear(beside(place, out))
-        problems += [f"{name}, {what}: {fault}" for fault in faults(place, out, inputs, before)]
-        if not out.exists():
-            again = attempt(stage, out, lambda: None)
-            if again["kind"] is not None:
-                problems.append(f"{name}, {what}: then with space: {again['text'][:300]}")
-                continue
-        if outcome(out) != expected:
-            problems.append(f"{name}, {what}: another outcome")
-        problems += [f"{name}, {what}: {path.name} stays when it is done"
-                     for path in beside(place, out)]
-        clear([*beside(place, out), out])
-    return {"changes": plain["changes"], "trials": len(trials), "ended_with": dict(kinds),
-            "problems": problems}
+        said.setdefault(told["kind"], f"{what}: {told['text']}")
+        problems.extend(f"{name}, {what}: {fault}" for fault in found)
+
+    for number, (what, prepare) in enumerate(trials_of(plain["changes"], place, every)):
+        note(what, place / f"trial-{number}", prepare, lambda: None)
+    size = sum(file.stat().st_size for file in (place / "plain").iterdir())
+    for share in SHARES if os.geteuid() == 0 else ():
+        with small_disk(place / "disk", int(share * size)) as (disk, make_room):
+            note(f"a disk of {share:.0%} of the output", disk / "out", lambda: None, make_room)
+    return {"changes": plain["changes"], "trials": kinds.total(), "ended_with": dict(kinds),
+            "said": {kind: text for kind, text in said.items() if kind}, "problems": problems}
+
+
+@contextmanager
+def small_disk(place: Path, size: int) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """A file system of so many bytes in memory, and what makes it larger; root alone may."""
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={max(size, 4096)}", "tmpfs", str(place)],
+                   check=True)
+    try:
+        yield place, lambda: subprocess.run(
+            ["mount", "-o", "remount,size=1g", str(place)], check=True) and None
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+        place.rmdir()
 
 
 def stages(inputs: Path) -> dict[str, Stage]:
