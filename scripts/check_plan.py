@@ -58,14 +58,17 @@ def read(file: Path) -> Iterator[tuple[dict[str, Any], int, str]]:
 
 def build_setup(row: dict[str, Any], world: int, auto: str) -> Setup:
     """The step that a row measured."""
-    settings, local_len = row["settings"], row["length"] // world
+    settings = row["settings"]
+    tp = settings.get("tensor_parallel", 1)
+    local_len = row["length"] // (world // tp)
     tile = {"auto": auto_tile(local_len), "none": None}.get(settings["tile"])
     if str(settings["tile"]).isdigit():
         tile = int(settings["tile"])
     recomputed, kept = settings["recomputed"], settings["kept"]
     strategy = auto if settings["strategy"] == "auto" else settings["strategy"]
     return Setup(
-        length=row["length"], cp=world, tile=tile, compiled=settings["compile"] != "no",
+        length=row["length"], cp=world // tp, tp=tp, tile=tile,
+        compiled=settings["compile"] != "no",
         recomputed=10**9 if recomputed in ("all", "auto") else int(recomputed),
         kept_attention=10**9 if kept == "all" else int(kept), strategy=strategy,
         host_bytes=int(settings["host_memory"]), kept_form=settings["form"],
