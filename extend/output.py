@@ -227,20 +227,26 @@ def _replace(partial: Path, out: Path) -> None:
 
 def remove_directory(directory: Path) -> None:
     """Delete a directory so that its name is never that of a half-deleted one."""
-    doomed = directory.with_name(f".{directory.name}.removed")
+    doomed = _doomed(directory)
     shutil.rmtree(doomed, ignore_errors=True)
     if directory.exists():
         directory.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
 
+def _doomed(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name}.removed")
+
+
 def remove_leftover(directory: Path) -> None:
     """Delete what a finished output needs no more; that it cannot be deleted is no error."""
     try:
         remove_directory(directory)
-    except OSError as error:
-        logger.warning("%s: cannot be deleted (%s); nothing needs it any more", directory,
-                       error.strerror)
+        left = _doomed(directory) if _doomed(directory).exists() else None
+    except OSError:
+        left = directory
+    if left is not None:
+        logger.warning("%s: cannot be deleted; nothing needs it any more", left)
 
 
 def copy_or_link(source: Path, destination: Path) -> None:

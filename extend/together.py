@@ -109,15 +109,17 @@ class _Board:
             except (RuntimeError, OSError):
                 misses += 1
                 if misses == _MOST_MISSES:
-                    self._end("stopped: the launcher on the first host cannot be reached any more")
+                    self._end(RankError("stopped: the launcher on the first host cannot be reached "
+                                        "any more"))
                 continue
             if found != seen or found == _ENDED.encode():
                 seen, since = found, time.monotonic()
             patience = _SILENCE_SECONDS if seen else _CONNECT.total_seconds()
             if time.monotonic() - since > patience and self.claim():
-                self._end(f"process {next_one} has given no sign of life for {patience:.0f} s: "
-                          f"{self._end_silent(next_one)}. The same command goes on from the last "
-                          "checkpoint")
+                self._end(SilentRankError(
+                    f"process {next_one} has given no sign of life for {patience:.0f} s: "
+                    f"{self._end_silent(next_one)}. The same command goes on from the last "
+                    "checkpoint"))
 
     def _beat_of(self, rank: int) -> bytes:
         """Empty for one that has not started yet."""
@@ -149,10 +151,10 @@ class _Board:
             _point_to(first)
             os._exit(1)
 
-    def _end(self, why: str) -> None:
+    def _end(self, why: RankError) -> None:
         if not self._done.wait(_GRACE_SECONDS):
             if not _leave_word(why):
-                _say(why)
+                _say(str(why))
             os._exit(1)
 
 
@@ -166,13 +168,13 @@ def _identity(pid: int | None = None) -> dict[str, Any]:
     return {"pid": pid, "host": socket.gethostname(), "began": began}
 
 
-def _leave_word(why: str) -> bool:
+def _leave_word(why: RankError) -> bool:
     """Leave an error to the launcher of ours, which tells it; other launchers would not."""
     if LAUNCHED_BY_US not in os.environ:
         return False
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-    get_error_handler().record_exception(SilentRankError(why))
+    get_error_handler().record_exception(why)
     return True
 
 

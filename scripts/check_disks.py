@@ -8,9 +8,9 @@ models, once undisturbed and then once for every change that it makes to the fil
 opened to be written, a directory made, a rename, a removal. That change fails with ENOSPC, EDQUOT,
 EROFS or EIO in turn, as do all later ones but removals: a full disk stays full. Beside that, files
 may not grow beyond some bytes (RLIMIT_FSIZE), so that writes, and memory-mapped files, fail in the
-middle; and, for root, the output lies on a file system of less than its size. The stage must end
-with one error that is an ExtendError, leave its inputs as they were and nothing beside them but
-what resuming needs, and give the undisturbed hashes when it runs again.
+middle; each change takes 0.2 s longer; and, for root, the output lies on a file system of less than
+its size. The stage must end with one error that is an ExtendError, leave its inputs as they were
+and nothing beside them but what resuming needs, and give the undisturbed hashes when it runs again.
 Exit code 1 when it does not.
 """
 
@@ -51,12 +51,14 @@ MAKING = {"os.mkdir", "os.rename", "os.link", "os.symlink", "os.truncate", "shut
 REMOVING = {"os.remove", "os.rmdir"}
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9, 0.99)  # of an output's bytes that a disk has
 SIZES = (0, 100, 1000, 4096, 20_000)  # bytes that a file may have
-PATIENCE_SECONDS = 300
+SLOW = 0.2  # seconds that a slow disk takes for each change
 Stage = Callable[[Path], object]
 
 
-def refuse(count: int, code: int, below: str) -> None:
-    """Fail at change number `count` (from 1) below a path, and at later ones that need space."""
+def refuse(count: int, code: int, below: str, *, pause: float = 0.0) -> None:
+    """Fail at change number `count` (from 1) below a path, and at later ones that need space; each
+    change takes `pause` seconds more.
+    """
     seen = [0]
 
     def watch(event: str, args: tuple[Any, ...]) -> None:
@@ -65,6 +67,7 @@ def refuse(count: int, code: int, below: str) -> None:
         if not (making or event in REMOVING) or not any(str(a).startswith(below) for a in args):
             return
         seen[0] += 1
+        time.sleep(pause)
         if seen[0] == count or (making and seen[0] > count > 0):
             raise OSError(code, os.strerror(code), str(args[0]))
 
@@ -174,6 +177,7 @@ def check(name: str, stage: Stage, place: Path, inputs: Path, every: int) -> dic
 
     for number, (what, prepare) in enumerate(trials_of(plain["changes"], place, every)):
         note(what, place / f"trial-{number}", prepare, lambda: None)
+    note("a slow disk", place / "slow", lambda: refuse(0, 0, str(place), pause=SLOW), lambda: None)
     size = sum(file.stat().st_size for file in (place / "plain").iterdir())
     for share in SHARES if os.geteuid() == 0 else ():
         with small_disk(place / "disk", int(share * size)) as (disk, make_room):

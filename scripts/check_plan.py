@@ -110,7 +110,8 @@ def compare(row: dict[str, Any], world: int, gpu: str, auto: str) -> dict[str, f
           f"({errors['seconds']:+.1%}{', a first step' * is_first})")
     if is_first:
         del errors["seconds"]
-    saved_more = row["schema"] <= 3 and setup.compiled and setup.recomputed < row["layers"]
+    saved_more = row["schema"] <= 3 and (
+        setup.compiled and setup.used_tile is None and setup.recomputed < row["layers"])
     if saved_more or "differs" in row:
         print(f"    memory not compared: {row.get('differs', 'its layers saved more')}")
         del errors["memory"]

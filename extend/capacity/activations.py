@@ -136,16 +136,17 @@ def _head_norms(shape: ModelShape, setup: Setup, q: float, k: float) -> float:
     return (4 + VALUE * trains) * (q + k) + 4 * scales / setup.tp
 
 
-def makes_product(setup: Setup, again: bool) -> bool:
+def makes_product(shape: ModelShape, setup: Setup, again: bool) -> bool:
     """Whether the backward of an MLP makes what its last matrix reads from what else is saved; see
-    `extend.train.compiled`.
+    `extend.train.compiled`. Experts are not compiled, and a tile saves nothing.
     """
-    return setup.compiled and not again
+    return (setup.compiled and not again and not setup.used_tile and not shape.num_experts
+            and setup.trained != "norms")
 
 
 def _mlp_values(shape: ModelShape, setup: Setup, matrices: bool, again: bool) -> float:
     """Inner values that are saved for each of the MLP's inner channels."""
-    product = matrices and not makes_product(setup, again)
+    product = matrices and not makes_product(shape, setup, again)
     if shape.num_matrices == 2:
         return 1 + product
     return (2 if setup.compiled else 3) + product
@@ -163,7 +164,7 @@ _ADAPTED, _ADAPTED_MADE = {3: 4, 2: 2}, {3: 3, 2: 2}
 
 
 def _inner_backward(shape: ModelShape, setup: Setup, again: bool) -> int:
-    made, matrices = makes_product(setup, again), shape.num_matrices
+    made, matrices = makes_product(shape, setup, again), shape.num_matrices
     if not setup.compiled:
         return _INNER_PLAIN[matrices]
     values = (_INNER_MADE if made else _INNER_COMPILED)[matrices]
@@ -181,12 +182,12 @@ def _mlp_extra(shape: ModelShape, setup: Setup, inner: float, matrices: bool,
                     - _mlp_values(shape, setup, matrices, again))
 
 
-def tile_bytes(shape: ModelShape, setup: Setup, *, again: bool = False) -> float:
+def tile_bytes(shape: ModelShape, setup: Setup) -> float:
     """Bytes, not a token but at once, of a tile of an MLP and of its weights' fp32 sums."""
     if not setup.used_tile:
         return 0.0
     inner = VALUE * shape.active_inner / setup.tp
-    values = _inner_backward(shape, setup, again)
+    values = _inner_backward(shape, setup, again=False)
     of_tile = setup.used_tile * (values * inner + 2 * VALUE * shape.hidden)
     if setup.trained != "all":
         return of_tile

@@ -246,7 +246,8 @@ class _Step:
         gathered = self._gathered_root() + self._gathered_layer() * (2 if index else 1)
         reducing = _FP32 * counts.trained_layer if after and self.is_sharded else 0.0
         whole = max(0, index - self.recomputed)
-        fetched = self.kept.fetched(min(index, self.recomputed))
+        # Until one that is computed again takes its own, what was sent last waits on the device.
+        fetched = self.kept.fetched(index) if index < self.recomputed else self.kept.leaving
         return self.fixed() | {
             "gathered weights": gathered,
             "kept by layers": self.kept.below(min(index, self.recomputed)) + fetched,
@@ -260,8 +261,9 @@ class _Step:
         setup, again = self.setup, index < self.recomputed
         layer = self.layer_again if again else self.layer
         held = layer.recomputed if again else layer.saved
-        mlp = tile_bytes(self.shape, setup, again=again)
-        if setup.trained == "all" and not setup.used_tile and not makes_product(setup, again):
+        mlp = tile_bytes(self.shape, setup)
+        if setup.trained == "all" and not setup.used_tile and not makes_product(
+                self.shape, setup, again):
             mlp += VALUE * self.counts.layer * _down_share(self.shape)  # its gradient, by then
         attention = layer.attention_backward * setup.tokens + self._exchanged()
         if setup.trained == "all":

@@ -8,6 +8,7 @@ are around them. Attention itself is left to the ring: `extend.ring.hf_attention
 In layers that are not computed again, what element-wise work makes of values that are saved anyway
 is not saved beside them but made again in backward: of a gated MLP the product of gate and up.
 There it is in memory together with the gradients (two inner values more), but of one layer only.
+Tiles save nothing, so they are compiled as ever.
 """
 
 from collections.abc import Callable
@@ -45,7 +46,7 @@ def compile_layers(model: PreTrainedModel, recomputed: int) -> None:
     decoder = model.get_decoder()
     parts = [child for layer in decoder.layers for child in layer.children()]
     saving = {child for layer in decoder.layers[recomputed:] for child in layer.children()
-              if type(child).__name__.endswith("MLP")}
+              if type(child).__name__.endswith("MLP") and not hasattr(child, "plain_forward")}
     for module in [*parts, *decoder.children()]:
         if is_tokenwise(module) or type(module).__name__.endswith("Attention"):
             _compile(module, saving_backend if module in saving else "inductor")

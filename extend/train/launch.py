@@ -1,5 +1,6 @@
 """Start the processes of a run with torch's elastic launcher, or join those that are there."""
 
+import contextlib
 import json
 import logging
 import os
@@ -73,16 +74,22 @@ def launch(job: Job, options: TrainOptions, out: Path, *, overwrite: bool, world
             "log_level": logging.getLogger("extend").getEffectiveLevel()}), encoding="utf-8")
         for left in range(options.restarts, -1, -1):
             try:
-                return _start(world, ticket)
+                asked = _start(world, ticket)
+                break
             except RankError as error:
                 if not left:
                     raise
                 logger.warning("%s; starting again from the last checkpoint (%d restarts left "
                                "after this one)", error, left - 1)
                 time.sleep(_PAUSE_SECONDS)
+    if asked is not None:  # too late: the training is done, but not what would follow it
+        os.kill(os.getpid(), asked)
 
 
-def _start(world: int, ticket: Path) -> None:
+def _start(world: int, ticket: Path) -> signal.Signals | None:
+    """Start the processes of a job and wait for them; the signal that came meanwhile."""
+    # Those that stop finish their step and save it, and some take minutes longer than others.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "900")
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=world, run_id=uuid.uuid4().hex,
         rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1)
@@ -97,28 +104,30 @@ def _start(world: int, ticket: Path) -> None:
     start = elastic_launch(config, sys.executable)
     thread = threading.Thread(target=_settle, name="launcher", daemon=True, args=(
         done, lambda: start("-m", "extend.train.worker", str(ticket))))
-    with _passing_on(stop_file(ticket)) as asked:
-        thread.start()
-        thread.join()
-    elastic.setLevel(level)
     try:
+        with _passing_on(stop_file(ticket)) as asked:
+            thread.start()
+            thread.join()
         done.result()
     except ChildFailedError as error:
         found = _first_error(error)
-        if asked and isinstance(found, RankError):  # before there was a step that could be finished
-            raise TrainingError(f"stopped by signal {asked[0].name}; the same command {_GOES_ON}"
-                                ) from None
+        ended = any(failure.exitcode == -signal.SIGTERM for failure in error.failures.values())
+        if asked and ended and isinstance(found, RankError):  # it had no step to finish yet
+            found = TrainingError(f"stopped by signal {asked[0].name}; the same command {_GOES_ON}")
         raise found from None
-    if asked:  # too late: the training is done, but not what would follow it
-        os.kill(os.getpid(), asked[0])
+    finally:
+        elastic.setLevel(level)
+    return asked[0] if asked else None
 
 
 def _settle(done: "Future[object]", call: Callable[[], object]) -> None:
     try:
         done.set_result(call())
-    except BaseException as error:
+    except ChildFailedError as error:
         # Its frames hold what torch started, which is to go now and not when they are collected.
         done.set_exception(error.with_traceback(None))
+    except BaseException as error:
+        done.set_exception(error)
 
 
 def stop_file(ticket: Path) -> Path:
@@ -130,7 +139,7 @@ def stop_file(ticket: Path) -> Path:
 def _passing_on(stop: Path) -> Iterator[list[signal.Signals]]:
     """Yield the signals that came meanwhile; at the first one `stop` is written.
 
-    A second signal does what it did before.
+    A second signal does what it did before; those that are ignored, as under nohup, still are.
     """
     asked: list[signal.Signals] = []
     if threading.current_thread() is not threading.main_thread():
@@ -139,15 +148,20 @@ def _passing_on(stop: Path) -> Iterator[list[signal.Signals]]:
 
     def note(number: int, _: FrameType | None) -> None:
         asked.append(signal.Signals(number))
-        stop.touch()
+        with contextlib.suppress(OSError):  # this may be anywhere in the main thread
+            stop.parent.mkdir(exist_ok=True)
+            stop.touch()
         restore()
 
     def restore() -> None:
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
-    handlers = {number: signal.signal(number, note) for number in _TAKEN}
+    handlers = {number: handler for number in _TAKEN
+                if (handler := signal.getsignal(number)) not in (signal.SIG_IGN, None)}
     try:
+        for number in handlers:
+            signal.signal(number, note)
         yield asked
     finally:
         restore()
@@ -161,8 +175,8 @@ def _first_error(error: ChildFailedError) -> ExtendError:
     cause = next((found for found in known if type(found) is not RankError), None)
     if cause is not None:
         return cause
-    killed = [(rank, failure) for rank, failure in failures  # the rest is ended by SIGTERM
-              if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM]
+    killed = [(rank, failure) for rank, failure in failures
+              if failure.exitcode == -signal.SIGKILL]
     if known and not killed:
         told = str(known[0])
         return known[0] if _GOES_ON in told else RankError(f"{told}. The same command {_GOES_ON}")

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from extend.checkpoint import copy_side_files
@@ -94,16 +95,28 @@ def run_process(options: TrainOptions, out: Path, overwrite: bool) -> None:
             run_schedule(run, out, stopped)
         write_output(run, out, overwrite)
         processes.barrier()
+    if stopped.number is not None and "RANK" not in os.environ:
+        os.kill(os.getpid(), stopped.number)  # too late for the training, not for what follows it
+
+
+class Stop(threading.Event):
+    """Whether a signal has asked to stop, and the `number` of that signal."""
+
+    number: int | None = None
+
+    def ask(self, number: int, _: FrameType | None) -> None:
+        self.number = number
+        self.set()
 
 
 @contextmanager
-def stop_signals() -> Iterator[threading.Event]:
+def stop_signals() -> Iterator[Stop]:
     """Yield an event that SIGTERM and SIGINT set, so that a step can be finished and saved."""
-    stopped = threading.Event()
+    stopped = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stopped  # only the main thread may handle signals
         return
-    old = {number: signal.signal(number, lambda *_: stopped.set())
+    old = {number: signal.signal(number, stopped.ask)
            for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield stopped

@@ -79,6 +79,18 @@ def test_the_error_of_a_started_process_is_told_once(tmp_path: Path):
 
 
 
+def test_ignored_signals_stay_ignored(monkeypatch, tmp_path):
+    """As nohup asks for."""
+    monkeypatch.setattr(launch, "elastic_launch", lambda *_: lambda *_: os.kill(
+        os.getpid(), signal.SIGHUP))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert launch._start(1, tmp_path / "job.json") is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert not (tmp_path / "stop").exists()
+
+
 @pytest.mark.parametrize(("message", "told"), [
     ("TrainingError: stopped by a signal after step 2 of 6", "stopped by a signal after step 2"),
     ("Signal 15 (SIGTERM) received", "stopped by signal SIGTERM; the same command goes on")])
@@ -106,5 +118,4 @@ def test_a_signal_that_comes_too_late_stops_what_follows(monkeypatch, tmp_path):
             time.sleep(0.01)
 
     monkeypatch.setattr(launch, "elastic_launch", lambda *_: run)
-    with pytest.raises(KeyboardInterrupt):
-        launch._start(1, tmp_path / "job.json")
+    assert launch._start(1, tmp_path / "job.json") == signal.SIGINT

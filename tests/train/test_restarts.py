@@ -15,7 +15,7 @@ from tests.train.tiny import options, save_model, save_text
 ROOT = Path(__file__).parents[2]
 # Every process of the launch is forked from this program, so what is replaced here is in all.
 PROGRAM = """\
-import logging, os, signal, sys
+import logging, os, signal, sys, time
 from pathlib import Path
 from unittest import mock
 from extend import together
@@ -30,7 +30,11 @@ together._SILENCE_SECONDS = 3.0
 take, mark = loop.train_step, Path(sys.argv[2] + ".failed")
 
 def train_step(run, number, mesh, step, work, stopped):
-    if run.processes.rank == 1 and step == 3 and not mark.exists():
+    if way == "stop":
+        time.sleep(0.4)
+        if run.processes.is_main and step == 1:
+            os.kill(os.getppid(), signal.SIGTERM)
+    elif run.processes.rank == 1 and step == 3 and not mark.exists():
         mark.touch()
         if way == "memory":
             raise MemoryError("no room for a tensor")
@@ -72,6 +76,14 @@ def test_all_end_and_the_first_cause_is_told(way: str, settings: dict, tmp_path:
     assert re.match(WAYS[way], done.stdout), done.stdout + done.stderr
     assert "goes on from the last checkpoint" in done.stdout and seconds < 60
     assert (tmp_path / "out.state" / "step-2").is_dir() and not (tmp_path / "out").exists()
+
+
+def test_a_signal_to_the_launcher_ends_all_after_their_step(settings: dict, tmp_path: Path):
+    done, _ = start(settings, tmp_path / "out", "stop", 0)
+    told = re.match(r"TrainingError stopped by a signal after step (\d) of 6; it is saved in",
+                    done.stdout)
+    assert told, done.stdout + done.stderr
+    assert (tmp_path / f"out.state/step-{told[1]}").is_dir() and not (tmp_path / "out").exists()
 
 
 def test_it_starts_again_when_asked(settings: dict, tmp_path: Path):
