@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _TAKEN = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _GOES_ON = "goes on from the last checkpoint"
+_POLL_SECONDS = 0.5
 _PAUSE_SECONDS = 1.0  # before a restart: for what has failed to give back its memory
 
 Job = Callable[[TrainOptions, Path, bool], None]
@@ -107,7 +108,8 @@ def _start(world: int, ticket: Path) -> signal.Signals | None:
     try:
         with _passing_on(stop_file(ticket)) as asked:
             thread.start()
-            thread.join()
+            while thread.is_alive():  # a signal just before a wait without end would not end it
+                thread.join(_POLL_SECONDS)
         done.result()
     except ChildFailedError as error:
         found = _first_error(error)
