@@ -113,9 +113,9 @@ def test_a_signal_reaches_the_processes(monkeypatch, tmp_path, message, told):
 
 def test_a_signal_that_comes_too_late_stops_what_follows(monkeypatch, tmp_path):
     def run(*_):
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
         while not (tmp_path / "stop").exists():
             time.sleep(0.01)
 
     monkeypatch.setattr(launch, "elastic_launch", lambda *_: run)
-    assert launch._start(1, tmp_path / "job.json") == signal.SIGINT
+    assert launch._start(1, tmp_path / "job.json") == signal.SIGTERM
