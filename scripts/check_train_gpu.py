@@ -7,9 +7,9 @@ A Llama with random weights on made-up text, fp32 weights that layers multiply i
 run. Each way trains the same rows: where it may not change a bit, losses must be equal; elsewhere
 they must stay within what rounding explains. On GPUs, where attention's backward sums in an order
 that changes from run to run (`again` shows by how much), equal is asked of the first loss alone.
-One way compiles its layers; the others do not, since that would take most of their time. Prints and
-writes a table, after each way; the exit code is the number of ways that failed. Works on CPU
-processes too, at a smaller size (--length 256 --width 64).
+One way compiles its layers; the others do not, since that would take most of their time. Prints a
+way when it is done and writes the table so far; the exit code is the number of ways that failed.
+Works on CPU processes too, at a smaller size (--length 256 --width 64).
 """
 
 import argparse

@@ -47,6 +47,11 @@ STAGES = ("rescaled", "long", "sibling", "adapter", "merged", "eval-base", "eval
 def write_inputs(directory: Path, recipe: str = RECIPE) -> Path:
     """Write a model, texts and the recipe that names them; return the recipe's path."""
     save_model(directory / "base")
+    return write_recipe(directory, recipe)
+
+
+def write_recipe(directory: Path, recipe: str) -> Path:
+    """Write the texts that a recipe trains on and the recipe itself; return its path."""
     save_text(directory)
     save_examples(directory)
     path = directory / "recipe.yaml"

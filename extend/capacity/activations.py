@@ -14,7 +14,7 @@ What autograd saves between a layer's forward and backward:
     out and lse       2 Q + 4 heads                the same                the same
     exchanged heads   2 Q more: out of some heads for all rows, and of all heads for some rows
     gated MLP         2 * 4 I: gate, silu, up,     2 * 2 I: gate, up       nothing: its input is
-                      product                      (3 I: product too)      the norm's output
+                      product                      (product too)           the norm's output
     adapters, rank r  2 r a linear layer           the same                those of attention
 
 In brackets, of a layer that was computed again: there compiled code also saves the product.

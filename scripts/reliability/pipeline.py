@@ -13,7 +13,7 @@ from extend.run_record import PLAN_NAME, RECIPE_RECORD, RUN_RECORD
 from tests import pipeline
 from tests.gguf.writing import make_model, write_gguf
 from tests.hub import Hub
-from tests.train.tiny import save_examples, save_text, save_tokenizer
+from tests.train.tiny import save_tokenizer
 
 RECIPE = pipeline.RECIPE.replace("stages:\n", """\
 stages:
@@ -33,11 +33,7 @@ def write_inputs(directory: Path) -> Path:
                        max_position_embeddings=64, tie_word_embeddings=True)
     write_gguf(directory / "base.gguf", model)
     save_tokenizer(directory / "tokenizer")
-    save_text(directory)
-    save_examples(directory)
-    path = directory / "recipe.yaml"
-    path.write_text(RECIPE, encoding="utf-8")
-    return path
+    return pipeline.write_recipe(directory, RECIPE)
 
 
 def fill_hub(hub: Hub) -> None:
