@@ -43,6 +43,9 @@ class TextData(Options):
     """Longer documents are cut into pieces of so many tokens, which do not see one another, so that
     a long row holds many short documents."""
     upsample: Upsampling | None = None
+    join: bool = False
+    """Documents of a row see one another all the same, so that rows of short documents teach
+    attention over their whole length."""
     rope: Literal["phase", "native"] = "phase"
     """native: its rows are read with the model's own RoPE, not the phase's; no document may be
     longer than the model's own length, see `document_length`."""
@@ -100,10 +103,12 @@ def check_sources(data: Sequence[DataSource], document_mask: bool) -> None:
     for number, source in enumerate(data):
         cut = getattr(source, "document_length", None) is not None
         native = getattr(source, "rope", "phase") == "native"
-        if (cut or native) and not document_mask:
+        joined = "join is true" if getattr(source, "join", False) else None
+        seen = joined or (None if document_mask else "document_mask is false")
+        if (cut or native) and seen:
             key = "document_length" if cut else "rope: native"
             raise ValueError(f"data[{number}]: {key} needs documents that do not see one another, "
-                             "but document_mask is false; leave one of the two out")
+                             f"but {seen}; leave one of the two out")
 
 
 def source_weights(data: Sequence[DataSource], mix: Mix | None) -> list[float]:

@@ -11,7 +11,7 @@ _MEAN = ("loss", "stderr", "n", "tokens", "length")
 _KEYS = {
     "losses": (*_MEAN, "perplexity", "key_tokens", "key_sha256"),
     "curves": (*_MEAN, "native", "slope_per_doubling", "slope_stderr", "rises", "verdict",
-               "joined", "curve"),
+               "joined", "short", "short_loss", "excess", "excess_stderr", "curve"),
     "divergences": (*_MEAN, "reference_loss", "difference", "difference_stderr", "kl",
                     "kl_stderr", "agreement", "agreement_stderr", "reference")}
 

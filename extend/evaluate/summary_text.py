@@ -99,7 +99,9 @@ def format_slope(entry: Mapping[str, Any]) -> str:
     if slope is None:
         return text
     spread = "" if error is None else f" +/- {error:.4f}"
-    return f"{text}, {slope:+.4f}{spread} each time the position doubles"
+    what = "" if entry.get("short") is None else (
+        f", {entry['excess']:+.4f} over windows of {format_length(entry['short'])}, which grows by")
+    return f"{text}{what or ','} {slope:+.4f}{spread} each time the position doubles"
 
 
 def format_divergence(entry: Mapping[str, Any]) -> str:

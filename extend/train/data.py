@@ -56,11 +56,18 @@ class Row:
 
 @dataclass(frozen=True)
 class DocumentRows:
-    """Rows of documents or examples; `mask_prompt` leaves the loss on answers only."""
+    """Rows of documents or examples.
+
+    Attributes:
+        mask_prompt: leaves the loss on answers only.
+        native_rope: see `Row`.
+        join: a row counts as one document.
+    """
 
     stream: PackedStream | ExampleStream
     mask_prompt: bool
     native_rope: bool
+    join: bool = False
 
     def check(self, length: int) -> None:
         self.stream.check(length)
@@ -75,7 +82,7 @@ class DocumentRows:
                 "rope out")
 
     def bounds(self, phase: int, draw: int, length: int) -> np.ndarray:
-        return self.stream.bounds(phase, draw, length)
+        return whole_row(length) if self.join else self.stream.bounds(phase, draw, length)
 
     def place(self, phase: int, draw: int, length: int) -> str:
         """Where a row comes from, for messages; documents are numbered from 1."""
@@ -88,7 +95,8 @@ class DocumentRows:
         stretch = self.stream.cut(phase, draw, length)
         predicted = stretch.labels & (stretch.answers | (not self.mask_prompt))
         labels = np.where(predicted, stretch.ids, IGNORE)
-        return Row(stretch.ids, labels, stretch.answers, stretch.bounds,
+        bounds = whole_row(length) if self.join else stretch.bounds
+        return Row(stretch.ids, labels, stretch.answers, bounds,
                    self.stream.documents.source, self.native_rope)
 
 
@@ -107,7 +115,7 @@ class QuizRows:
         """They are never read with the model's own RoPE."""
 
     def bounds(self, phase: int, draw: int, length: int) -> np.ndarray:
-        return np.asarray([0, length], dtype=np.int32)
+        return whole_row(length)
 
     def place(self, phase: int, draw: int, length: int) -> str:
         return f"facts hidden in {self.builder.haystack.source}"
@@ -116,6 +124,11 @@ class QuizRows:
         ids, answers = self.builder.build(length, random.Random(f"{self.seed}/{phase}/{index}"))
         return Row(ids, ids.copy(), answers, self.bounds(phase, draw, length),
                    f"retrieval in {self.builder.haystack.source}")
+
+
+def whole_row(length: int) -> np.ndarray:
+    """The boundaries of a row that is one document, int32 [2]."""
+    return np.asarray([0, length], dtype=np.int32)
 
 
 class Rows:
@@ -233,7 +246,8 @@ def _text_rows(data: TextData, tokens: TokenSource, options: TrainOptions) -> Do
         tokens.text(data.path, data.column), prefix=prefix_ids(tokens.tokenizer),
         eos=tokens.tokenizer.eos_token_id, seed=options.seed,
         document_length=data.document_length, upsample=data.upsample)
-    return DocumentRows(stream, mask_prompt=False, native_rope=data.rope == "native")
+    return DocumentRows(stream, mask_prompt=False, native_rope=data.rope == "native",
+                        join=data.join)
 
 
 def _example_rows(data: ExampleData, tokens: TokenSource, options: TrainOptions) -> DocumentRows:

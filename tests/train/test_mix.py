@@ -87,6 +87,9 @@ def test_a_bad_mix_is_refused(mix: dict, match: str, files):
     ({"name": "skill"}, "2 sources are named 'skill'"),
     ({"name": "12"}, "'12' is no name of a source"),
     ({"document_length": 64, "document_mask": False}, "data[0]: document_length needs documents"),
+    ({"document_length": 64, "join": True}, "data[0]: document_length needs documents that do not "
+     "see one another, but join is true"),
+    ({"rope": "native", "join": True}, "data[0]: rope: native needs documents"),
     ({"rope": "native", "document_mask": False}, "data[0]: rope: native needs documents"),
     ({"upsample": {"min_length": 10, "factor": 0.5}}, "greater than or equal to 1"),
 ])
@@ -200,6 +203,17 @@ def test_documents_of_a_row_are_known_before_it_is_built(files, tokenizer):
             np.testing.assert_array_equal(rows.row(phase, index).labels, row.labels)
             if row.source == files["text"]:
                 assert np.diff(row.cu_seqlens).max() <= 40
+
+
+def test_joined_documents_are_one(files, tokenizer):
+    """The same tokens and labels; only what sees what differs."""
+    data = [{"kind": "text", "path": files["text"], "join": joined} for joined in (True, False)]
+    rows = load_rows(choose(files, {0: 1}, {1: 1}, data=data), tokenizer)
+    joined, apart = (source.row(0, 0, 0, 128) for source in rows.sources)
+    assert len(apart.cu_seqlens) > 2 and joined.cu_seqlens.tolist() == [0, 128]
+    np.testing.assert_array_equal(joined.input_ids, apart.input_ids)
+    np.testing.assert_array_equal(joined.labels, apart.labels)
+    assert rows.documents(0, 0) == [128]
 
 
 def test_text_of_one_file_may_be_two_sources(files, tokenizer):

@@ -31,6 +31,10 @@ class LossByPosition(OfText):
         native: tokens; the slope is fitted to positions from here on. By default the length that
             the RoPE in the model's config was made for, else its `max_position_embeddings`: give
             it for a model that was extended by its theta alone.
+        short: tokens of windows in which every token is read once more, with between half of them
+            and all of them before it. Slope and verdict are then those of the excess, the loss less
+            that of the same token in its short window: text that gets harder along the row does
+            not look like a model that loses its way.
     """
 
     measure: ClassVar[str] = "positions"
@@ -42,6 +46,7 @@ class LossByPosition(OfText):
     first: int = 256
     bins: int = 4
     native: int | None = None
+    short: int | None = None
 
     def cells(self, name: str, lengths: Sequence[int], depths: Sequence[float],
               trials: int) -> list[Cell]:
@@ -49,6 +54,9 @@ class LossByPosition(OfText):
 
     def prompts(self, frame: Frame, cell: Cell, seed: int) -> list[Prompt]:
         _check_length(cell, len(frame.prefix) + 2, "a BOS and two tokens of text")
+        if self.short is not None and not 2 * (len(frame.prefix) + 1) <= self.short < cell.length:
+            raise DataError(f"{cell.name}: short is {self.short}, but windows have {cell.length} "
+                            f"tokens; give less, and at least {2 * (len(frame.prefix) + 1)}")
         return [Prompt(ids, len(ids) - 1)
                 for ids in self.cut(frame, cell.length, cell.trials, join=self.join)]
 

@@ -1,4 +1,5 @@
 import math
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -50,6 +51,44 @@ def test_a_model_without_preference_has_the_loss_of_a_guess(text_file, model_dir
     assert all(point["loss"] == guess for point in row["curve"])
     assert row["loss"] == guess and row["rises"] is False
     assert row["verdict"].startswith("beyond 64 tokens the loss does not rise beyond noise: +0.0")
+
+
+@dataclass(frozen=True)
+class WithPrefix:
+    tokenizer: object
+    prefix: tuple[int, ...]
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 3])
+def test_excess_is_over_the_same_tokens_in_short_windows(prefix, model_dir, text_file):
+    task = TASKS["loss-by-position"](text=str(text_file), first=32, bins=1, native=64, short=40)
+    backend = open_backend(model_dir)
+    frame = WithPrefix(backend.tokenizer, tuple(range(5, 5 + prefix)))
+    cell = task.cells("loss", [200], [], 2)[0]
+    (row,) = MEASURES["positions"](backend, frame, task, [cell], 0)
+    excess = np.zeros((2, 199))
+    for line, prompt in zip(excess, task.prompts(frame, cell, 0), strict=True):
+        whole = dense_losses(model_dir, prompt.ids)
+        for position in range(max(1, prefix), 200):
+            # Read in the first window that holds it: 40 tokens with the prefix, moved by 20.
+            moved = max(0, -(-(position + 1 - 40) // 20)) * 20
+            window = [*prompt.ids[:prefix], *prompt.ids[prefix + moved:position + 1]]
+            line[position - 1] = whole[position - 1] - dense_losses(model_dir, window)[-1]
+    slope = np.polyfit(np.log2(np.arange(64, 200)), excess[:, 63:].T, 1)[0]
+    torch.testing.assert_close(row["slope_per_doubling"], float(slope.mean()), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(row["excess"], excess.mean(), **TOLERANCE)
+    for point in row["curve"]:
+        part = excess[:, point["begin"] - 1:point["end"] - 1]
+        torch.testing.assert_close(point["excess"], part.mean(), **TOLERANCE)
+        torch.testing.assert_close(point["loss"] - point["short_loss"], part.mean(), **TOLERANCE)
+    assert "the loss over that in short windows" in row["verdict"]
+
+
+@pytest.mark.parametrize("short", [1, 200, 300])
+def test_short_windows_are_shorter_than_the_row(short, text_file, model_dir):
+    task = TASKS["loss-by-position"](text=str(text_file), short=short)
+    with pytest.raises(DataError, match=f"short is {short}, but windows have 200 tokens; give"):
+        measure(open_backend(model_dir), task, [200], 1)
 
 
 def losses_with_slope(slope, windows, length=8192, native=1024):
