@@ -60,6 +60,18 @@ def classic_quiz(tokenizer: Any, num_facts: int, rng: random.Random) -> Quiz:
                 [False] * len(prompt) + [True] * len(answer))
 
 
+def draw_depths(num_facts: int, rng: random.Random) -> list[float]:
+    """Random depths, in a quarter of the rows one of them 0.
+
+    The very beginning, where attention also rests that looks for nothing, is what passkey grids
+    ask for and chance hardly ever gives: a model that was never taught a fact there forgets it.
+    """
+    depths = [rng.random() for _ in range(num_facts)]
+    if rng.random() < 0.25:
+        depths[rng.randrange(num_facts)] = 0.0
+    return depths
+
+
 TEMPLATES: dict[str, Callable[[Any, int, random.Random], Quiz]] = {
     "named": named_quiz,
     "classic": classic_quiz,
@@ -102,7 +114,7 @@ class RetrievalRows:
                             f"{length - room} tokens, more than a row of {length}; ask for fewer "
                             "facts or longer rows")
         passage = self.haystack.window(room, rng)
-        body, _ = hide(passage, quiz.facts, [rng.random() for _ in quiz.facts])
+        body, _ = hide(passage, quiz.facts, draw_depths(num_facts, rng))
         ids = np.asarray([*self.prefix, *quiz.intro, *body, *quiz.questions], dtype=np.int64)
         answers = np.zeros(length, dtype=bool)
         answers[length - len(quiz.answers):] = quiz.answers
