@@ -150,8 +150,11 @@ def _shape_rows(results: list[Results]) -> Iterator[TableRow]:
 def _slope(entry: Mapping[str, Any]) -> str:
     if entry.get("slope_per_doubling") is None:
         return f"no slope (mean loss {entry['loss']:.3f})"
+    over = "" if entry.get("short") is None else (
+        f", {entry['excess']:+.3f} over windows of {format_length(entry['short'])}, whose slope it "
+        "is")
     return (_with_error(entry["slope_per_doubling"], entry.get("slope_stderr"), "+")
-            + f" (mean loss {entry['loss']:.3f})")
+            + f" (mean loss {entry['loss']:.3f}{over})")
 
 
 def _divergence(entry: Mapping[str, Any]) -> str:

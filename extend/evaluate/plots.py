@@ -137,28 +137,36 @@ def loss_plots(results: Sequence[Results]) -> list[Plot]:
 
 
 def _loss_plot(name: str, results: Sequence[Results]) -> Plot:
-    series = []
-    for number, result in enumerate(results):
+    series: list[Series] = []
+    for result in results:
         row = max((row for row in result.data["rows"] if row["name"] == name and "curve" in row),
                   key=lambda row: row["length"], default=None)
-        if row is not None:
-            series.append(Series(result.label, PALETTE[number % len(PALETTE)], result.native_len,
-                                 [_loss_point(part) for part in row["curve"]]))
+        for label, points in _loss_curves(result.label, row).items() if row else ():
+            series.append(Series(label, PALETTE[len(series) % len(PALETTE)], result.native_len,
+                                 points))
     last = max(point.x for line in series for point in line.points)
     first = min(point.x for line in series for point in line.points)
     ticks = [2 ** k for k in range(40) if first <= 2 ** k <= last]
     return Plot("loss", name, "position, tokens", "loss, nats a token", series, ticks)
 
 
-def _loss_point(part: Mapping[str, Any]) -> Point:
+def _loss_curves(label: str, row: Mapping[str, Any]) -> dict[str, list[Point]]:
+    """The loss in the whole row, and that of the same tokens in short windows if it is known."""
+    curves = {label: [_loss_point(part, part["loss"], part.get("stderr"))
+                      for part in row["curve"]]}
+    if row.get("short"):
+        curves[f"{label}, windows of {format_length(row['short'])}"] = [
+            _loss_point(part, part["short_loss"], None) for part in row["curve"]]
+    return curves
+
+
+def _loss_point(part: Mapping[str, Any], loss: float, error: float | None) -> Point:
     """A stretch of positions stands at its geometric middle."""
     middle = (max(1, part["begin"]) * max(1, part["end"])) ** 0.5
-    error = part.get("stderr")
-    low, high = (None, None) if error is None else (
-        part["loss"] - _Z95 * error, part["loss"] + _Z95 * error)
+    low, high = (None, None) if error is None else (loss - _Z95 * error, loss + _Z95 * error)
     spread = "" if error is None else f" +/- {error:.4f}"
-    return Point(middle, part["loss"], low, high,
-                 f"tokens {part['begin']:,} to {part['end']:,}: {part['loss']:.4f}{spread} nats "
+    return Point(middle, loss, low, high,
+                 f"tokens {part['begin']:,} to {part['end']:,}: {loss:.4f}{spread} nats "
                  f"over {part['tokens']:,} tokens")
 
 

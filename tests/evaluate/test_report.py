@@ -140,6 +140,8 @@ def test_grades_streams_and_losses_by_position(tmp_path):
             graded("keys-stream", 512, [1.0] * 2, depth=0.0, control="single-needle"),
             graded("keys-stream", 512, [0.0] * 2, control="base"),
             {**loss, "curve": curve, "slope_per_doubling": -0.25, "slope_stderr": 0.05},
+            {**loss, "name": "paired", "slope_per_doubling": 0.01, "slope_stderr": 0.001, "short": 256,
+             "excess": 0.02, "curve": [{**part, "short_loss": 2.0} for part in curve]},
             {**loss, "name": "far", "kl": 0.03, "kl_stderr": 0.001, "agreement": 0.925}]
     results = write_rows(tmp_path / "r.json", rows, chances={"ruler-vt": 0.125})
     out = report({"long": results}, tmp_path / "report")
@@ -155,6 +157,8 @@ def test_grades_streams_and_losses_by_position(tmp_path):
                  "2,047 tokens) |"):
         assert line in lines
     assert any(line.endswith("| -0.2500 +/- 0.0500 (mean loss 2.600) |") for line in lines)
+    assert ("| paired, nats each time the position doubles | +0.0100 +/- 0.0010 (mean loss 2.600, "
+            "+0.020 over windows of 256, whose slope it is) |") in lines
     page = Page((out / "index.html").read_text())
     text = " ".join("".join(page.text).split())
     for said in ("512 tokens, depth 0.00: 0.75, mean of 2", "A streaming grid",
@@ -164,7 +168,7 @@ def test_grades_streams_and_losses_by_position(tmp_path):
         assert said in text
     assert page.loads == [] and "script" not in page.tags
     kinds = [plot["kind"] for plot in json.loads((out / "report.json").read_text())["plots"]]
-    assert kinds == ["scores"] * 4 + ["loss"]  # three tasks and RULER's mean
+    assert kinds == ["scores"] * 4 + ["loss"] * 2  # three tasks and RULER's mean
 
 
 @pytest.mark.parametrize("count", [1, 5])

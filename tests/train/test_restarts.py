@@ -26,7 +26,7 @@ from extend.train_options import TrainOptions
 from tests.forked import forked_workers
 
 run, out, way = TrainOptions.model_validate_json(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-together._SILENCE_SECONDS = 3.0
+together._SILENCE_SECONDS = 3.0 if way == "SIGSTOP" else 60.0
 take, mark = loop.train_step, Path(sys.argv[2] + ".failed")
 
 def train_step(run, number, mesh, step, work, stopped):
