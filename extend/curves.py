@@ -81,7 +81,8 @@ def _percent(value: float) -> float:
 # Title, whether from 0, what is drawn (key of a line, name), and in what unit.
 _COURSES: tuple[tuple[str, bool, dict[str, str], Callable[[float], float]], ...] = (
     ("loss, nats a token", False,
-     {"nll": "all tokens", "answer_nll": "answers", "loss": "trained on"}, _plain),
+     {"nll": "all tokens", "answer_nll": "answers", "loss": "trained on",
+      "divergence": "divergence"}, _plain),
     ("learning rate", True, {"lr": "learning rate"}, _plain),
     ("norm of the gradient", True, {"grad_norm": "before clipping"}, _plain),
     ("tokens a second", True, {"tokens_per_second": "all processes",

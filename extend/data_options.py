@@ -49,6 +49,10 @@ class TextData(Options):
     rope: Literal["phase", "native"] = "phase"
     """native: its rows are read with the model's own RoPE, not the phase's; no document may be
     longer than the model's own length, see `document_length`."""
+    distill: bool = False
+    """Its tokens teach what the model that the run begins with predicts, read with its own RoPE,
+    and not the text itself: the loss is the divergence from that, so that short text is read as
+    before. No document may be longer than the model's own length."""
 
 
 class RetrievalData(Options):
@@ -81,6 +85,8 @@ class ExampleData(Options):
     rope: Literal["phase", "native"] = "phase"
     """native: its rows are read with the model's own RoPE, not the phase's; no example may be
     longer than the model's own length."""
+    distill: bool = False
+    """Its tokens teach what the model that the run begins with predicts, as in `text`."""
 
 
 DataSource = Annotated[TextData | RetrievalData | ExampleData, Field(discriminator="kind")]
@@ -105,8 +111,9 @@ def check_sources(data: Sequence[DataSource], document_mask: bool) -> None:
         native = getattr(source, "rope", "phase") == "native"
         joined = "join is true" if getattr(source, "join", False) else None
         seen = joined or (None if document_mask else "document_mask is false")
-        if (cut or native) and seen:
-            key = "document_length" if cut else "rope: native"
+        distill = getattr(source, "distill", False)
+        if (cut or native or distill) and seen:
+            key = "document_length" if cut else "rope: native" if native else "distill"
             raise ValueError(f"data[{number}]: {key} needs documents that do not see one another, "
                              f"but {seen}; leave one of the two out")
 

@@ -206,6 +206,11 @@ class TrainOptions(Options):
     killed, hangs, or fails in a way that is not told as an error of the run."""
     seed: int = 0
 
+    @property
+    def distills(self) -> bool:
+        """Whether any source teaches what the model that the run begins with predicts."""
+        return any(getattr(data, "distill", False) for data in self.data)
+
     @model_validator(mode="after")
     def _growing(self) -> "TrainOptions":
         lengths = [phase.length for phase in self.schedule]

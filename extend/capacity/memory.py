@@ -155,8 +155,15 @@ class _Step:
         weights, moments = trained * setup.weight_bytes + frozen, trained * self._moment_bytes()
         if setup.optimizer == "adamw-offload":
             weights = moments = 0.0
-        return {"weights": weights / setup.shards, "optimizer": moments / setup.shards,
-                "workspaces": CONTEXT_BYTES}
+        parts = {"weights": weights / setup.shards, "optimizer": moments / setup.shards,
+                 "workspaces": CONTEXT_BYTES}
+        return parts | {"teacher": self._teacher()} if setup.teacher else parts
+
+    def _teacher(self) -> float:
+        """Its shards, and what is not in its layers, which stays gathered."""
+        shape, setup = self.shape, self.setup
+        root = shape.root_parameters if setup.dp * setup.cp > 1 else 0
+        return VALUE * (shape.parameters / setup.shards + root) / setup.tp
 
     def _moment_bytes(self) -> float:
         """Of both moments of a parameter; 8 bits with one fp32 scale for 256 values."""

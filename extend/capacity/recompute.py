@@ -42,7 +42,7 @@ def phase_setup(options: TrainOptions, phase: Phase, *, world: int, hosts: int =
         compiled=options.compile is not False,
         weight_bytes=4 if options.weight_dtype == "float32" else 2, trained=_trained(options),
         lora_rank=options.lora_rank, optimizer=options.optimizer,
-        loss_chunk=options.loss_chunk, strategy=options.strategy)
+        loss_chunk=options.loss_chunk, teacher=options.distills, strategy=options.strategy)
 
 
 def _groups(phase: Phase, ranks: int) -> int:

@@ -64,6 +64,7 @@ class Setup:
         weight_bytes: of a trained parameter and of its moments; layers compute in 2 bytes.
         optimizer: "adamw", "adamw-8bit" or "adamw-offload".
         loss_chunk: tokens whose logits exist at once.
+        teacher: whether the model that training begins with is held beside the trained one.
     """
 
     length: int
@@ -85,6 +86,7 @@ class Setup:
     lora_rank: int = 32
     optimizer: Literal["adamw", "adamw-8bit", "adamw-offload"] = "adamw"
     loss_chunk: int = 4096
+    teacher: bool = False
     strategy: str = "auto"
 
     @property

@@ -94,7 +94,7 @@ def _row_losses(run: "Run", number: int, mesh: "PhaseMesh", step: int) -> RowLos
     """The mean loss of every row of a step, each read again by itself."""
     rows = run.options.schedule[number].batch_rows
     first = step * rows
-    kinds = [run.rows.native_rope(number, first + row) for row in range(rows)]
+    kinds = [run.rows.kind(number, first + row) for row in range(rows)]
     sums = torch.zeros(rows, 2, device=run.processes.device)
     for turn in deal([1] * rows, kinds, mesh.dp):
         mine = turn[mesh.dp_rank]

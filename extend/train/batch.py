@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from extend.ring import LAYOUTS, check_length
-from extend.train.data import IGNORE, Row
+from extend.train.data import IGNORE, PLAIN, Row, RowKind
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,23 @@ class Batch:
         labels: int64, the token that follows each input token, or IGNORE.
         answers: bool, where `labels` is part of an answer.
         position_ids: int64, positions in the whole row, before rows were laid side by side; under
-            `native_rope` in the document.
+            `kind.native_rope` in the document.
+        document_ids: int64, positions in the document.
         cu_seqlens: (0, ..., length), where the documents of the whole row begin that do not see one
             another; r is 1 then. None: a document a row.
-        native_rope: whether it is read with the model's own RoPE, not that of the phase.
+        kind: that of all rows.
+        reads_teacher: whether some group distills what it computes meanwhile: all of them gather
+            the teacher's weights then.
     """
 
     input_ids: Tensor
     labels: Tensor
     answers: Tensor
     position_ids: Tensor
+    document_ids: Tensor
     cu_seqlens: tuple[int, ...] | None = None
-    native_rope: bool = False
+    kind: RowKind = PLAIN
+    reads_teacher: bool = False
 
     def to(self, device: torch.device) -> "Batch":
         return self._map(lambda t: t.to(device, non_blocking=True))
@@ -57,8 +62,9 @@ class Batch:
                                 if isinstance(value, Tensor)})
 
     def counts(self) -> Tensor:
-        """int64 [2]: tokens that are predicted, and those of them in answers."""
-        return torch.stack(((self.labels != IGNORE).sum(), self.answers.sum()))
+        """int64 [3]: tokens that are predicted, those of them in answers, and those distilled."""
+        predicted = (self.labels != IGNORE).sum()
+        return torch.stack((predicted, self.answers.sum(), predicted * self.kind.distill))
 
     def documents(self, world: int) -> list[int]:
         """Tokens of each document of the whole rows, which `world` ranks share."""
@@ -76,7 +82,7 @@ def shift(row: Row) -> tuple[np.ndarray, np.ndarray]:
 
 
 def build_batch(rows: Sequence[Row], *, layout: str, rank: int, world: int,
-                document_mask: bool = False) -> Batch:
+                document_mask: bool = False, reads_teacher: bool = False) -> Batch:
     """What cp rank `rank` of `world` holds of these rows.
 
     With `document_mask`, rows of which one has several documents are laid side by side as one row,
@@ -94,23 +100,27 @@ def build_batch(rows: Sequence[Row], *, layout: str, rank: int, world: int,
     labels = np.stack([labels for labels, _ in shifted])
     answers = np.stack([answers for _, answers in shifted])
     places = np.stack([number_tokens(row) for row in rows])
-    columns, bounds = [ids, labels, answers, places], None
+    inside = np.stack([number_in_documents(row) for row in rows])
+    columns, bounds = [ids, labels, answers, places, inside], None
     if document_mask and any(len(row.cu_seqlens) > 2 for row in rows):
         columns = [column.reshape(1, -1) for column in columns]
         bounds = join_boundaries(rows)
     held = LAYOUTS[layout].positions(columns[0].shape[1], rank, world).numpy()
     # Cut by numpy: torch would start a second set of threads in the thread that builds rows.
     parts = [torch.from_numpy(np.ascontiguousarray(column[:, held])) for column in columns]
-    return Batch(*parts, cu_seqlens=bounds, native_rope=rows[0].native_rope)
+    return Batch(*parts, cu_seqlens=bounds, kind=rows[0].kind, reads_teacher=reads_teacher)
 
 
 def number_tokens(row: Row) -> np.ndarray:
     """Position of each token, int64 [length]: in its row, or in its document."""
     if row.positions is not None:
         return row.positions
+    return number_in_documents(row) if row.kind.native_rope else np.arange(len(row.input_ids))
+
+
+def number_in_documents(row: Row) -> np.ndarray:
+    """How far each token is from the beginning of its document, int64 [length]."""
     places = np.arange(len(row.input_ids))
-    if not row.native_rope:
-        return places
     return places - np.repeat(row.cu_seqlens[:-1], np.diff(row.cu_seqlens))
 
 
@@ -128,7 +138,7 @@ def token_weights(batch: Batch, totals: Tensor, answer_weight: float) -> Tensor:
     mean over predicted tokens plus `answer_weight` times the mean over answer tokens.
 
     Args:
-        totals: int64 [2], `Batch.counts` summed over all ranks and batches of the step.
+        totals: `Batch.counts` summed over all ranks and batches of the step.
     """
     share = 1.0 / totals.clamp(min=1).to(torch.float32)
     weights = (batch.labels != IGNORE) * share[0]

@@ -8,7 +8,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,6 +31,26 @@ _MOST_NAMED = 8  # documents
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
+class RowKind(NamedTuple):
+    """Rows of different kinds are never computed at once.
+
+    Attributes:
+        native_rope: read with the model's own RoPE, not that of the phase.
+        distill: its loss is the divergence from the model that the run began with.
+    """
+
+    native_rope: bool = False
+    distill: bool = False
+
+    @property
+    def is_short(self) -> bool:
+        """Whether no document is longer than the model's own RoPE is made for."""
+        return self.native_rope or self.distill
+
+
+PLAIN = RowKind()
+
+
 @dataclass(frozen=True)
 class Row:
     """One row of training tokens.
@@ -41,7 +61,6 @@ class Row:
         answers: bool [length], tokens that recall a fact or answer an example.
         cu_seqlens: int32, where documents begin, from 0, and `length` at the end.
         source: path or kind of the data it was drawn from, for messages.
-        native_rope: whether it is read with the model's own RoPE, not that of the phase.
         positions: int64 [length], where they skip; none: its tokens follow one another.
     """
 
@@ -50,7 +69,7 @@ class Row:
     answers: np.ndarray
     cu_seqlens: np.ndarray
     source: str
-    native_rope: bool = False
+    kind: RowKind = PLAIN
     positions: np.ndarray | None = None
 
 
@@ -60,13 +79,12 @@ class DocumentRows:
 
     Attributes:
         mask_prompt: leaves the loss on answers only.
-        native_rope: see `Row`.
         join: a row counts as one document.
     """
 
     stream: PackedStream | ExampleStream
     mask_prompt: bool
-    native_rope: bool
+    kind: RowKind
     join: bool = False
 
     def check(self, length: int) -> None:
@@ -74,12 +92,13 @@ class DocumentRows:
 
     def check_native(self, native_len: int) -> None:
         """Raise DataError when documents are longer than the model's own RoPE is made for."""
-        if self.native_rope and self.stream.longest > native_len:
+        if self.kind.is_short and self.stream.longest > native_len:
+            key = "rope: native" if self.kind.native_rope else "distill"
             raise DataError(
-                f"{self.stream.documents.source}: rope: native reads documents with the model's "
+                f"{self.stream.documents.source}: {key} reads documents with the model's "
                 f"own RoPE, which is made for {native_len} tokens, but the longest has "
                 f"{self.stream.longest}; set document_length to {native_len} at most, or leave "
-                "rope out")
+                f"{key.partition(':')[0]} out")
 
     def bounds(self, phase: int, draw: int, length: int) -> np.ndarray:
         return whole_row(length) if self.join else self.stream.bounds(phase, draw, length)
@@ -97,7 +116,7 @@ class DocumentRows:
         labels = np.where(predicted, stretch.ids, IGNORE)
         bounds = whole_row(length) if self.join else stretch.bounds
         return Row(stretch.ids, labels, stretch.answers, bounds,
-                   self.stream.documents.source, self.native_rope)
+                   self.stream.documents.source, self.kind)
 
 
 @dataclass(frozen=True)
@@ -106,7 +125,7 @@ class QuizRows:
 
     builder: RetrievalRows
     seed: int
-    native_rope: bool = False
+    kind: RowKind = PLAIN
 
     def check(self, length: int) -> None:
         self.builder.check(length)
@@ -176,9 +195,9 @@ class Rows:
         chosen, draws = self._draws[phase]
         return self.sources[chosen[index]], int(draws[index])
 
-    def native_rope(self, phase: int, index: int) -> bool:
-        """Whether a row is read with the model's own RoPE."""
-        return self._source(phase, index)[0].native_rope
+    def kind(self, phase: int, index: int) -> RowKind:
+        """That of a row, which is not built for it."""
+        return self._source(phase, index)[0].kind
 
     def documents(self, phase: int, index: int) -> list[int]:
         """Tokens of each document of a row, which is not built for it."""
@@ -199,7 +218,7 @@ class Rows:
             raise DataError(f"{row.source}: row {index} of phase {phase + 1} has "
                             f"{len(row.input_ids)} tokens, not {length}")
         wide = self.schedule[phase]
-        if wide.position_span is None or row.native_rope:
+        if wide.position_span is None or row.kind.is_short:
             return row
         rng = random.Random(f"{self.seed}/{phase}/{index}/positions")
         return replace(row, positions=skip_positions(
@@ -246,14 +265,17 @@ def _text_rows(data: TextData, tokens: TokenSource, options: TrainOptions) -> Do
         tokens.text(data.path, data.column), prefix=prefix_ids(tokens.tokenizer),
         eos=tokens.tokenizer.eos_token_id, seed=options.seed,
         document_length=data.document_length, upsample=data.upsample)
-    return DocumentRows(stream, mask_prompt=False, native_rope=data.rope == "native",
-                        join=data.join)
+    return DocumentRows(stream, mask_prompt=False, kind=_kind(data), join=data.join)
 
 
 def _example_rows(data: ExampleData, tokens: TokenSource, options: TrainOptions) -> DocumentRows:
     stream = ExampleStream(tokens.examples(data.path), eos=tokens.tokenizer.eos_token_id,
                            seed=options.seed)
-    return DocumentRows(stream, data.mask_prompt, native_rope=data.rope == "native")
+    return DocumentRows(stream, data.mask_prompt, _kind(data))
+
+
+def _kind(data: TextData | ExampleData) -> RowKind:
+    return RowKind(native_rope=data.rope == "native", distill=data.distill)
 
 
 def _quiz_rows(data: RetrievalData, tokens: TokenSource, options: TrainOptions) -> QuizRows:

@@ -12,17 +12,19 @@ each token's weight counts it in the whole step, whoever computes it.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 Turn = tuple[int, ...]
 """One row for each group, in the order of the groups."""
 
 
-def deal(costs: Sequence[int], kinds: Sequence[bool], groups: int) -> list[Turn]:
+def deal(costs: Sequence[int], kinds: Sequence[Any], groups: int) -> list[Turn]:
     """Deal the rows of a step, as many to each group.
 
     Args:
         costs: of every row.
-        kinds: rows of different kinds are not computed at once, so like comes with like.
+        kinds: rows of different kinds are not computed at once, so like comes with like. They have
+            an order and a hash.
         groups: a divisor of the number of rows.
 
     Returns:
@@ -41,13 +43,13 @@ def deal(costs: Sequence[int], kinds: Sequence[bool], groups: int) -> list[Turn]
     return turns
 
 
-def join_turns(turns: Sequence[Turn], kinds: Sequence[bool], at_once: int) -> list[list[Turn]]:
+def join_turns(turns: Sequence[Turn], kinds: Sequence[Any], at_once: int) -> list[list[Turn]]:
     """Turns that are computed at once: at most so many, and of one kind for all groups.
 
     Every group gets as many batches: they gather the weights together in each.
     """
     batches: list[list[Turn]] = []
-    before: set[bool] = set()
+    before: set[Any] = set()
     for turn in turns:
         now = {kinds[row] for row in turn}
         if batches and len(batches[-1]) < at_once and len(now) == 1 and now == before:

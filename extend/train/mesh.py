@@ -122,6 +122,12 @@ def split_phase(phase: Phase, world: int, tensor_parallel: int = 1) -> tuple[int
     return split_world(phase.batch_rows, world, tensor_parallel, phase.context_parallel)
 
 
+def longest_local(options: TrainOptions, world: int) -> int:
+    """The most tokens of one row that a process holds in any phase."""
+    return max(phase.length // split_phase(phase, world, options.tensor_parallel)[1]
+               for phase in options.schedule)
+
+
 def check_world(options: TrainOptions, world: int) -> None:
     """Check that the processes divide as `tensor_parallel` and `shard_over` say.
 

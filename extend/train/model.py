@@ -12,7 +12,7 @@ from extend.errors import CompatibilityError
 from extend.loading import read_hf_config
 from extend.model_config import ModelConfig, RopeSpec
 from extend.ring.hf_attention import RingSettings, register_ring_attention
-from extend.train.loss import chunked_loss
+from extend.train.loss import Teacher, chunked_loss
 from extend.train.low_bits import use_float8
 from extend.train.supported import check_config, check_layers
 from extend.train.trained import choose_trained, init_adapters
@@ -30,21 +30,31 @@ logger = logging.getLogger(__name__)
 
 
 class CausalLoss(nn.Module):
-    """A causal LM and its loss in one module, so that sharded head and embeddings are gathered."""
+    """A causal LM and its loss in one module, so that sharded head and embeddings are gathered.
+
+    With no labels it is a teacher's: what the model makes of tokens, for another one's loss.
+    """
 
     def __init__(self, model: PreTrainedModel, chunk: int, *, compiled: bool = False):
         super().__init__()
         self.model, self.chunk, self.compiled = model, chunk, compiled
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, weights: Tensor,
-                ring: RingSettings | None) -> tuple[Tensor, Tensor]:
-        """Loss fp32 [] and every token's own loss fp32 [r * s], for inputs [r, s]."""
+    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor | None,
+                weights: Tensor | None, ring: RingSettings | None,
+                teacher: Teacher | None = None) -> tuple[Tensor, Tensor]:
+        """Loss fp32 [] and every token's own loss fp32 [r * s], for inputs [r, s].
+
+        Without labels the two parts of a `Teacher`.
+        """
         hidden = self.model.get_decoder()(
             input_ids=input_ids, position_ids=position_ids, use_cache=False, ring=ring,
         ).last_hidden_state
         head, vocabulary = split_head(self.model.get_output_embeddings().weight)
+        if labels is None or weights is None:
+            return hidden.flatten(0, 1), head
         return chunked_loss(hidden.flatten(0, 1), head, labels.flatten(), weights.flatten(),
-                            chunk=self.chunk, vocabulary=vocabulary, compiled=self.compiled)
+                            chunk=self.chunk, vocabulary=vocabulary, compiled=self.compiled,
+                            teacher=teacher)
 
 
 def build_model(options: TrainOptions, config: ModelConfig) -> PreTrainedModel:

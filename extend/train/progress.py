@@ -124,6 +124,8 @@ def progress_line(record: dict[str, Any]) -> str:
     """One line of text for a record of metrics.jsonl."""
     parts = [f"step {record['step']}/{record['steps']}", f"phase {record['phase']}",
              f"loss {_told(record['loss'], 4)}", f"nll {_told(record['nll'], 4)}"]
+    if record.get("divergence") is not None:
+        parts.append(f"divergence {record['divergence']:.4f}")
     if record["answer_nll"] is not None:
         parts.append(f"answers {record['answer_nll']:.4f}")
     if "skipped" in record:

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from extend.train.compiled import compile_layers, compiles
 from extend.train.data import Rows, load_rows
 from extend.train.equality import check_equal
 from extend.train.export import Exporter
+from extend.train.loss import Teacher
 from extend.train.low_bits import check_low_bits
 from extend.train.memory import LayerMemory, checkpoint_layers, make_memory, tile_layers
 from extend.train.mesh import (
@@ -36,6 +37,7 @@ from extend.train.mesh import (
     check_attention,
     check_schedule,
     check_world,
+    longest_local,
     split_phase,
 )
 from extend.train.model import CausalLoss, build_model, check_rope
@@ -44,6 +46,7 @@ from extend.train.precision import compute_dtype
 from extend.train.shard import shard_model
 from extend.train.size import ModelSize, model_size
 from extend.train.state import RunState
+from extend.train.teacher import load_teacher
 from extend.train.tensor_parallel import check_tensor_parallel
 from extend.train.token_cache import TokenCache, default_directory
 from extend.train.trained import init_adapters, trained_parameters
@@ -66,6 +69,7 @@ class Run:
 
     Attributes:
         ropes: of every phase.
+        teacher: the model that the run began with, if rows are to be read as it reads them.
         memory: what layers keep until their backward; None: all that autograd saves.
         manifest: in the main process only.
         first_step: steps that a checkpoint holds already.
@@ -78,6 +82,7 @@ class Run:
     ropes: list[RopeSpec]
     rows: Rows
     module: CausalLoss
+    teacher: CausalLoss | None
     memory: LayerMemory | None
     optimizer: torch.optim.Optimizer
     size: ModelSize
@@ -92,7 +97,7 @@ class Run:
         """Make the RoPE of a phase, and the model's own if rows need it; put in the former."""
         phase, own = self.options.schedule[number], self.config.max_position_embeddings
         wanted = {False: (self.ropes[number], phase.length)}
-        if any(source.native_rope for source in self.rows.sources):
+        if any(source.kind.native_rope for source in self.rows.sources):
             wanted[True] = (self.config.rope, own)
         self._rotary = {native: make_rotary(self.module.model, self.config.raw, rope, length,
                                             self.processes.device)
@@ -104,11 +109,19 @@ class Run:
         place_rotary(self._rotary[native])
 
     def forward(self, mesh: PhaseMesh, batch: Batch, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The weighted loss of a batch, and the loss of each of its tokens."""
+        """The weighted loss of a batch, and the cross-entropy of each of its tokens."""
         ring = RingSettings(mesh.ring, self.options.layout, self.options.kernel,
                             self.options.strategy, batch.cu_seqlens, self.memory)
-        self.use_rope(native=batch.native_rope)
-        return self.module(batch.input_ids, batch.position_ids, batch.labels, weights, ring)
+        taught = self._teach(batch, ring) if batch.reads_teacher else None
+        self.use_rope(native=batch.kind.native_rope)
+        return self.module(batch.input_ids, batch.position_ids, batch.labels, weights, ring,
+                           taught if batch.kind.distill else None)
+
+    @torch.no_grad()
+    def _teach(self, batch: Batch, ring: RingSettings) -> Teacher:
+        """What the model that the run began with makes of a batch, with its own RoPE."""
+        return Teacher(*self.teacher(batch.input_ids, batch.document_ids, None, None,
+                                     replace(ring, keeper=None)))
 
 
 def plan_ropes(options: TrainOptions, world: int) -> list[RopeSpec]:
@@ -211,6 +224,7 @@ def _put_together(options: TrainOptions, config: ModelConfig, ropes: list[RopeSp
     fill_weights(model, source)
     init_adapters(model, options.seed)
     check_equal(trained_parameters(module), processes)
+    teacher = load_teacher(options, config, processes) if options.distills else None
     optimizer = build_optimizer(trained_parameters(module).values(), options)
     found = rows.result()
     if manifest is not None:  # only now, so that bad data or a bad model leaves nothing behind
@@ -220,17 +234,14 @@ def _put_together(options: TrainOptions, config: ModelConfig, ropes: list[RopeSp
     if step and processes.is_main:
         logger.info("going on after step %d of %s", step, state.directory)
     lines = state.metrics_lines() if processes.is_main and step else []
-    return Run(options, processes, config, ropes, found, module, memory, optimizer, size, exporter,
-               state, manifest, step, LossHistory.read(processes.share(lines), step))
+    return Run(options, processes, config, ropes, found, module, teacher, memory, optimizer, size,
+               exporter, state, manifest, step, LossHistory.read(processes.share(lines), step))
 
 
 def save_memory(model: PreTrainedModel, options: TrainOptions, config: ModelConfig,
                 processes: Processes) -> LayerMemory | None:
     """Let the layers compute and keep as the options say; None where they keep everything."""
-    longest = max(
-        phase.length // split_phase(phase, processes.world, options.tensor_parallel)[1]
-        for phase in options.schedule)
-    tile_layers(model, options, longest)
+    tile_layers(model, options, longest_local(options, processes.world))
     recomputed = count_recomputed(options, config, len(model.get_decoder().layers), processes)
     if compiles(options, processes.device):
         compile_layers(model, recomputed)

@@ -84,12 +84,14 @@ def build_step(run: Run, number: int, mesh: PhaseMesh, step: int) -> StepWork:
     phase = run.options.schedule[number]
     indices = range(step * phase.batch_rows, (step + 1) * phase.batch_rows)
     costs = [attention_cost(run, number, index) for index in indices]
-    kinds = [run.rows.native_rope(number, index) for index in indices]
+    kinds = [run.rows.kind(number, index) for index in indices]
     at_once = max(1, _MICRO_TOKENS * mesh.cp // phase.length)
     dealt = join_turns(deal(costs, kinds, mesh.dp), kinds, at_once)
     held = [[_row(run, number, indices[turn[mesh.dp_rank]]) for turn in turns] for turns in dealt]
     batches = [build_batch(rows, layout=run.options.layout, rank=mesh.cp_rank, world=mesh.cp,
-                           document_mask=run.options.document_mask) for rows in held]
+                           document_mask=run.options.document_mask,
+                           reads_teacher=any(kinds[row].distill for turn in turns for row in turn))
+               for rows, turns in zip(held, dealt, strict=True)]
     if run.processes.device.type == "cuda":
         batches = [batch.pin() for batch in batches]
     return StepWork(batches, imbalance(dealt, costs), _digest(held))
@@ -142,21 +144,21 @@ def train_step(run: Run, number: int, mesh: PhaseMesh, step: int, work: StepWork
     own = torch.tensor([int(stopped.is_set()),
                         sum(squares) if mesh.cp_rank == 0 and counts_tokens else 0,
                         mesh.dp_rank, work.digest])
-    # Over all processes: predicted tokens, answer tokens, processes told to stop, squares.
+    # Over all processes: tokens predicted, in answers and distilled; told to stop; squares.
     told = _gather(run, torch.cat((counts * counts_tokens, own)))
-    _check_same_rows(run, number, step, told[:, 4].tolist(), told[:, 5].tolist())
-    totals = told[:, :4].sum(0)
+    _check_same_rows(run, number, step, told[:, 5].tolist(), told[:, 6].tolist())
+    totals = told[:, :5].sum(0)
     if not totals[0]:
         raise TrainingError(f"step {step + 1} of phase {number + 1}: no token of "
                             f"{_rows(run, number, step)} is predicted; give longer rows, or "
                             "mask_prompt false")
-    sums = torch.zeros(3, device=device)
+    sums = torch.zeros(4, device=device)
     for batch in batches:
-        sums += forward_backward(run, mesh, batch.to(device), totals[:2].to(device))
+        sums += forward_backward(run, mesh, batch.to(device), totals[:3].to(device))
     norm = clip_gradients(run.module.parameters(), run.options.clip_norm)
     sums = run.processes.sum(sums if counts_tokens else torch.zeros_like(sums))
-    loss, nll, answer_nll, grad_norm = *sums.tolist(), norm.item()
-    num_predicted, num_answers, num_told, num_squares = totals.tolist()
+    loss, nll, answer_nll, divergence, grad_norm = *sums.tolist(), norm.item()
+    num_predicted, num_answers, num_distilled, num_told, num_squares = totals.tolist()
     nll = nll / max(num_predicted, 1)
     bad = run.history.judge(number, nll if math.isfinite(loss) else loss, grad_norm,
                             run.options.max_loss_rise)
@@ -177,6 +179,8 @@ def train_step(run: Run, number: int, mesh: PhaseMesh, step: int, work: StepWork
         "nll": nll,
         "answer_nll": answer_nll / num_answers if num_answers else None,
         "lr": lr, "grad_norm": grad_norm, "attention_imbalance": round(work.imbalance, 4)}
+    if num_distilled:
+        metrics["divergence"] = divergence * num_predicted / num_distilled
     if bad is not None:
         metrics = finite_or_none(metrics) | {"skipped": bad}
     flops = run.size.flops(phase.batch_rows * phase.length, num_squares)
@@ -187,13 +191,17 @@ def forward_backward(run: Run, mesh: PhaseMesh, batch: Batch, totals: Tensor) ->
     """Add the gradients of one batch.
 
     Returns:
-        fp32 [3], this process's share of: the loss, and the summed losses of all predicted tokens
-        and of answer tokens.
+        fp32 [4], this process's share of: the loss, the summed losses of all predicted tokens
+        and of answer tokens, and what of the loss is distilled.
     """
-    weights = token_weights(batch, totals, run.options.answer_weight)
+    # What an answer says is not learned where another model's prediction of it is.
+    answer_weight = 0.0 if batch.kind.distill else run.options.answer_weight
+    weights = token_weights(batch, totals, answer_weight)
     loss, nll = run.forward(mesh, batch, weights)
     loss.backward()
-    return torch.stack((loss.detach(), nll.sum(), (nll * batch.answers.flatten()).sum()))
+    loss = loss.detach()
+    return torch.stack((loss, nll.sum(), (nll * batch.answers.flatten()).sum(),
+                        loss * batch.kind.distill))
 
 
 def _gather(run: Run, own: Tensor) -> Tensor:

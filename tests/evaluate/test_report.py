@@ -140,8 +140,9 @@ def test_grades_streams_and_losses_by_position(tmp_path):
             graded("keys-stream", 512, [1.0] * 2, depth=0.0, control="single-needle"),
             graded("keys-stream", 512, [0.0] * 2, control="base"),
             {**loss, "curve": curve, "slope_per_doubling": -0.25, "slope_stderr": 0.05},
-            {**loss, "name": "paired", "slope_per_doubling": 0.01, "slope_stderr": 0.001, "short": 256,
-             "excess": 0.02, "curve": [{**part, "short_loss": 2.0} for part in curve]},
+            {**loss, "name": "paired", "slope_per_doubling": 0.01, "slope_stderr": 0.001,
+             "short": 256, "excess": 0.02,
+             "curve": [{**part, "short_loss": 2.0} for part in curve]},
             {**loss, "name": "far", "kl": 0.03, "kl_stderr": 0.001, "agreement": 0.925}]
     results = write_rows(tmp_path / "r.json", rows, chances={"ruler-vt": 0.125})
     out = report({"long": results}, tmp_path / "report")

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from extend.train.data import IGNORE
-from extend.train.loss import chunked_loss
+from extend.train.loss import Teacher, chunked_loss
 
 # Both sides are fp32 and sum over a few hundred terms in another order.
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -33,6 +33,33 @@ def test_loss_and_gradients_equal_torch(chunk: int):
     torch.testing.assert_close(nll, expected.detach(), **CLOSE)
     torch.testing.assert_close(loss, (expected * weights).sum(), **CLOSE)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)  # gradients sum up to 50 terms
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("chunk", [1, 8, 37, 1000])
+def test_divergence_and_gradients_equal_torch(chunk: int, compiled: bool):
+    hidden, weight, labels, weights = example()
+    other, theirs, _, _ = (2 * t.detach() if t.is_floating_point() else t
+                           for t in example(d=24))
+    loss, nll = chunked_loss(hidden, weight, labels, weights, chunk=chunk, compiled=compiled,
+                             teacher=Teacher(other, theirs))
+    got = torch.autograd.grad(3.0 * loss, (hidden, weight))
+    divergence = F.kl_div((hidden @ weight.T).log_softmax(-1), (other @ theirs.T).log_softmax(-1),
+                          reduction="none", log_target=True).sum(-1)
+    expected = (divergence * weights)[labels != IGNORE].sum()
+    want = torch.autograd.grad(3.0 * expected, (hidden, weight))
+    torch.testing.assert_close(loss, expected, **CLOSE)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(nll, F.cross_entropy(
+        hidden @ weight.T, labels, reduction="none", ignore_index=IGNORE).detach(), **CLOSE)
+
+
+def test_a_teacher_of_the_same_mind_teaches_nothing():
+    hidden, weight, labels, weights = example()
+    loss, _ = chunked_loss(hidden, weight, labels, weights, chunk=8,
+                           teacher=Teacher(hidden.detach(), weight.detach()))
+    gradients = torch.autograd.grad(loss, (hidden, weight))
+    assert loss == 0 and all(not gradient.any() for gradient in gradients)
 
 
 def test_large_logits_do_not_overflow():

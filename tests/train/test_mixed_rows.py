@@ -1,4 +1,5 @@
-"""Rows of several lengths of documents and two RoPEs in one step, on 1, 2 and 4 processes."""
+"""Rows of several lengths of documents, two RoPEs and two losses in one step, on 1, 2 and 4
+processes."""
 
 import itertools
 import json
@@ -19,7 +20,7 @@ from tests.spawn import spawn
 from tests.train.tiny import NATIVE_LEN, options, save_examples, save_model, save_text
 
 LENGTH = 256
-KEYS = ("loss", "nll", "answer_nll", "grad_norm")
+KEYS = ("loss", "nll", "answer_nll", "divergence", "grad_norm")
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +36,13 @@ def mixed_run(files: dict[str, Path], **changes: object) -> TrainOptions:
     data = [text | {"name": "short", "document_length": NATIVE_LEN // 2, "rope": "native"},
             text | {"name": "long", "upsample": {"min_length": 60, "factor": 2.5}},
             {"kind": "examples", "path": str(files["examples"]), "rope": "native"},
-            {"kind": "retrieval", "path": str(files["text"])}]
+            {"kind": "retrieval", "path": str(files["text"])},
+            text | {"name": "kept", "document_length": NATIVE_LEN // 2, "distill": True}]
     phase = {"length": LENGTH, "steps": 1, "lr": 1e-3, "rope": {"method": "ntk"}}
     # Four groups of one, two of two, and one of four on 4 processes.
     schedule = [phase | {"batch_rows": 8},
-                phase | {"batch_rows": 2, "mix": {"short": 1, 3: 1}},
-                phase | {"batch_rows": 1, "mix": {"short": 1}}]
+                phase | {"batch_rows": 2, "mix": {"kept": 1, 3: 1}},
+                phase | {"batch_rows": 1, "mix": {"kept": 1}}]
     return options(files["model"], data, **({"schedule": schedule, "answer_weight": 0.3} | changes))
 
 
@@ -74,7 +76,7 @@ def test_the_run_is_the_same_on_every_number_of_processes_and_however_rows_are_d
     for name in ways:
         got = metrics(files["directory"] / name)
         for key in KEYS:
-            columns = [[line[key] or 0.0 for line in lines] for lines in (got, want)]
+            columns = [[line.get(key) or 0.0 for line in lines] for lines in (got, want)]
             torch.testing.assert_close(*map(torch.tensor, columns), rtol=1e-5, atol=0)
     uneven = [[line["attention_imbalance"] for line in metrics(files["directory"] / name)]
               for name in ways]
@@ -89,8 +91,15 @@ def row_loss(models: dict[bool, torch.nn.Module], row: Row,
     loss = torch.zeros(())
     for begin, end in itertools.pairwise(row.cu_seqlens):
         ids, labels = torch.from_numpy(row.input_ids), torch.from_numpy(row.labels)
-        logits = models[row.native_rope](input_ids=ids[None, begin:end]).logits[0]
+        logits = models[row.kind.native_rope](input_ids=ids[None, begin:end]).logits[0]
         targets = labels[begin + 1:end + 1]  # of a cut piece also the first token of the next
+        if row.kind.distill:
+            with torch.no_grad():
+                taught = models[True](input_ids=ids[None, begin:end]).logits[0]
+            apart = F.kl_div(logits.log_softmax(-1), taught.log_softmax(-1), reduction="none",
+                             log_target=True).sum(-1)[:len(targets)]
+            loss = loss + apart[targets != IGNORE].sum() / totals[0]
+            continue
         nll = F.cross_entropy(logits[:len(targets)], targets, reduction="none",
                               ignore_index=IGNORE)
         answers = torch.from_numpy(row.answers[begin + 1:end + 1])
@@ -106,7 +115,7 @@ def test_each_document_is_read_as_transformers_read_it_with_its_rope(files: dict
         run.model, config=AutoConfig.from_pretrained(run.model if native else single),
         attn_implementation="eager") for native in (True, False)}
     batch = [rows.row(0, index) for index in range(8)]
-    assert {row.native_rope for row in batch} == {True, False}
+    assert len({row.kind for row in batch}) == 3
     totals = (sum(int((row.labels[1:] != IGNORE).sum()) for row in batch),
               sum(int(row.answers[1:].sum()) for row in batch))
     loss = sum(row_loss(models, row, totals) for row in batch)

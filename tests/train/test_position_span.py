@@ -87,7 +87,7 @@ def test_rows_with_the_native_rope_do_not_skip(options):
     data = [{**options.data[0].model_dump(), "rope": "native", "document_length": 32}]
     native = TrainOptions(**{**options.model_dump(exclude_unset=True), "data": data})
     found = load_rows(native, AutoTokenizer.from_pretrained(options.model))
-    assert found.row(0, 0).native_rope and found.row(0, 0).positions is None
+    assert found.row(0, 0).kind.native_rope and found.row(0, 0).positions is None
 
 
 def test_the_loss_is_that_of_transformers_at_these_positions(model_dir, rows):

@@ -236,7 +236,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> TrainOptions:
     """A whole run, as a recipe asks for it."""
     directory = tmp_path_factory.mktemp("split")
     text = {"kind": "text", "path": str(save_text(directory))}
-    return options(save_model(directory / "model"), [text], answer_weight=0.3, schedule=[
+    kept = text | {"document_length": 32, "distill": True}
+    return options(save_model(directory / "model"), [text, kept], answer_weight=0.3, schedule=[
         {"length": 128, "steps": 3, "batch_rows": 2, "lr": 1e-3, "rope": {"method": "ntk"}}])
 
 

@@ -37,7 +37,9 @@ def positions(backend: Backend, frame: Frame, task: LossByPosition, cells: Seque
 
 def short_losses(backend: Any, ids: Sequence[int], losses: np.ndarray, prefix_len: int,
                  window: int) -> np.ndarray:
-    """The same tokens' losses in windows that move by half their length; special tokens keep theirs.
+    """The same tokens' losses in windows that move by half their length.
+
+    Special tokens keep theirs.
 
     Args:
         ids: special tokens, then text.
@@ -127,4 +129,6 @@ def _verdict(trend: Trend | None, native: int, length: int, windows: int, paired
     what = "loss over that in short windows" if paired else "loss"
     text = (f"beyond {native} tokens the {what} {words[trend.direction]}: {trend.slope:+.4f} +/- "
             f"{trend.stderr:.4f} nats for each doubling")
-    return text if windows > 1 or paired else text + " (one window: harder text at its end looks the same)"
+    if windows > 1 or paired:
+        return text
+    return text + " (one window: harder text at its end looks the same)"
