@@ -2,23 +2,32 @@
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from extend.documents import list_files
 
-from .plan import ROOT, Costs, Phase, Plan, make_ropes
+from .plan import ROOT, Costs, Phase, Plan, Rope, make_ropes
 
+GENTLE = "yarn-1.1"  # with a smaller attention factor than yarn's own
 PROSE = "prose.txt"
 FAR = "far-text"  # the held-out texts together, docs first: neither is 1M tokens long by itself
 
 
 @dataclass(frozen=True)
 class Level:
-    """Defaults: the plan, the turns between which by-parts moves pairs, and a search's record."""
+    """Defaults.
+
+    Attributes:
+        make: the plan.
+        ramp: the turns between which by-parts moves pairs.
+        own: what the recipe of this model takes, by name; without, by-parts stands for it.
+        search: a search's record.
+    """
 
     make: Callable[[], Plan]
     ramp: tuple[float, float]
+    own: Mapping[str, Rope] = field(default_factory=dict)
     search: Path | None = None
 
 
@@ -28,15 +37,14 @@ def _smollm2() -> Plan:
         model=ROOT / "data/smollm2-135m-instruct", train_text=text / "train",
         docs=text / "heldout-docs", prose=text / "heldout-prose",
         far_text=Path(FAR), skills=ROOT / "data/skills/smollm2", native=8192, target=2**20,
-        phases=(Phase(2**15, 64, 1e-4), Phase(2**17, 2, 5e-5)), ropes={},
+        phases=(Phase(2**15, 48, 2e-4), Phase(2**17, 12, 2e-4)), ropes={},
         siblings={"record": 200, "reverse": 400, "dates": 200}, sibling_length=1024,
         sibling_lr=5e-5, needles=(2**15, 2**17), far=(2**17, 2**18, 2**19, 2**20), depths=5,
         trials=2, grid_depths=10, grid_rows=1, position_windows=1, at=2**17,
-        ranks=("4", "16", "27", "64", "noise", "whole"), rank_of="by-parts", merge_rank="27",
+        ranks=("4", "16", "27", "64", "noise", "whole"), rank_of=GENTLE, merge_rank="27",
         window=2048, window_tokens=65536, limit=200, facts=(1, 8, 32),
-        # Reading is computed, 120 s for a row of 1M as by `extend plan`; training is fitted
-        # to the 52,200 and 18,700 tokens/s that were measured at 32K and 128K.
-        costs=Costs(read=(1e-6, 1.1e-10), train=(7.9e-6, 3.47e-10), step=0.1, load=6, start=15,
+        # Of an H200: 120 s for a row of 1M; 65,500 and 23,600 tokens/s of training at 32K and 128K.
+        costs=Costs(read=(1e-6, 1.1e-10), train=(6.2e-6, 2.76e-10), step=0.25, load=6, start=25,
                     surgery=4))
 
 
@@ -57,6 +65,7 @@ def _tiny() -> Plan:
 LEVELS: Mapping[str, Level] = {
     "tiny": Level(_tiny, (1, 4)),
     "smollm2": Level(_smollm2, (1, 32),
+                     {GENTLE: {"method": "yarn", "options": {"attention_factor": 1.1}}},
                      ROOT / "docs/results/search/smollm2-135m-64k/rope-merge-safe.json"),
 }
 
@@ -70,7 +79,7 @@ def make_plan(name: str, out: Path, *, target: int | None = None,
     made = {key: out / path for key in ("prose", "far_text")
             if not (path := getattr(plan, key)).is_absolute()}
     ropes = make_ropes(target, plan.native, level.ramp, search or level.search)
-    return replace(plan, target=target, ropes=ropes, **made)
+    return replace(plan, target=target, ropes={**level.own, **ropes}, **made)
 
 
 def write_far_text(plan: Plan) -> None:

@@ -24,7 +24,7 @@ Rope = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training; rows shorter than the target reach its positions by skipping."""
+    """A stretch of training; rows of the first reach the target's positions by skipping."""
 
     length: int
     steps: int
@@ -58,7 +58,7 @@ class Plan:
             of SKILL/{train,test}.jsonl.
         native, target: tokens.
         phases: of every schedule alike.
-        ropes: schedule -> RoPE, the first one also studied by rank unless told otherwise.
+        ropes: schedule -> RoPE.
         siblings: skill -> steps of its fine-tune.
         needles, far: lengths of single prompts, and of the streamed grid.
         depths, trials: of single prompts; grid_depths, grid_rows: of the streamed grid.
@@ -122,7 +122,7 @@ class Unit:
 
 def make_ropes(target: int, native: int, ramp: tuple[float, float],
                search: Path | None) -> dict[str, Rope]:
-    """The schedules under trial, the toolkit's own choice first."""
+    """The schedules under trial."""
     low, high = ramp
     found = {"by-parts": {"method": "ntk-by-parts", "options": {"low_freq_factor": low,
                                                                "high_freq_factor": high}}}
@@ -225,7 +225,7 @@ def grid_tasks(plan: Plan, *, text: bool) -> list[dict[str, Any]]:
 
 def position_tasks(plan: Plan) -> list[dict[str, Any]]:
     return [{"task": "loss-by-position", "text": str(plan.far_text), "lengths": [max(plan.far)],
-             "trials": plan.position_windows, "native": plan.native}]
+             "trials": plan.position_windows, "native": plan.native, "short": plan.native}]
 
 
 def _in_text(plan: Plan) -> dict[str, str]:

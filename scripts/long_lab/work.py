@@ -86,12 +86,14 @@ class Workshop:
         plan, (_, schedule) = self.plan, key
         options = TrainOptions(
             model=str(plan.model), trainable=TRAINED, export_dtype="float32", answer_weight=0.5,
-            rope=dict(plan.ropes[schedule]), schedule=[self._phase(p) for p in plan.phases],
-            data=self._data(), save_every=50, **self.nproc)
+            rope=dict(plan.ropes[schedule]), data=self._data(), save_every=50,
+            schedule=[self._phase(p, skips=not i) for i, p in enumerate(plan.phases)],
+            **self.nproc)
         extend.train(options, out)
 
-    def _phase(self, phase: Phase) -> dict[str, Any]:
-        skipping = {"position_span": self.plan.target} if phase.length < self.plan.target else {}
+    def _phase(self, phase: Phase, *, skips: bool) -> dict[str, Any]:
+        skips = skips and phase.length < self.plan.target
+        skipping = {"position_span": self.plan.target} if skips else {}
         return {"length": phase.length, "steps": phase.steps, "batch_rows": phase.rows,
                 "lr": phase.lr, "rope_to": self.plan.target, **skipping}
 
@@ -100,8 +102,10 @@ class Workshop:
         if facts == [1]:  # a model so small knows one form of question
             return [{"kind": "retrieval", "facts": facts, "template": "classic", "weight": 0.7},
                     {"kind": "text", "path": text, "weight": 0.3}]
-        return [{"kind": "text", "path": text, "weight": 0.3},
-                {"kind": "retrieval", "path": text, "facts": facts, "weight": 0.6},
+        return [{"kind": "text", "path": text, "join": True, "weight": 0.4},
+                {"kind": "text", "path": text, "document_length": self.plan.window,
+                 "distill": True, "weight": 0.2},
+                {"kind": "retrieval", "path": text, "facts": facts, "weight": 0.3},
                 {"kind": "retrieval", "facts": facts[:2], "weight": 0.1}]
 
     def _train_sibling(self, key: Key, out: Path) -> None:
