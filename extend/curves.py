@@ -13,6 +13,7 @@ from extend.page.chart import PALETTE, Chart, stretch, thin
 METRICS_NAME = "metrics.jsonl"
 PICTURE_NAME = "training.png"
 _MOST_POINTS = 2000  # more than a picture has columns
+_LABEL_SHARE = 0.12  # of a picture's width, which the name of a phase takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +159,11 @@ def _draw(ax: Any, course: Course) -> None:
                 marker="o" if len(curve.points) < 2 else None)
     ax.set_xlim(*course.x_range)
     ax.set_ylim(*course.y_range)
-    for step, number in course.phases:
+    (low, high), ends = course.x_range, [step for step, _ in course.phases[1:]]
+    for (step, number), end in zip(course.phases, [*ends, high], strict=False):
         ax.axvline(step, color="#666666", linestyle="--", linewidth=1)
+        if end - step < _LABEL_SHARE * (high - low):
+            continue  # it would lie on the next
         ax.annotate(f" phase {number}", (step, 1), xycoords=("data", "axes fraction"), fontsize=8,
                     color="#555555", va="top")
     ax.set_title(course.title, fontsize=10)
