@@ -199,13 +199,16 @@ class Bench:
         self.result["window"] = self.time_all([self.masked("window")], seconds)
 
     def time_all(self, problems: list[Any], seconds: float) -> list[dict[str, Any]]:
-        """Each problem's part of the time grows with its work; what one leaves goes to the next."""
+        """Each problem's part of the time grows with its work; what one leaves goes to the next.
+
+        None has less than half of an even part: first calls take seconds, however short the rows.
+        """
         from ring_bench.timing import time_problem
 
         end, groups = self.session.left() - seconds, []
         for number, problem in enumerate(problems):
             weights = [p.flops("fwd+bwd") + 1e15 for p in problems[number:]]
-            part = (self.session.left() - end) * weights[0] / sum(weights)
+            part = (self.session.left() - end) * max(weights[0] / sum(weights), 0.5 / len(weights))
             who = [*self.alone, *(self.local if problem.mask == "dense" else []), *self.ours,
                    *self.peers]  # fmt: skip
             group = time_problem(self.session, problem, who, self.options.rounds, part,
