@@ -54,7 +54,8 @@ class Phase(Options):
     of these."""
     position_span: Length | None = None
     """Positions of a row skip ahead at random places, so that rows of `length` tokens reach
-    positions and distances up to this, at the cost of `length`; rows with `rope: native` do not."""
+    positions and distances up to this, at the cost of `length`; rows with `rope: native` or
+    `distill` do not."""
     position_pieces: Annotated[int, Field(ge=2)] | None = None
     """Pieces of a row, of random sizes, between which positions skip; 2 unless given."""
     mix: Mix | None = None

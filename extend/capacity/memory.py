@@ -229,6 +229,7 @@ class _Step:
             "whole layers": self._whole_layers(shape.num_layers - self.recomputed),
             "logits": logits, "gradient of the head": head * _FP32 * self.counts.head_trains,
             "last norm": self._last_norm(), "gradient of hidden states": hidden,
+            "hidden states of the teacher": hidden * setup.teacher,
             "rotations": self._rotations()})
 
     def _last_norm(self) -> float:

@@ -86,8 +86,9 @@ def plan_time(shape: ModelShape, setup: Setup, machine: Machine, rates: GpuRates
     seconds = sum(parts.values())
     mfu = model_flops(shape, setup) / seconds / setup.world / rates.peak_flops
     narrow = shape.head_dim <= _NARROW_HEAD
+    waits = parts.get("launches", 0.0) / seconds
     return TimePlan(parts, setup.length * setup.batch_rows, mfu,
-                    max(rates.spread, _NARROW_SPREAD * narrow, _LAUNCH_SPREAD * (launches > 0)))
+                    max(rates.spread, _NARROW_SPREAD * narrow, _LAUNCH_SPREAD * waits))
 
 
 def prefill_seconds(shape: ModelShape, length: int, machine: Machine, rates: GpuRates, *,

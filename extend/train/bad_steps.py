@@ -91,7 +91,7 @@ def meet_bad_step(run: "Run", number: int, mesh: "PhaseMesh", step: int, bad: st
 
 
 def _row_losses(run: "Run", number: int, mesh: "PhaseMesh", step: int) -> RowLosses:
-    """The mean loss of every row of a step, each read again by itself."""
+    """The mean cross-entropy of every row of a step, distilled or not, each read by itself."""
     rows = run.options.schedule[number].batch_rows
     first = step * rows
     kinds = [run.rows.kind(number, first + row) for row in range(rows)]

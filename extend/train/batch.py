@@ -62,9 +62,13 @@ class Batch:
                                 if isinstance(value, Tensor)})
 
     def counts(self) -> Tensor:
-        """int64 [3]: tokens that are predicted, those of them in answers, and those distilled."""
-        predicted = (self.labels != IGNORE).sum()
-        return torch.stack((predicted, self.answers.sum(), predicted * self.kind.distill))
+        """int64 [3]: tokens that are predicted, those of them in answers, and those distilled.
+
+        Of distilled rows what an answer says is not learned, so they have none.
+        """
+        predicted, distilled = (self.labels != IGNORE).sum(), self.kind.distill
+        return torch.stack((predicted, self.answers.sum() * (not distilled),
+                            predicted * distilled))
 
     def documents(self, world: int) -> list[int]:
         """Tokens of each document of the whole rows, which `world` ranks share."""
@@ -142,4 +146,6 @@ def token_weights(batch: Batch, totals: Tensor, answer_weight: float) -> Tensor:
     """
     share = 1.0 / totals.clamp(min=1).to(torch.float32)
     weights = (batch.labels != IGNORE) * share[0]
+    if batch.kind.distill:
+        return weights
     return weights + batch.answers * (answer_weight * share[1])

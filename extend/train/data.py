@@ -27,6 +27,7 @@ from extend.train.token_cache import TokenCache
 from extend.train_options import TrainOptions
 
 IGNORE = -100  # label of a token that is not predicted
+ROWS_FORMAT = 2  # how rows follow from seed and data; a run that began with another does not go on
 _MOST_NAMED = 8  # documents
 _GOLDEN = (math.sqrt(5) - 1) / 2
 

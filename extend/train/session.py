@@ -25,7 +25,7 @@ from extend.tokenizer import load_tokenizer
 from extend.train.bad_steps import LossHistory
 from extend.train.batch import Batch
 from extend.train.compiled import compile_layers, compiles
-from extend.train.data import Rows, load_rows
+from extend.train.data import ROWS_FORMAT, Rows, load_rows
 from extend.train.equality import check_equal
 from extend.train.export import Exporter
 from extend.train.loss import Teacher
@@ -113,9 +113,10 @@ class Run:
         ring = RingSettings(mesh.ring, self.options.layout, self.options.kernel,
                             self.options.strategy, batch.cu_seqlens, self.memory)
         taught = self._teach(batch, ring) if batch.reads_teacher else None
+        if not batch.kind.distill:
+            taught = None
         self.use_rope(native=batch.kind.native_rope)
-        return self.module(batch.input_ids, batch.position_ids, batch.labels, weights, ring,
-                           taught if batch.kind.distill else None)
+        return self.module(batch.input_ids, batch.position_ids, batch.labels, weights, ring, taught)
 
     @torch.no_grad()
     def _teach(self, batch: Batch, ring: RingSettings) -> Teacher:
@@ -321,7 +322,7 @@ def _fingerprint(manifest: Manifest, options: TrainOptions,
     `read_fingerprint` makes options of it again. Moments in 8 bits have one scale for each 256 of a
     shard, so they fit the same shards only.
     """
-    settled = dict(manifest.record["options"])
+    settled = dict(manifest.record["options"]) | {"format of rows": ROWS_FORMAT}
     if options.optimizer == "adamw-8bit":
         settled["processes with adamw-8bit"] = processes.world
     hashes = {role: entry["sha256"] for role, entry in manifest.record["inputs"].items()}

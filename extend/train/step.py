@@ -194,14 +194,12 @@ def forward_backward(run: Run, mesh: PhaseMesh, batch: Batch, totals: Tensor) ->
         fp32 [4], this process's share of: the loss, the summed losses of all predicted tokens
         and of answer tokens, and what of the loss is distilled.
     """
-    # What an answer says is not learned where another model's prediction of it is.
-    answer_weight = 0.0 if batch.kind.distill else run.options.answer_weight
-    weights = token_weights(batch, totals, answer_weight)
+    weights = token_weights(batch, totals, run.options.answer_weight)
     loss, nll = run.forward(mesh, batch, weights)
     loss.backward()
-    loss = loss.detach()
-    return torch.stack((loss, nll.sum(), (nll * batch.answers.flatten()).sum(),
-                        loss * batch.kind.distill))
+    loss, distilled = loss.detach(), batch.kind.distill
+    answers = (nll * batch.answers.flatten()).sum() * (not distilled)
+    return torch.stack((loss, nll.sum(), answers, loss * distilled))
 
 
 def _gather(run: Run, own: Tensor) -> Tensor:

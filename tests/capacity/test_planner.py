@@ -142,3 +142,16 @@ def test_what_should_save_memory_does(change):
     base = phase_setup(options(recomputed_layers=16), options().schedule[0], world=2)
     base = replace(base, tile=None)
     assert needed(replace(base, **change)) < needed(base)
+
+
+def test_short_rows_of_a_small_model_wait_for_their_launches():
+    small = model_shape(parse_config(LLAMA_8B | {"hidden_size": 576, "intermediate_size": 1536,
+                                                 "num_attention_heads": 9, "num_key_value_heads": 3,
+                                                 "num_hidden_layers": 30}, Path("config.json")))
+    options = TrainOptions(model="m", data=[{"kind": "retrieval"}], recomputed_layers=0, schedule=[
+        {"length": 1024, "steps": 1, "batch_rows": 8, "lr": 1e-4},
+        {"length": 131072, "steps": 1, "lr": 1e-4}])
+    short, long = (plan_time(small, phase_setup(options, phase, world=1), machine(1),
+                             gpu_rates("h200")) for phase in options.schedule)
+    assert 30 * 6e-3 <= short.seconds < 30 * 7e-3 and short.spread > 0.4
+    assert "launches" not in long.parts and long.spread <= 0.3

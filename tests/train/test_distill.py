@@ -63,8 +63,11 @@ def test_the_planner_counts_the_teacher(files: tuple[Path, dict]):
     plain, taught = (options(model, [kept | {"distill": distill}],
                              schedule=[PHASE | {"steps": 1}]) for distill in (False, True))
     for world in (1, 2):
-        least, more = (plan_memory(shape, phase_setup(run, run.schedule[0], world=world))
-                       for run in (plain, taught))
+        least, more = ({moment.name: moment.total for moment in plan_memory(
+            shape, phase_setup(run, run.schedule[0], world=world)).moments}
+            for run in (plain, taught))
         root = shape.root_parameters if world > 1 else 0
-        assert more.device_bytes - least.device_bytes == pytest.approx(
-            2 * (shape.parameters / world + root))
+        weights = 2 * (shape.parameters / world + root)
+        assert more["update"] - least["update"] == pytest.approx(weights)
+        hidden = 2 * shape.hidden * 256 * (2 if world == 1 else 1)  # two rows at once, or one each
+        assert more["head"] - least["head"] == pytest.approx(weights + hidden)

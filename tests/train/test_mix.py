@@ -90,6 +90,8 @@ def test_a_bad_mix_is_refused(mix: dict, match: str, files):
     ({"document_length": 64, "join": True}, "data[0]: document_length needs documents that do not "
      "see one another, but join is true"),
     ({"rope": "native", "join": True}, "data[0]: rope: native needs documents"),
+    ({"distill": True, "join": True}, "data[0]: distill needs documents"),
+    ({"distill": True, "document_mask": False}, "data[0]: distill needs documents"),
     ({"rope": "native", "document_mask": False}, "data[0]: rope: native needs documents"),
     ({"upsample": {"min_length": 10, "factor": 0.5}}, "greater than or equal to 1"),
 ])

@@ -130,6 +130,20 @@ def test_each_document_is_read_as_transformers_read_it_with_its_rope(files: dict
                    for row in batch).item() / loss.item() - 1) > 1e-4
 
 
+def test_answers_weigh_as_much_beside_distilled_ones(files: dict[str, Path], tmp_path: Path):
+    """Weighted means are over the answers that are learned; those of distilled rows are not."""
+    data = [{"kind": "retrieval", "path": str(files["text"])},
+            {"kind": "examples", "path": str(files["examples"]), "distill": True}]
+    phase = {"length": LENGTH, "steps": 1, "lr": 1e-3, "batch_rows": 2, "rope": {"method": "ntk"}}
+    lines = [metrics(train(mixed_run(files, data=data, schedule=[phase], answer_weight=weight),
+                           tmp_path / str(weight)))[0] for weight in (0.0, 0.5)]
+    added = lines[1]["loss"] - lines[0]["loss"]
+    assert added == pytest.approx(0.5 * lines[0]["answer_nll"], rel=1e-5)
+    row = load_rows(mixed_run(files, data=data[:1], schedule=[phase | {"batch_rows": 1}]),
+                    AutoTokenizer.from_pretrained(files["model"])).row(0, 0)
+    assert lines[0]["answer_nll"] > 1 and row.answers.sum() < 20
+
+
 def test_what_serves_both_in_transformers(files: dict[str, Path], single: Path):
     """Two lists of divisors, as the documentation says: the native RoPE for short text, the trained
     one for a row that is longer than the native length."""
@@ -164,6 +178,8 @@ def test_a_cache_inside_the_data_is_refused(files: dict[str, Path], tmp_path: Pa
     ({"kind": "text", "rope": "native", "document_length": 65}, "made for 64 tokens, but the "
                                                                 "longest has 65; set document_"),
     ({"kind": "text", "rope": "native"}, "made for 64 tokens, but the longest has"),
+    ({"kind": "text", "distill": True}, "distill reads documents with the model's own RoPE, which "
+                                        "is made for 64 tokens, but the longest has"),
 ])
 def test_documents_longer_than_the_native_length_are_refused(source: dict, match: str,
                                                              files: dict[str, Path],

@@ -21,6 +21,12 @@ def test_line_names_everything():
                     "| ETA 1:02:04")
 
 
+def test_a_divergence_is_named():
+    rates = {"tokens_per_second": 1.0, "tokens_per_second_per_gpu": 1.0, "eta_seconds": 1.0}
+    line = progress_line(RECORD | rates | {"divergence": 0.125})
+    assert "| nll 2.2500 | divergence 0.1250 | answers 0.5000 |" in line
+
+
 def test_resumed_file_has_one_line_per_step(tmp_path: Path):
     file = tmp_path / "metrics.jsonl"
     old = [json.dumps({"step": s, "old": True}) + "\n" for s in (1, 2, 3)]
