@@ -43,7 +43,7 @@ from extend.train.low_bits import use_float8  # noqa: E402
 from extend.train.mesh import Processes, join_processes, phase_mesh  # noqa: E402
 from extend.train.model import CausalLoss  # noqa: E402
 from extend.train.optim import build_optimizer, clip_gradients  # noqa: E402
-from extend.train.session import save_memory  # noqa: E402
+from extend.train.recompute import save_memory  # noqa: E402
 from extend.train.shard import shard_model  # noqa: E402
 from extend.train.trained import choose_trained, init_adapters  # noqa: E402
 from extend.train_options import Phase, TrainOptions  # noqa: E402

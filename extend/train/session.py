@@ -10,9 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from extend.capacity import choose_recomputed_layers
 from extend.checkpoint import Checkpoint
 from extend.documents import list_files
 from extend.errors import RecipeError
@@ -24,25 +22,25 @@ from extend.rope.schedule import Stage, composition_warnings, schedule_ropes
 from extend.tokenizer import load_tokenizer
 from extend.train.bad_steps import LossHistory
 from extend.train.batch import Batch
-from extend.train.compiled import compile_layers, compiles
+from extend.train.compiled import compiles
 from extend.train.data import ROWS_FORMAT, Rows, load_rows
 from extend.train.equality import check_equal
 from extend.train.export import Exporter
 from extend.train.loss import Teacher
 from extend.train.low_bits import check_low_bits
-from extend.train.memory import LayerMemory, checkpoint_layers, make_memory, tile_layers
+from extend.train.memory import LayerMemory
 from extend.train.mesh import (
     PhaseMesh,
     Processes,
     check_attention,
     check_schedule,
     check_world,
-    longest_local,
     split_phase,
 )
 from extend.train.model import CausalLoss, build_model, check_rope
 from extend.train.optim import build_optimizer, tell_lost_updates
 from extend.train.precision import compute_dtype
+from extend.train.recompute import save_memory
 from extend.train.shard import shard_model
 from extend.train.size import ModelSize, model_size
 from extend.train.state import RunState
@@ -237,37 +235,6 @@ def _put_together(options: TrainOptions, config: ModelConfig, ropes: list[RopeSp
     lines = state.metrics_lines() if processes.is_main and step else []
     return Run(options, processes, config, ropes, found, module, teacher, memory, optimizer, size,
                exporter, state, manifest, step, LossHistory.read(processes.share(lines), step))
-
-
-def save_memory(model: PreTrainedModel, options: TrainOptions, config: ModelConfig,
-                processes: Processes) -> LayerMemory | None:
-    """Let the layers compute and keep as the options say; None where they keep everything."""
-    tile_layers(model, options, longest_local(options, processes.world))
-    recomputed = count_recomputed(options, config, len(model.get_decoder().layers), processes)
-    if compiles(options, processes.device):
-        compile_layers(model, recomputed)
-    if recomputed == 0:
-        return None
-    memory = make_memory(options, recomputed, processes.device, processes.local_world)
-    checkpoint_layers(model, memory)
-    return memory
-
-
-def count_recomputed(options: TrainOptions, config: ModelConfig, num_layers: int,
-                     processes: Processes) -> int:
-    """Layers that are computed again; the same in all processes, of which each computes its part.
-
-    Without a GPU, `auto` is all of them.
-    """
-    wanted = options.recomputed_layers
-    if wanted == "auto" and processes.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(processes.device).total_memory
-        wanted = processes.share(choose_recomputed_layers(
-            config, options, world=processes.world, device_bytes=memory,
-            hosts=processes.world // processes.local_world))
-        if processes.is_main:
-            logger.info("%d of %d layers are computed again for their backward", wanted, num_layers)
-    return num_layers if wanted in ("auto", "all") else min(wanted, num_layers)
 
 
 def _tell_ropes(options: TrainOptions, config: ModelConfig) -> None:
