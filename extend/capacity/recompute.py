@@ -5,6 +5,7 @@ from math import gcd
 from extend.capacity.memory import MemoryPlan, plan_memory
 from extend.capacity.setup import Setup, Trained, auto_tile
 from extend.capacity.shape import ModelShape, model_shape
+from extend.data_options import source_weights
 from extend.errors import RecipeError
 from extend.model_config import ModelConfig
 from extend.train_options import Phase, TrainOptions
@@ -42,7 +43,16 @@ def phase_setup(options: TrainOptions, phase: Phase, *, world: int, hosts: int =
         compiled=options.compile is not False,
         weight_bytes=4 if options.weight_dtype == "float32" else 2, trained=_trained(options),
         lora_rank=options.lora_rank, optimizer=options.optimizer,
-        loss_chunk=options.loss_chunk, teacher=options.distills, strategy=options.strategy)
+        loss_chunk=options.loss_chunk, teacher=options.distills,
+        distilled=_distilled(options, phase), strategy=options.strategy)
+
+
+def _distilled(options: TrainOptions, phase: Phase) -> float:
+    """The share of a phase's rows that teach what the model that training begins with predicts."""
+    weights = source_weights(options.data, phase.mix)
+    taught = sum(weight for data, weight in zip(options.data, weights, strict=True)
+                 if getattr(data, "distill", False))
+    return taught / sum(weights)
 
 
 def _groups(phase: Phase, ranks: int) -> int:

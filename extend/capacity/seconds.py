@@ -7,6 +7,7 @@
     elementwise       bytes that norms, rotations, gates, residuals and the loss must move
     communication     gathers and reductions of sharded weights, as far as nothing hides them
     host              copies of what layers keep, in part: they slow what runs beside them
+    teacher           a forward without attention for the rows that are distilled, which are short
     optimizer         ten values a trained parameter: reads, writes, and the norm of gradients
     launches          what the GPU waits for the host where rows are short and a model is small
 
@@ -80,6 +81,9 @@ def plan_time(shape: ModelShape, setup: Setup, machine: Machine, rates: GpuRates
              "communication": _communication(shape, setup, machine, busy),
              "host": _host(setup, memory, rates, busy),
              "optimizer": _optimizer(shape, setup, memory, rates)}
+    if setup.distilled:
+        parts["teacher"] = setup.micro_steps * setup.distilled * _plain_seconds(
+            shape, setup.tokens / setup.tp, rates)
     launches = _LAUNCH_SECONDS * shape.num_layers * setup.micro_steps - busy
     if launches > 0:
         parts["launches"] = launches
@@ -107,11 +111,14 @@ def prefill_seconds(shape: ModelShape, length: int, machine: Machine, rates: Gpu
             "ring", heads=shape.num_heads, kv_heads=shape.num_kv_heads, head_dim=shape.head_dim,
             seq_len=length, world=ranks, gpus_per_host=machine.gpus_per_host, window=window,
             backward=False, hardware=hardware).seconds
-    attention /= _head_rate(shape)
-    tokens = length / ranks
+    return attention / _head_rate(shape) + _plain_seconds(shape, length / ranks, rates)
+
+
+def _plain_seconds(shape: ModelShape, tokens: float, rates: GpuRates) -> float:
+    """Of a forward pass of so many tokens in one process, attention and head left out."""
     matrix = 2 * (shape.matrix_parameters - shape.embedding) * tokens / rates.matmul_flops
     moved = _plain_forward(shape, shape.q_width, shape.kv_width, shape.active_inner)
-    return attention + matrix + shape.num_layers * moved * tokens / rates.traffic
+    return matrix + shape.num_layers * moved * tokens / rates.traffic
 
 
 def _matrix_flops(shape: ModelShape, setup: Setup) -> float:

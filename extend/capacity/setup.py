@@ -65,6 +65,7 @@ class Setup:
         optimizer: "adamw", "adamw-8bit" or "adamw-offload".
         loss_chunk: tokens whose logits exist at once.
         teacher: whether the model that training begins with is held beside the trained one.
+        distilled: share of the rows that it reads too.
     """
 
     length: int
@@ -87,6 +88,7 @@ class Setup:
     optimizer: Literal["adamw", "adamw-8bit", "adamw-offload"] = "adamw"
     loss_chunk: int = 4096
     teacher: bool = False
+    distilled: float = 0.0
     strategy: str = "auto"
 
     @property

@@ -155,3 +155,19 @@ def test_short_rows_of_a_small_model_wait_for_their_launches():
                              gpu_rates("h200")) for phase in options.schedule)
     assert 30 * 6e-3 <= short.seconds < 30 * 7e-3 and short.spread > 0.4
     assert "launches" not in long.parts and long.spread <= 0.3
+
+
+def test_distilled_rows_cost_a_forward_more():
+    source = {"kind": "text", "path": "p", "document_length": 2048}
+    def planned(**changes):
+        options = TrainOptions(model="m", data=[source | {"distill": True}, source],
+                               recomputed_layers=0, schedule=[
+                                   {"length": 131072, "steps": 1, "lr": 1e-4} | changes])
+        setup = phase_setup(options, options.schedule[0], world=8)
+        return plan_time(SHAPE, setup, machine(8), gpu_rates("h200")).parts
+
+    none, half, all_rows = (planned(mix=mix).get("teacher", 0.0)
+                            for mix in ({1: 1}, {0: 1, 1: 1}, {0: 1}))
+    assert none == 0 and half == pytest.approx(all_rows / 2)
+    # A third of what matrices take in a step, and what a forward moves; the head is not counted.
+    assert 0.3 < all_rows / planned(mix={0: 1})["matrix products"] < 0.5
