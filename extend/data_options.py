@@ -50,9 +50,9 @@ class TextData(Options):
     """native: its rows are read with the model's own RoPE, not the phase's; no document may be
     longer than the model's own length, see `document_length`."""
     distill: bool = False
-    """Its tokens teach what the model that the run begins with predicts, read with its own RoPE,
-    and not the text itself: the loss is the divergence from that, so that short text is read as
-    before. No document may be longer than the model's own length."""
+    """Its tokens teach what the `teacher` predicts, read with its own RoPE, and not the text
+    itself: the loss is the divergence from that, so that short text is read as before. No document
+    may be longer than the teacher's own length."""
 
 
 class RetrievalData(Options):
@@ -86,7 +86,7 @@ class ExampleData(Options):
     """native: its rows are read with the model's own RoPE, not the phase's; no example may be
     longer than the model's own length."""
     distill: bool = False
-    """Its tokens teach what the model that the run begins with predicts, as in `text`."""
+    """Its tokens teach what the `teacher` predicts, as in `text`."""
 
 
 DataSource = Annotated[TextData | RetrievalData | ExampleData, Field(discriminator="kind")]

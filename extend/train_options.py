@@ -113,6 +113,9 @@ class TrainOptions(Options):
     """RoPE of each phase that has none of its own, made from the model's own for the longest length
     so far (`rope_to` or `length`). A phase within the native length keeps the model's own."""
     data: Annotated[list[DataSource], Field(min_length=1)]
+    teacher: ModelPath | None = None
+    """Of rows with `distill`; unless given, the model that the run begins with. Give the one before
+    where that was rescaled already. It has the same tokens."""
     token_cache: str | None = None
     """Directory that keeps the tokens of text for other runs; unless given, `$EXTEND_CACHE/tokens`
     or `extend/tokens` in the user's cache home."""
@@ -227,6 +230,13 @@ class TrainOptions(Options):
                 source_weights(self.data, phase.mix)
             except ValueError as error:
                 raise ValueError(f"schedule: mix of phase {number + 1}: {error}") from None
+        return self
+
+    @model_validator(mode="after")
+    def _teacher_has_rows(self) -> "TrainOptions":
+        if self.teacher is not None and not self.distills:
+            raise ValueError(f"teacher is {self.teacher}, but no source of data says distill; "
+                             "leave it out, or say which rows it teaches")
         return self
 
     @model_validator(mode="after")

@@ -37,7 +37,7 @@ class RowKind(NamedTuple):
 
     Attributes:
         native_rope: read with the model's own RoPE, not that of the phase.
-        distill: its loss is the divergence from the model that the run began with.
+        distill: its loss is the divergence from the teacher, which reads it with its own RoPE.
     """
 
     native_rope: bool = False
@@ -91,15 +91,17 @@ class DocumentRows:
     def check(self, length: int) -> None:
         self.stream.check(length)
 
-    def check_native(self, native_len: int) -> None:
-        """Raise DataError when documents are longer than the model's own RoPE is made for."""
-        if self.kind.is_short and self.stream.longest > native_len:
-            key = "rope: native" if self.kind.native_rope else "distill"
-            raise DataError(
-                f"{self.stream.documents.source}: {key} reads documents with the model's "
-                f"own RoPE, which is made for {native_len} tokens, but the longest has "
-                f"{self.stream.longest}; set document_length to {native_len} at most, or leave "
-                f"{key.partition(':')[0]} out")
+    def check_native(self, native_len: int, teacher_len: int) -> None:
+        """Raise DataError when documents are longer than the RoPE is made for that reads them."""
+        for asks, key, whose, made_for in (
+                (self.kind.native_rope, "rope: native", "the model's", native_len),
+                (self.kind.distill, "distill", "the teacher's", teacher_len)):
+            if asks and self.stream.longest > made_for:
+                raise DataError(
+                    f"{self.stream.documents.source}: {key} reads documents with {whose} "
+                    f"own RoPE, which is made for {made_for} tokens, but the longest has "
+                    f"{self.stream.longest}; set document_length to {made_for} at most, or leave "
+                    f"{key.partition(':')[0]} out")
 
     def bounds(self, phase: int, draw: int, length: int) -> np.ndarray:
         return whole_row(length) if self.join else self.stream.bounds(phase, draw, length)
@@ -131,7 +133,7 @@ class QuizRows:
     def check(self, length: int) -> None:
         self.builder.check(length)
 
-    def check_native(self, native_len: int) -> None:
+    def check_native(self, native_len: int, teacher_len: int) -> None:
         """They are never read with the model's own RoPE."""
 
     def bounds(self, phase: int, draw: int, length: int) -> np.ndarray:
@@ -239,12 +241,13 @@ def skip_positions(length: int, span: int, pieces: int, rng: random.Random) -> n
 
 
 def load_rows(options: TrainOptions, tokenizer: Any, cache: TokenCache | None = None,
-              native_len: int | None = None) -> Rows:
+              native_len: int | None = None, teacher_len: int | None = None) -> Rows:
     """Find all data of a run in the cache, and tokenise what is not there.
 
     Args:
         cache: none keeps nothing.
         native_len: tokens, the length of the model's own RoPE, if there is a model.
+        teacher_len: that of the teacher's; the model's unless given.
 
     Raises:
         DataError: missing, malformed or too little text, or a tokenizer without an EOS token.
@@ -257,7 +260,7 @@ def load_rows(options: TrainOptions, tokenizer: Any, cache: TokenCache | None = 
     sources = [_MAKE[data.kind](data, tokens, options) for data in options.data]
     for source in sources:
         if native_len is not None:
-            source.check_native(native_len)
+            source.check_native(native_len, teacher_len or native_len)
     return Rows(sources, options)
 
 

@@ -44,7 +44,7 @@ from extend.train.recompute import save_memory
 from extend.train.shard import shard_model
 from extend.train.size import ModelSize, model_size
 from extend.train.state import RunState
-from extend.train.teacher import load_teacher
+from extend.train.teacher import check_teacher, load_teacher, teacher_config
 from extend.train.tensor_parallel import check_tensor_parallel
 from extend.train.token_cache import TokenCache, default_directory
 from extend.train.trained import init_adapters, trained_parameters
@@ -56,7 +56,7 @@ logger = logging.getLogger(__name__)
 # They decide where and when the work is done, not what comes out of it; or, of a step that went
 # wrong, what is to be done now.
 _NOT_RECORDED = {"nproc", "save_every", "keep_checkpoints", "save_in_background", "model",
-                 "host_memory", "kept_attention", "token_cache", "trackers", "project", "run_name",
+                 "teacher", "host_memory", "kept_attention", "token_cache", "trackers", "project", "run_name",
                  "shard_over", "tensor_parallel", "restarts", "bad_loss", "max_loss_rise",
                  "max_skipped_steps"}
 
@@ -67,7 +67,7 @@ class Run:
 
     Attributes:
         ropes: of every phase.
-        teacher: the model that the run began with, if rows are to be read as it reads them.
+        teacher: the model that rows are distilled from, if any are.
         memory: what layers keep until their backward; None: all that autograd saves.
         manifest: in the main process only.
         first_step: steps that a checkpoint holds already.
@@ -118,7 +118,7 @@ class Run:
 
     @torch.no_grad()
     def _teach(self, batch: Batch, ring: RingSettings) -> Teacher:
-        """What the model that the run began with makes of a batch, with its own RoPE."""
+        """What the teacher makes of a batch, with its own RoPE."""
         return Teacher(*self.teacher(batch.input_ids, batch.document_ids, None, None,
                                      replace(ring, keeper=None)))
 
@@ -141,6 +141,7 @@ def plan_ropes(options: TrainOptions, world: int) -> list[RopeSpec]:
     check_tensor_parallel(options, config)
     check_attention(options, config.num_heads, world)
     check_low_bits(options, compute_dtype(options), world)
+    check_teacher(options, config)
     ropes = schedule_ropes(config.rope, rope_stages(options, config.rope))
     for phase, rope in zip(options.schedule, ropes):
         check_rope(rope, split_phase(phase, world, options.tensor_parallel)[1])
@@ -184,7 +185,8 @@ def start_rows(options: TrainOptions, config: ModelConfig, state: RunState,
     tokenizer = load_tokenizer(options.model)
     with ThreadPoolExecutor(1, "rows") as pool:
         try:
-            yield pool.submit(load_rows, options, tokenizer, cache, native_length(config))
+            yield pool.submit(load_rows, options, tokenizer, cache, native_length(config),
+                              native_length(teacher_config(options)))
         finally:
             cache.stopped.set()
 
@@ -223,7 +225,7 @@ def _put_together(options: TrainOptions, config: ModelConfig, ropes: list[RopeSp
     fill_weights(model, source)
     init_adapters(model, options.seed)
     check_equal(trained_parameters(module), processes)
-    teacher = load_teacher(options, config, processes) if options.distills else None
+    teacher = load_teacher(options, processes) if options.distills else None
     optimizer = build_optimizer(trained_parameters(module).values(), options)
     found = rows.result()
     if manifest is not None:  # only now, so that bad data or a bad model leaves nothing behind
@@ -265,6 +267,8 @@ def _tell_windows(options: TrainOptions, size: ModelSize) -> None:
 def _start_manifest(options: TrainOptions) -> Manifest:
     """Hash the inputs. What is read counts by its content, so paths are left out of the options."""
     inputs = {"model": options.model}
+    if options.teacher is not None:
+        inputs["teacher"] = options.teacher
     settings = options.model_dump(mode="json", exclude=_NOT_RECORDED)
     for i, data in enumerate(settings["data"]):
         path = data.pop("path")

@@ -1,7 +1,8 @@
-"""The model that a run begins with, beside the one that is trained, for rows with `distill`."""
+"""The model that rows with `distill` are taught by, beside the one that is trained."""
 
 from extend.checkpoint import Checkpoint
-from extend.model_config import ModelConfig
+from extend.errors import CompatibilityError
+from extend.model_config import ModelConfig, read_config
 from extend.train.memory import tile_layers
 from extend.train.mesh import Processes, longest_local
 from extend.train.model import CausalLoss, build_model
@@ -11,19 +12,42 @@ from extend.train.weights import fill_weights
 from extend.train_options import TrainOptions
 
 
-def load_teacher(options: TrainOptions, config: ModelConfig, processes: Processes) -> CausalLoss:
-    """The model with its own weights and its own RoPE, in the dtype that layers compute in.
+def teacher_config(options: TrainOptions) -> ModelConfig:
+    """That of the teacher: the model that the run begins with, unless another is given."""
+    return read_config(options.teacher or options.model)
 
-    It is sharded like the trained one, and nothing of it is trained.
+
+def check_teacher(options: TrainOptions, config: ModelConfig) -> None:
+    """Check that a teacher of its own has the model's vocabulary.
+
+    Raises:
+        CompatibilityError: it has not.
+        CheckpointError: there is none.
+    """
+    if options.teacher is None:
+        return
+    Checkpoint(options.teacher)
+    theirs = teacher_config(options).vocab_size
+    if theirs != config.vocab_size:
+        raise CompatibilityError(f"teacher {options.teacher} has {theirs} tokens, but "
+                                 f"{options.model} has {config.vocab_size}; give a teacher with "
+                                 "the same tokenizer")
+
+
+def load_teacher(options: TrainOptions, processes: Processes) -> CausalLoss:
+    """The teacher with its own weights and RoPE, in the dtype that layers compute in.
+
+    It is sharded like the trained model, and nothing of it is trained.
 
     Raises:
         CompatibilityError, CheckpointError: as `build_model` and `fill_weights`.
     """
     frozen = options.model_copy(update={
-        "mode": "full", "trainable": [], "trained_beside": [], "linear_dtype": "compute",
-        "optimizer": "adamw", "weight_dtype": str(compute_dtype(options)).removeprefix("torch.")})
-    model = build_model(frozen, config).requires_grad_(False).eval()
+        "model": options.teacher or options.model, "mode": "full", "trainable": [],
+        "trained_beside": [], "linear_dtype": "compute", "optimizer": "adamw",
+        "weight_dtype": str(compute_dtype(options)).removeprefix("torch.")})
+    model = build_model(frozen, teacher_config(options)).requires_grad_(False).eval()
     tile_layers(model, options, longest_local(options, processes.world))
     module = shard_model(CausalLoss(model, options.loss_chunk), processes, frozen)
-    fill_weights(model, Checkpoint(options.model))
+    fill_weights(model, Checkpoint(frozen.model))
     return module.eval()

@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from extend.capacity.memory import plan_memory
 from extend.capacity.recompute import phase_setup
 from extend.capacity.shape import model_shape
+from extend.errors import CompatibilityError
 from extend.model_config import read_config
+from extend.rope import rescale
 from extend.train.loop import train
 from tests.train.tiny import options, save_model, save_text
 
@@ -71,3 +74,28 @@ def test_the_planner_counts_the_teacher(files: tuple[Path, dict]):
         assert more["update"] - least["update"] == pytest.approx(weights)
         hidden = 2 * shape.hidden * 256 * (2 if world == 1 else 1)  # two rows at once, or one each
         assert more["head"] - least["head"] == pytest.approx(weights + hidden)
+
+
+def test_a_teacher_of_its_own_teaches_a_model_that_was_rescaled(files: tuple[Path, dict],
+                                                                tmp_path: Path):
+    model, kept = files
+    rescaled = rescale(model, tmp_path / "rescaled", target_len=1024, method="critical")
+    run = options(rescaled, [kept], schedule=[PHASE | {"steps": 30}], teacher=str(model))
+    found = divergences(train(run, tmp_path / "out"))
+    assert found[0] > 0.01 and sum(found[-5:]) / 5 < 0.5 * found[0]
+    alone = run.model_copy(update={"teacher": None, "schedule": [run.schedule[0].model_copy(
+        update={"steps": 1})]})
+    assert abs(divergences(train(alone, tmp_path / "alone"))[0]) < 1e-6
+
+
+def test_a_teacher_that_cannot_teach_is_refused(files: tuple[Path, dict], tmp_path: Path):
+    model, kept = files
+    with pytest.raises(ValidationError, match="but no source of data says distill; leave it out"):
+        options(model, [kept | {"distill": False}], teacher=str(model))
+    other = save_model(tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"vocab_size": 7}))
+    run = options(model, [kept], schedule=[PHASE | {"steps": 1}], teacher=str(other))
+    with pytest.raises(CompatibilityError, match="has 7 tokens, but .* has .* the same tokenizer"):
+        train(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -178,8 +178,8 @@ def test_a_cache_inside_the_data_is_refused(files: dict[str, Path], tmp_path: Pa
     ({"kind": "text", "rope": "native", "document_length": 65}, "made for 64 tokens, but the "
                                                                 "longest has 65; set document_"),
     ({"kind": "text", "rope": "native"}, "made for 64 tokens, but the longest has"),
-    ({"kind": "text", "distill": True}, "distill reads documents with the model's own RoPE, which "
-                                        "is made for 64 tokens, but the longest has"),
+    ({"kind": "text", "distill": True}, "distill reads documents with the teacher's own RoPE, "
+                                        "which is made for 64 tokens, but the longest has"),
 ])
 def test_documents_longer_than_the_native_length_are_refused(source: dict, match: str,
                                                              files: dict[str, Path],
