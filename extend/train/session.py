@@ -56,9 +56,9 @@ logger = logging.getLogger(__name__)
 # They decide where and when the work is done, not what comes out of it; or, of a step that went
 # wrong, what is to be done now.
 _NOT_RECORDED = {"nproc", "save_every", "keep_checkpoints", "save_in_background", "model",
-                 "teacher", "host_memory", "kept_attention", "token_cache", "trackers", "project", "run_name",
-                 "shard_over", "tensor_parallel", "restarts", "bad_loss", "max_loss_rise",
-                 "max_skipped_steps"}
+                 "teacher", "host_memory", "kept_attention", "token_cache", "trackers", "project",
+                 "run_name", "shard_over", "tensor_parallel", "restarts", "bad_loss",
+                 "max_loss_rise", "max_skipped_steps"}
 
 
 @dataclass
