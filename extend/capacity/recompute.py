@@ -48,7 +48,7 @@ def phase_setup(options: TrainOptions, phase: Phase, *, world: int, hosts: int =
 
 
 def _distilled(options: TrainOptions, phase: Phase) -> float:
-    """The share of a phase's rows that teach what the model that training begins with predicts."""
+    """The share of a phase's rows that the teacher reads too."""
     weights = source_weights(options.data, phase.mix)
     taught = sum(weight for data, weight in zip(options.data, weights, strict=True)
                  if getattr(data, "distill", False))

@@ -64,7 +64,7 @@ class Setup:
         weight_bytes: of a trained parameter and of its moments; layers compute in 2 bytes.
         optimizer: "adamw", "adamw-8bit" or "adamw-offload".
         loss_chunk: tokens whose logits exist at once.
-        teacher: whether the model that training begins with is held beside the trained one.
+        teacher: whether a model that rows are distilled from is held beside the trained one.
         distilled: share of the rows that it reads too.
     """
 

@@ -33,22 +33,20 @@ class Batch:
         answers: bool, where `labels` is part of an answer.
         position_ids: int64, positions in the whole row, before rows were laid side by side; under
             `kind.native_rope` in the document.
-        document_ids: int64, positions in the document.
         cu_seqlens: (0, ..., length), where the documents of the whole row begin that do not see one
             another; r is 1 then. None: a document a row.
         kind: that of all rows.
-        reads_teacher: whether some group distills what it computes meanwhile: all of them gather
-            the teacher's weights then.
+        document_ids: int64, positions in the document, for the teacher; None where no group
+            distills what it computes meanwhile. Where one does, all gather the teacher's weights.
     """
 
     input_ids: Tensor
     labels: Tensor
     answers: Tensor
     position_ids: Tensor
-    document_ids: Tensor
     cu_seqlens: tuple[int, ...] | None = None
     kind: RowKind = PLAIN
-    reads_teacher: bool = False
+    document_ids: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         return self._map(lambda t: t.to(device, non_blocking=True))
@@ -62,13 +60,9 @@ class Batch:
                                 if isinstance(value, Tensor)})
 
     def counts(self) -> Tensor:
-        """int64 [3]: tokens that are predicted, those of them in answers, and those distilled.
-
-        Of distilled rows what an answer says is not learned, so they have none.
-        """
-        predicted, distilled = (self.labels != IGNORE).sum(), self.kind.distill
-        return torch.stack((predicted, self.answers.sum() * (not distilled),
-                            predicted * distilled))
+        """int64 [3]: tokens that are predicted, those of them in answers, and those distilled."""
+        predicted = (self.labels != IGNORE).sum()
+        return torch.stack((predicted, self.answers.sum(), predicted * self.kind.distill))
 
     def documents(self, world: int) -> list[int]:
         """Tokens of each document of the whole rows, which `world` ranks share."""
@@ -91,8 +85,10 @@ def build_batch(rows: Sequence[Row], *, layout: str, rank: int, world: int,
 
     With `document_mask`, rows of which one has several documents are laid side by side as one row,
     which the ranks then share; so short rows are computed together however many documents they
-    hold. Without, and where each row is one document, they stay rows. All rows are read with the
-    same RoPE.
+    hold. Without, and where each row is one document, they stay rows. All rows are of one kind.
+
+    Args:
+        reads_teacher: some group distills what it computes meanwhile.
 
     Raises:
         LayoutError: the length does not divide over the ranks.
@@ -104,15 +100,17 @@ def build_batch(rows: Sequence[Row], *, layout: str, rank: int, world: int,
     labels = np.stack([labels for labels, _ in shifted])
     answers = np.stack([answers for _, answers in shifted])
     places = np.stack([number_tokens(row) for row in rows])
-    inside = np.stack([number_in_documents(row) for row in rows])
-    columns, bounds = [ids, labels, answers, places, inside], None
+    columns, bounds = [ids, labels, answers, places], None
+    if reads_teacher:
+        columns.append(np.stack([number_in_documents(row) for row in rows]))
     if document_mask and any(len(row.cu_seqlens) > 2 for row in rows):
         columns = [column.reshape(1, -1) for column in columns]
         bounds = join_boundaries(rows)
     held = LAYOUTS[layout].positions(columns[0].shape[1], rank, world).numpy()
     # Cut by numpy: torch would start a second set of threads in the thread that builds rows.
     parts = [torch.from_numpy(np.ascontiguousarray(column[:, held])) for column in columns]
-    return Batch(*parts, cu_seqlens=bounds, kind=rows[0].kind, reads_teacher=reads_teacher)
+    document_ids = parts.pop() if reads_teacher else None
+    return Batch(*parts, cu_seqlens=bounds, kind=rows[0].kind, document_ids=document_ids)
 
 
 def number_tokens(row: Row) -> np.ndarray:
@@ -146,6 +144,4 @@ def token_weights(batch: Batch, totals: Tensor, answer_weight: float) -> Tensor:
     """
     share = 1.0 / totals.clamp(min=1).to(torch.float32)
     weights = (batch.labels != IGNORE) * share[0]
-    if batch.kind.distill:
-        return weights
     return weights + batch.answers * (answer_weight * share[1])

@@ -59,7 +59,8 @@ class Row:
     Attributes:
         input_ids: int64 [length].
         labels: int64 [length], not shifted: input_ids, or IGNORE where it is not predicted.
-        answers: bool [length], tokens that recall a fact or answer an example.
+        answers: bool [length], tokens that recall a fact or answer an example; none of a row that
+            is distilled.
         cu_seqlens: int32, where documents begin, from 0, and `length` at the end.
         source: path or kind of the data it was drawn from, for messages.
         positions: int64 [length], where they skip; none: its tokens follow one another.
@@ -118,7 +119,8 @@ class DocumentRows:
         predicted = stretch.labels & (stretch.answers | (not self.mask_prompt))
         labels = np.where(predicted, stretch.ids, IGNORE)
         bounds = whole_row(length) if self.join else stretch.bounds
-        return Row(stretch.ids, labels, stretch.answers, bounds,
+        answers = stretch.answers & (not self.kind.distill)  # what they say is not learned there
+        return Row(stretch.ids, labels, answers, bounds,
                    self.stream.documents.source, self.kind)
 
 

@@ -110,7 +110,7 @@ class Run:
         """The weighted loss of a batch, and the cross-entropy of each of its tokens."""
         ring = RingSettings(mesh.ring, self.options.layout, self.options.kernel,
                             self.options.strategy, batch.cu_seqlens, self.memory)
-        taught = self._teach(batch, ring) if batch.reads_teacher else None
+        taught = None if batch.document_ids is None else self._teach(batch, ring)
         if not batch.kind.distill:
             taught = None
         self.use_rope(native=batch.kind.native_rope)

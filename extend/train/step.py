@@ -197,9 +197,9 @@ def forward_backward(run: Run, mesh: PhaseMesh, batch: Batch, totals: Tensor) ->
     weights = token_weights(batch, totals, run.options.answer_weight)
     loss, nll = run.forward(mesh, batch, weights)
     loss.backward()
-    loss, distilled = loss.detach(), batch.kind.distill
-    answers = (nll * batch.answers.flatten()).sum() * (not distilled)
-    return torch.stack((loss, nll.sum(), answers, loss * distilled))
+    loss = loss.detach()
+    return torch.stack((loss, nll.sum(), (nll * batch.answers.flatten()).sum(),
+                        loss * batch.kind.distill))
 
 
 def _gather(run: Run, own: Tensor) -> Tensor:
