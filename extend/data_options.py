@@ -45,7 +45,8 @@ class TextData(Options):
     upsample: Upsampling | None = None
     join: bool = False
     """Documents of a row see one another all the same, so that rows of short documents teach
-    attention over their whole length."""
+    attention over their whole length. With `distill` the teacher still reads each by itself, longer
+    ones in windows of `document_length` tokens, half of each to see what was before."""
     rope: Literal["phase", "native"] = "phase"
     """native: its rows are read with the model's own RoPE, not the phase's; no document may be
     longer than the model's own length, see `document_length`."""
@@ -107,13 +108,15 @@ def check_sources(data: Sequence[DataSource], document_mask: bool) -> None:
             raise ValueError(f"data: {names.count(name)} sources are named {name!r}; a mix could "
                              "not tell them apart, so give each its own name")
     for number, source in enumerate(data):
-        cut = getattr(source, "document_length", None) is not None
-        native = getattr(source, "rope", "phase") == "native"
-        joined = "join is true" if getattr(source, "join", False) else None
-        seen = joined or (None if document_mask else "document_mask is false")
-        distill = getattr(source, "distill", False)
-        if (cut or native or distill) and seen:
-            key = "document_length" if cut else "rope: native" if native else "distill"
+        joined, distill = getattr(source, "join", False), getattr(source, "distill", False)
+        asks = {"document_length": getattr(source, "document_length", None) is not None,
+                "rope: native": getattr(source, "rope", "phase") == "native", "distill": distill}
+        if joined and distill and document_mask:  # only what the teacher reads is apart
+            asks = {"rope: native": asks["rope: native"]}
+        seen = ("document_mask is false" if not document_mask else
+                "join is true" if joined else None)
+        key = next((key for key, asked in asks.items() if asked), None)
+        if key and seen:
             raise ValueError(f"data[{number}]: {key} needs documents that do not see one another, "
                              f"but {seen}; leave one of the two out")
 

@@ -14,13 +14,28 @@ Where positions skip (`position_span`), attention's mask and windows still count
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from extend.ring import LAYOUTS, check_length
-from extend.train.data import IGNORE, PLAIN, Row, RowKind
+from extend.train.data import IGNORE, PLAIN, Row, RowKind, Windows
+
+
+class Taught(NamedTuple):
+    """The same part of the same rows, as the teacher reads them, both [r, s].
+
+    Attributes:
+        input_ids: int64.
+        position_ids: int64, in the document or window.
+        cu_seqlens: as those of `Batch`, of the documents or windows.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    cu_seqlens: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -36,8 +51,8 @@ class Batch:
         cu_seqlens: (0, ..., length), where the documents of the whole row begin that do not see one
             another; r is 1 then. None: a document a row.
         kind: that of all rows.
-        document_ids: int64, positions in the document, for the teacher; None where no group
-            distills what it computes meanwhile. Where one does, all gather the teacher's weights.
+        taught: what the teacher reads; None where no group distills what it computes meanwhile.
+            Where one does, all gather the teacher's weights.
     """
 
     input_ids: Tensor
@@ -46,7 +61,7 @@ class Batch:
     position_ids: Tensor
     cu_seqlens: tuple[int, ...] | None = None
     kind: RowKind = PLAIN
-    document_ids: Tensor | None = None
+    taught: Taught | None = None
 
     def to(self, device: torch.device) -> "Batch":
         return self._map(lambda t: t.to(device, non_blocking=True))
@@ -56,8 +71,10 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        return replace(self, **{name: change(value) for name, value in vars(self).items()
-                                if isinstance(value, Tensor)})
+        taught = self.taught and self.taught._replace(
+            input_ids=change(self.taught.input_ids), position_ids=change(self.taught.position_ids))
+        return replace(self, taught=taught, **{
+            name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)})
 
     def counts(self) -> Tensor:
         """int64 [3]: tokens that are predicted, those of them in answers, and those distilled."""
@@ -96,21 +113,26 @@ def build_batch(rows: Sequence[Row], *, layout: str, rank: int, world: int,
     length = len(rows[0].input_ids)
     check_length(length, layout, world)
     shifted = [shift(row) for row in rows]
-    ids = np.stack([row.input_ids for row in rows])
-    labels = np.stack([labels for labels, _ in shifted])
-    answers = np.stack([answers for _, answers in shifted])
-    places = np.stack([number_tokens(row) for row in rows])
-    columns, bounds = [ids, labels, answers, places], None
-    if reads_teacher:
-        columns.append(np.stack([number_in_documents(row) for row in rows]))
-    if document_mask and any(len(row.cu_seqlens) > 2 for row in rows):
+    columns = [np.stack([row.input_ids for row in rows]),
+               np.stack([labels for labels, _ in shifted]),
+               np.stack([answers for _, answers in shifted]),
+               np.stack([number_tokens(row) for row in rows])]
+    windows = [row.windows or Windows(row.input_ids, row.cu_seqlens) for row in rows]
+    bounds = taught_bounds = None
+    if document_mask and any(len(part.cu_seqlens) > 2 for part in (*rows, *windows)):
         columns = [column.reshape(1, -1) for column in columns]
-        bounds = join_boundaries(rows)
+        if len(rows) > 1 or len(rows[0].cu_seqlens) > 2:
+            bounds = join_boundaries([row.cu_seqlens for row in rows])
+        taught_bounds = join_boundaries([part.cu_seqlens for part in windows])
+    if reads_teacher:
+        columns += [np.stack([part.input_ids for part in windows]).reshape(columns[0].shape),
+                    np.stack([number_in_documents(part) for part in windows]).reshape(
+                        columns[0].shape)]
     held = LAYOUTS[layout].positions(columns[0].shape[1], rank, world).numpy()
     # Cut by numpy: torch would start a second set of threads in the thread that builds rows.
     parts = [torch.from_numpy(np.ascontiguousarray(column[:, held])) for column in columns]
-    document_ids = parts.pop() if reads_teacher else None
-    return Batch(*parts, cu_seqlens=bounds, kind=rows[0].kind, document_ids=document_ids)
+    taught = Taught(*parts[4:], taught_bounds) if reads_teacher else None
+    return Batch(*parts[:4], cu_seqlens=bounds, kind=rows[0].kind, taught=taught)
 
 
 def number_tokens(row: Row) -> np.ndarray:
@@ -120,17 +142,21 @@ def number_tokens(row: Row) -> np.ndarray:
     return number_in_documents(row) if row.kind.native_rope else np.arange(len(row.input_ids))
 
 
-def number_in_documents(row: Row) -> np.ndarray:
-    """How far each token is from the beginning of its document, int64 [length]."""
+def number_in_documents(row: Row | Windows) -> np.ndarray:
+    """How far each token is from the beginning of its document or window, int64 [length]."""
     places = np.arange(len(row.input_ids))
     return places - np.repeat(row.cu_seqlens[:-1], np.diff(row.cu_seqlens))
 
 
-def join_boundaries(rows: Sequence[Row]) -> tuple[int, ...]:
-    """Where documents begin in rows laid side by side, and where the last one ends."""
-    length = len(rows[0].input_ids)
-    starts = [row.cu_seqlens[:-1] + i * length for i, row in enumerate(rows)]
-    return (*np.concatenate(starts).tolist(), length * len(rows))
+def join_boundaries(bounds: Sequence[np.ndarray]) -> tuple[int, ...]:
+    """Where documents begin in rows of one length laid side by side, and where the last one ends.
+
+    Args:
+        bounds: of each row, from 0 to its length.
+    """
+    length = int(bounds[0][-1])
+    starts = [row[:-1] + i * length for i, row in enumerate(bounds)]
+    return (*np.concatenate(starts).tolist(), length * len(bounds))
 
 
 def token_weights(batch: Batch, totals: Tensor, answer_weight: float) -> Tensor:

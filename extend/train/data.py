@@ -4,6 +4,7 @@ Row i of phase p is a function of (seed, p, i) and the data alone. So all ranks 
 message, and a run resumes exactly by remembering its step.
 """
 
+import itertools
 import math
 import random
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from extend.data_options import (
 from extend.errors import DataError
 from extend.haystack import Haystack, prefix_ids
 from extend.retrieval.rows import RetrievalRows
-from extend.train.stream import ExampleStream, PackedStream
+from extend.train.stream import ExampleStream, PackedStream, Stretch
 from extend.train.text import TokenSource, as_haystack
 from extend.train.token_cache import TokenCache
 from extend.train_options import TrainOptions
@@ -38,18 +39,33 @@ class RowKind(NamedTuple):
     Attributes:
         native_rope: read with the model's own RoPE, not that of the phase.
         distill: its loss is the divergence from the teacher, which reads it with its own RoPE.
+        whole: the teacher reads it in windows, but the trained model reads all of it.
     """
 
     native_rope: bool = False
     distill: bool = False
+    whole: bool = False
 
     @property
     def is_short(self) -> bool:
         """Whether no document is longer than the model's own RoPE is made for."""
-        return self.native_rope or self.distill
+        return self.native_rope or (self.distill and not self.whole)
 
 
 PLAIN = RowKind()
+
+
+class Windows(NamedTuple):
+    """How the teacher reads a row that the trained model sees as one document.
+
+    Attributes:
+        input_ids: int64 [length], each window that begins inside a document with the prefix that
+            documents have, a BOS if any, in the place of its first token.
+        cu_seqlens: int32, where windows begin, from 0, and `length` at the end.
+    """
+
+    input_ids: np.ndarray
+    cu_seqlens: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -64,6 +80,7 @@ class Row:
         cu_seqlens: int32, where documents begin, from 0, and `length` at the end.
         source: path or kind of the data it was drawn from, for messages.
         positions: int64 [length], where they skip; none: its tokens follow one another.
+        windows: of the teacher; none: it reads the row as the trained model does.
     """
 
     input_ids: np.ndarray
@@ -73,6 +90,7 @@ class Row:
     source: str
     kind: RowKind = PLAIN
     positions: np.ndarray | None = None
+    windows: Windows | None = None
 
 
 @dataclass(frozen=True)
@@ -120,8 +138,25 @@ class DocumentRows:
         labels = np.where(predicted, stretch.ids, IGNORE)
         bounds = whole_row(length) if self.join else stretch.bounds
         answers = stretch.answers & (not self.kind.distill)  # what they say is not learned there
+        windows = None
+        if self.kind.whole:
+            labels, windows = cut_windows(stretch, self.stream.prefix, self.stream.longest)
         return Row(stretch.ids, labels, answers, bounds,
-                   self.stream.documents.source, self.kind)
+                   self.stream.documents.source, self.kind, windows=windows)
+
+
+def cut_windows(stretch: Stretch, prefix: np.ndarray, window: int) -> tuple[np.ndarray, Windows]:
+    """Labels int64 [length] of a row that a teacher reads in windows, and these windows.
+
+    In a window that begins inside a document the teacher has seen less before each token than the
+    trained model has: nothing, at first. So half a window of tokens is left out there.
+    """
+    ids, predicted = stretch.ids.copy(), stretch.labels.copy()
+    for begin, end in itertools.pairwise(stretch.bounds):
+        if stretch.labels[begin]:  # of a document's first token there is none
+            predicted[begin:min(begin + window // 2, end)] = False
+            ids[begin:begin + len(prefix)] = prefix[:end - begin]
+    return np.where(predicted, stretch.ids, IGNORE), Windows(ids, stretch.bounds)
 
 
 @dataclass(frozen=True)
@@ -281,7 +316,8 @@ def _example_rows(data: ExampleData, tokens: TokenSource, options: TrainOptions)
 
 
 def _kind(data: TextData | ExampleData) -> RowKind:
-    return RowKind(native_rope=data.rope == "native", distill=data.distill)
+    return RowKind(native_rope=data.rope == "native", distill=data.distill,
+                   whole=data.distill and getattr(data, "join", False))
 
 
 def _quiz_rows(data: RetrievalData, tokens: TokenSource, options: TrainOptions) -> QuizRows:

@@ -21,7 +21,7 @@ from extend.rope.live import RotaryModules, make_rotary, place_rotary
 from extend.rope.schedule import Stage, composition_warnings, schedule_ropes
 from extend.tokenizer import load_tokenizer
 from extend.train.bad_steps import LossHistory
-from extend.train.batch import Batch
+from extend.train.batch import Batch, Taught
 from extend.train.compiled import compiles
 from extend.train.data import ROWS_FORMAT, Rows, load_rows
 from extend.train.equality import check_equal
@@ -110,17 +110,17 @@ class Run:
         """The weighted loss of a batch, and the cross-entropy of each of its tokens."""
         ring = RingSettings(mesh.ring, self.options.layout, self.options.kernel,
                             self.options.strategy, batch.cu_seqlens, self.memory)
-        taught = None if batch.document_ids is None else self._teach(batch, ring)
+        taught = None if batch.taught is None else self._teach(batch.taught, ring)
         if not batch.kind.distill:
             taught = None
         self.use_rope(native=batch.kind.native_rope)
         return self.module(batch.input_ids, batch.position_ids, batch.labels, weights, ring, taught)
 
     @torch.no_grad()
-    def _teach(self, batch: Batch, ring: RingSettings) -> Teacher:
+    def _teach(self, read: Taught, ring: RingSettings) -> Teacher:
         """What the teacher makes of a batch, with its own RoPE."""
-        return Teacher(*self.teacher(batch.input_ids, batch.document_ids, None, None,
-                                     replace(ring, keeper=None)))
+        return Teacher(*self.teacher(read.input_ids, read.position_ids, None, None,
+                                     replace(ring, keeper=None, cu_seqlens=read.cu_seqlens)))
 
 
 def plan_ropes(options: TrainOptions, world: int) -> list[RopeSpec]:

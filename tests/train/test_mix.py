@@ -1,5 +1,6 @@
 """What rows are made of: a mix for each phase, long documents more often, long ones cut."""
 
+import copy
 import itertools
 import json
 import re
@@ -9,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pydantic import ValidationError
+from tokenizers.processors import TemplateProcessing
 
 from extend.errors import DataError
-from extend.train.data import Rows, load_rows
+from extend.train.data import IGNORE, Rows, load_rows
 from extend.train.stream import ExampleStream, PackedStream
 from extend.train.token_cache import Documents
 from extend.train_options import TrainOptions
@@ -29,6 +31,16 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory):
     return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def with_bos(tokenizer, token: str | None):
+    """The same tokenizer, with a token before each text."""
+    if token is None:
+        return tokenizer
+    other, bos = copy.deepcopy(tokenizer), tokenizer.convert_tokens_to_ids(token)
+    other.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{token} $A", special_tokens=[(token, bos)])
+    return other
 
 
 def sources(files: dict[str, str]) -> list[dict]:
@@ -90,7 +102,9 @@ def test_a_bad_mix_is_refused(mix: dict, match: str, files):
     ({"document_length": 64, "join": True}, "data[0]: document_length needs documents that do not "
      "see one another, but join is true"),
     ({"rope": "native", "join": True}, "data[0]: rope: native needs documents"),
-    ({"distill": True, "join": True}, "data[0]: distill needs documents"),
+    ({"distill": True, "join": True, "rope": "native"}, "data[0]: rope: native needs documents"),
+    ({"distill": True, "join": True, "document_mask": False}, "data[0]: distill needs documents "
+     "that do not see one another, but document_mask is false"),
     ({"distill": True, "document_mask": False}, "data[0]: distill needs documents"),
     ({"rope": "native", "document_mask": False}, "data[0]: rope: native needs documents"),
     ({"upsample": {"min_length": 10, "factor": 0.5}}, "greater than or equal to 1"),
@@ -216,6 +230,28 @@ def test_joined_documents_are_one(files, tokenizer):
     np.testing.assert_array_equal(joined.input_ids, apart.input_ids)
     np.testing.assert_array_equal(joined.labels, apart.labels)
     assert rows.documents(0, 0) == [128]
+
+
+@pytest.mark.parametrize("bos", [None, "~"])
+def test_a_teacher_reads_joined_documents_in_windows(bos: str | None, files, tokenizer):
+    """What it was given too little of to know better than the trained model is left out."""
+    window, source = 24, {"kind": "text", "path": files["text"], "join": True}
+    tokenizer = with_bos(tokenizer, bos)
+    data = [source, source | {"document_length": window, "distill": True}]
+    rows = load_rows(choose(files, {0: 1}, {1: 1}, data=data), tokenizer, native_len=64)
+    for index in range(20):
+        plain, taught = (source.row(0, index, index, 128) for source in rows.sources)
+        np.testing.assert_array_equal(taught.input_ids, plain.input_ids)
+        assert taught.cu_seqlens.tolist() == [0, 128] and not taught.answers.any()
+        starts, ids, labels = taught.windows.cu_seqlens, plain.input_ids.copy(), plain.labels.copy()
+        assert np.diff(starts).max() <= window and not taught.kind.is_short
+        for begin, end in itertools.pairwise(starts):
+            if plain.labels[begin] != IGNORE:  # inside a document
+                labels[begin:min(begin + window // 2, end)] = IGNORE
+                ids[begin] = ids[begin] if bos is None else tokenizer.convert_tokens_to_ids(bos)
+        np.testing.assert_array_equal(taught.labels, labels)
+        np.testing.assert_array_equal(taught.windows.input_ids, ids)
+        assert 0.3 < (labels != IGNORE).mean() < 0.9
 
 
 def test_text_of_one_file_may_be_two_sources(files, tokenizer):

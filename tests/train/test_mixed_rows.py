@@ -37,11 +37,13 @@ def mixed_run(files: dict[str, Path], **changes: object) -> TrainOptions:
             text | {"name": "long", "upsample": {"min_length": 60, "factor": 2.5}},
             {"kind": "examples", "path": str(files["examples"]), "rope": "native"},
             {"kind": "retrieval", "path": str(files["text"])},
-            text | {"name": "kept", "document_length": NATIVE_LEN // 2, "distill": True}]
+            text | {"name": "kept", "document_length": NATIVE_LEN // 2, "distill": True},
+            text | {"name": "whole", "document_length": NATIVE_LEN // 2, "join": True,
+                    "distill": True}]
     phase = {"length": LENGTH, "steps": 1, "lr": 1e-3, "rope": {"method": "ntk"}}
     # Four groups of one, two of two, and one of four on 4 processes.
     schedule = [phase | {"batch_rows": 8},
-                phase | {"batch_rows": 2, "mix": {"kept": 1, 3: 1}},
+                phase | {"batch_rows": 2, "mix": {"whole": 1, 3: 1}},
                 phase | {"batch_rows": 1, "mix": {"kept": 1}}]
     return options(files["model"], data, **({"schedule": schedule, "answer_weight": 0.3} | changes))
 
@@ -94,8 +96,11 @@ def row_loss(models: dict[bool, torch.nn.Module], row: Row,
         logits = models[row.kind.native_rope](input_ids=ids[None, begin:end]).logits[0]
         targets = labels[begin + 1:end + 1]  # of a cut piece also the first token of the next
         if row.kind.distill:
+            windows = row.cu_seqlens if row.windows is None else row.windows.cu_seqlens
             with torch.no_grad():
-                taught = models[True](input_ids=ids[None, begin:end]).logits[0]
+                taught = torch.cat([models[True](input_ids=ids[None, first:last]).logits[0]
+                                    for first, last in itertools.pairwise(windows)
+                                    if begin <= first < end])
             apart = F.kl_div(logits.log_softmax(-1), taught.log_softmax(-1), reduction="none",
                              log_target=True).sum(-1)[:len(targets)]
             loss = loss + apart[targets != IGNORE].sum() / totals[0]
@@ -115,7 +120,7 @@ def test_each_document_is_read_as_transformers_read_it_with_its_rope(files: dict
         run.model, config=AutoConfig.from_pretrained(run.model if native else single),
         attn_implementation="eager") for native in (True, False)}
     batch = [rows.row(0, index) for index in range(8)]
-    assert len({row.kind for row in batch}) == 3
+    assert len({row.kind for row in batch}) == 4
     totals = (sum(int((row.labels[1:] != IGNORE).sum()) for row in batch),
               sum(int(row.answers[1:].sum()) for row in batch))
     loss = sum(row_loss(models, row, totals) for row in batch)
