@@ -56,6 +56,7 @@ OPTIONS = {  # of the plan
     "far_text": (Path, "held-out text of the target's length; docs and prose together"),
     "skills": (Path, "folder of SKILL/{train,test}.jsonl"),
     "phases": (parse_phases, "LENGTH:STEPS[:RATE[:ROWS]],..., of every schedule alike"),
+    "taught": (float, "share of long text rows that are distilled from the shipped model, of 1"),
     "siblings": (siblings, "SKILL:STEPS,..."),
     "needles": (lengths, "lengths of single prompts"),
     "far": (lengths, "lengths of the streamed grid and, the last, of the loss by position"),

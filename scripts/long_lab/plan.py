@@ -57,7 +57,8 @@ class Plan:
             held out, of another kind. far_text: held out, longer than the target. skills: folder
             of SKILL/{train,test}.jsonl.
         native, target: tokens.
-        phases: of every schedule alike.
+        phases: of every schedule alike. taught: the share of long text rows that are distilled from
+            the shipped model, which reads them in windows. short_texts: what short rows are of.
         ropes: schedule -> RoPE.
         siblings: skill -> steps of its fine-tune.
         needles, far: lengths of single prompts, and of the streamed grid.
@@ -97,6 +98,8 @@ class Plan:
     limit: int
     facts: tuple[int, ...]
     costs: Costs
+    taught: float = 0.0
+    short_texts: tuple[Path, ...] = ()
 
     @property
     def tokens(self) -> int:

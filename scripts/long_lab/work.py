@@ -102,9 +102,13 @@ class Workshop:
         if facts == [1]:  # a model so small knows one form of question
             return [{"kind": "retrieval", "facts": facts, "template": "classic", "weight": 0.7},
                     {"kind": "text", "path": text, "weight": 0.3}]
-        return [{"kind": "text", "path": text, "join": True, "weight": 0.4},
-                {"kind": "text", "path": text, "document_length": self.plan.window,
-                 "distill": True, "weight": 0.2},
+        whole = {"kind": "text", "path": text, "join": True}
+        taught = {**whole, "distill": True, "document_length": self.plan.native}
+        short = {"kind": "text", "document_length": self.plan.window, "distill": True}
+        return [*({**source, "weight": 0.4 * share} for source, share in (
+                    (taught, self.plan.taught), (whole, 1 - self.plan.taught)) if share),
+                *({**short, "path": str(path), "weight": 0.2 / len(self.plan.short_texts)}
+                  for path in self.plan.short_texts),
                 {"kind": "retrieval", "path": text, "facts": facts, "weight": 0.3},
                 {"kind": "retrieval", "facts": facts[:2], "weight": 0.1}]
 
