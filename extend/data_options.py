@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -71,6 +71,11 @@ class RetrievalData(Options):
     """named: `The pass key for X is 12345.`; classic: the single fact of the passkey test."""
     column: str = "text"
 
+    document_length: ClassVar = None
+    join: ClassVar = False
+    rope: ClassVar = "phase"
+    distill: ClassVar = False
+
 
 class ExampleData(Options):
     """Rows of whole examples from JSON lines, to teach a skill: prompt and answer, or messages."""
@@ -88,6 +93,9 @@ class ExampleData(Options):
     longer than the model's own length."""
     distill: bool = False
     """Its tokens teach what the `teacher` predicts, as in `text`."""
+
+    document_length: ClassVar = None
+    join: ClassVar = False
 
 
 DataSource = Annotated[TextData | RetrievalData | ExampleData, Field(discriminator="kind")]
@@ -108,13 +116,12 @@ def check_sources(data: Sequence[DataSource], document_mask: bool) -> None:
             raise ValueError(f"data: {names.count(name)} sources are named {name!r}; a mix could "
                              "not tell them apart, so give each its own name")
     for number, source in enumerate(data):
-        joined, distill = getattr(source, "join", False), getattr(source, "distill", False)
-        asks = {"document_length": getattr(source, "document_length", None) is not None,
-                "rope: native": getattr(source, "rope", "phase") == "native", "distill": distill}
-        if joined and distill and document_mask:  # only what the teacher reads is apart
+        asks = {"document_length": source.document_length is not None,
+                "rope: native": source.rope == "native", "distill": source.distill}
+        if source.join and source.distill and document_mask:  # only what the teacher reads is apart
             asks = {"rope: native": asks["rope: native"]}
         seen = ("document_mask is false" if not document_mask else
-                "join is true" if joined else None)
+                "join is true" if source.join else None)
         key = next((key for key, asked in asks.items() if asked), None)
         if key and seen:
             raise ValueError(f"data[{number}]: {key} needs documents that do not see one another, "

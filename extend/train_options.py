@@ -213,7 +213,7 @@ class TrainOptions(Options):
     @property
     def distills(self) -> bool:
         """Whether any source teaches what the model that the run begins with predicts."""
-        return any(getattr(data, "distill", False) for data in self.data)
+        return any(data.distill for data in self.data)
 
     @model_validator(mode="after")
     def _growing(self) -> "TrainOptions":

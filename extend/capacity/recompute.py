@@ -51,7 +51,7 @@ def _distilled(options: TrainOptions, phase: Phase) -> float:
     """The share of a phase's rows that the teacher reads too."""
     weights = source_weights(options.data, phase.mix)
     taught = sum(weight for data, weight in zip(options.data, weights, strict=True)
-                 if getattr(data, "distill", False))
+                 if data.distill)
     return taught / sum(weights)
 
 

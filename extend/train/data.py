@@ -317,7 +317,7 @@ def _example_rows(data: ExampleData, tokens: TokenSource, options: TrainOptions)
 
 def _kind(data: TextData | ExampleData) -> RowKind:
     return RowKind(native_rope=data.rope == "native", distill=data.distill,
-                   whole=data.distill and getattr(data, "join", False))
+                   whole=data.distill and data.join)
 
 
 def _quiz_rows(data: RetrievalData, tokens: TokenSource, options: TrainOptions) -> QuizRows:

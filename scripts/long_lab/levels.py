@@ -65,7 +65,8 @@ def _tiny() -> Plan:
 LEVELS: Mapping[str, Level] = {
     "tiny": Level(_tiny, (1, 4)),
     "smollm2": Level(_smollm2, (1, 32),
-                     {GENTLE: {"method": "yarn", "options": {"attention_factor": 1.1}}},
+                     {f"yarn-{factor}": {"method": "yarn", "options": {"attention_factor": factor}}
+                      for factor in (1.1, 1.2)},
                      ROOT / "docs/results/search/smollm2-135m-64k/rope-merge-safe.json"),
 }
 
