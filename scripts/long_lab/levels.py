@@ -45,7 +45,7 @@ def _smollm2() -> Plan:
         window=2048, window_tokens=65536, limit=200, facts=(1, 8, 32),
         # Of an H200: 120 s for a row of 1M; 65,500 and 23,600 tokens/s of training at 32K and 128K.
         costs=Costs(read=(1e-6, 1.1e-10), train=(6.2e-6, 2.76e-10), step=0.25, load=6, start=25,
-                    surgery=4), taught=0.75, short_texts=(text / "train", text / "train/anarchism"))
+                    surgery=4), taught=0.5, short_texts=(text / "train", text / "train/anarchism"))
 
 
 def _tiny() -> Plan:
