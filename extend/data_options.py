@@ -41,7 +41,8 @@ class TextData(Options):
     """Key of a JSON line, or column of a parquet file, that holds the text."""
     document_length: Length | None = None
     """Longer documents are cut into pieces of so many tokens, which do not see one another, so that
-    a long row holds many short documents."""
+    a long row holds many short documents. With `join` and `distill` only the teacher reads them
+    apart."""
     upsample: Upsampling | None = None
     join: bool = False
     """Documents of a row see one another all the same, so that rows of short documents teach

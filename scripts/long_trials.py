@@ -49,6 +49,13 @@ def siblings(text: str) -> dict[str, int]:
     return {skill: int(steps) for skill, steps in (part.split(":") for part in text.split(","))}
 
 
+def share(text: str) -> float:
+    found = float(text)
+    if not 0 <= found <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share; give one from 0 to 1")
+    return found
+
+
 OPTIONS = {  # of the plan
     "model": (Path, "directory of the shipped model"),
     "train_text": (Path, "text that is trained on"), "docs": (Path, "held-out text of that kind"),
@@ -56,7 +63,7 @@ OPTIONS = {  # of the plan
     "far_text": (Path, "held-out text of the target's length; docs and prose together"),
     "skills": (Path, "folder of SKILL/{train,test}.jsonl"),
     "phases": (parse_phases, "LENGTH:STEPS[:RATE[:ROWS]],..., of every schedule alike"),
-    "taught": (float, "share of long text rows that are distilled from the shipped model, of 1"),
+    "taught": (share, "share of long text rows that are distilled from the shipped model, of 1"),
     "siblings": (siblings, "SKILL:STEPS,..."),
     "needles": (lengths, "lengths of single prompts"),
     "far": (lengths, "lengths of the streamed grid and, the last, of the loss by position"),
@@ -111,6 +118,8 @@ def plan_of(args: argparse.Namespace) -> Plan:
             sys.exit(f"{name} is no schedule here; they are {', '.join(plan.ropes)}"
                      + ("" if "merge-safe" in plan.ropes else " (and merge-safe, with --search)"))
     given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+    if "train_text" in given:
+        given["short_texts"] = (given["train_text"],)
     ropes = {name: plan.ropes[name] for name in args.schedules or plan.ropes}
     return replace(plan, ropes=ropes, **given)
 

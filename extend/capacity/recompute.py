@@ -44,7 +44,8 @@ def phase_setup(options: TrainOptions, phase: Phase, *, world: int, hosts: int =
         weight_bytes=4 if options.weight_dtype == "float32" else 2, trained=_trained(options),
         lora_rank=options.lora_rank, optimizer=options.optimizer,
         loss_chunk=options.loss_chunk, teacher=options.distills,
-        distilled=_distilled(options, phase), strategy=options.strategy)
+        distilled=_distilled(options, phase),
+        taught_length=_taught_length(options, phase), strategy=options.strategy)
 
 
 def _distilled(options: TrainOptions, phase: Phase) -> float:
@@ -53,6 +54,14 @@ def _distilled(options: TrainOptions, phase: Phase) -> float:
     taught = sum(weight for data, weight in zip(options.data, weights, strict=True)
                  if data.distill)
     return taught / sum(weights)
+
+
+def _taught_length(options: TrainOptions, phase: Phase) -> int:
+    """Tokens that the teacher reads at once, at most."""
+    weights = source_weights(options.data, phase.mix)
+    return max((min(data.document_length or phase.length, phase.length)
+                for data, weight in zip(options.data, weights, strict=True)
+                if data.distill and weight), default=0)
 
 
 def _groups(phase: Phase, ranks: int) -> int:

@@ -7,7 +7,7 @@
     elementwise       bytes that norms, rotations, gates, residuals and the loss must move
     communication     gathers and reductions of sharded weights, as far as nothing hides them
     host              copies of what layers keep, in part: they slow what runs beside them
-    teacher           a forward without attention for the rows that are distilled, which are short
+    teacher           a forward for the rows that are distilled, in the pieces that it reads
     optimizer         ten values a trained parameter: reads, writes, and the norm of gradients
     launches          what the GPU waits for the host where rows are short and a model is small
 
@@ -82,8 +82,9 @@ def plan_time(shape: ModelShape, setup: Setup, machine: Machine, rates: GpuRates
              "host": _host(setup, memory, rates, busy),
              "optimizer": _optimizer(shape, setup, memory, rates)}
     if setup.distilled:
-        parts["teacher"] = setup.micro_steps * setup.distilled * _plain_seconds(
-            shape, setup.tokens / setup.tp, rates)
+        pieces = setup.tokens / setup.tp / setup.taught_length
+        parts["teacher"] = setup.micro_steps * setup.distilled * pieces * prefill_seconds(
+            shape, setup.taught_length, machine, rates)
     launches = _LAUNCH_SECONDS * shape.num_layers * setup.micro_steps - busy
     if launches > 0:
         parts["launches"] = launches

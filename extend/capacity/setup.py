@@ -65,7 +65,8 @@ class Setup:
         optimizer: "adamw", "adamw-8bit" or "adamw-offload".
         loss_chunk: tokens whose logits exist at once.
         teacher: whether a model that rows are distilled from is held beside the trained one.
-        distilled: share of the rows that it reads too.
+        distilled: share of the rows that it reads too. taught_length: tokens of these that it reads
+            at once, at most.
     """
 
     length: int
@@ -89,6 +90,7 @@ class Setup:
     loss_chunk: int = 4096
     teacher: bool = False
     distilled: float = 0.0
+    taught_length: int = 0
     strategy: str = "auto"
 
     @property

@@ -23,6 +23,8 @@ from torch import Tensor
 from extend.ring import LAYOUTS, check_length
 from extend.train.data import IGNORE, PLAIN, Row, RowKind, Windows
 
+_PIECE = 1024  # tokens that are read at once where nothing depends on what is read
+
 
 class Taught(NamedTuple):
     """The same part of the same rows, as the teacher reads them, both [r, s].
@@ -117,13 +119,13 @@ def build_batch(rows: Sequence[Row], *, layout: str, rank: int, world: int,
                np.stack([labels for labels, _ in shifted]),
                np.stack([answers for _, answers in shifted]),
                np.stack([number_tokens(row) for row in rows])]
-    windows = [row.windows or Windows(row.input_ids, row.cu_seqlens) for row in rows]
+    windows = [read_by_teacher(row, alone=len(rows) == 1) for row in rows if reads_teacher]
     bounds = taught_bounds = None
     if document_mask and any(len(part.cu_seqlens) > 2 for part in (*rows, *windows)):
         columns = [column.reshape(1, -1) for column in columns]
         if len(rows) > 1 or len(rows[0].cu_seqlens) > 2:
             bounds = join_boundaries([row.cu_seqlens for row in rows])
-        taught_bounds = join_boundaries([part.cu_seqlens for part in windows])
+        taught_bounds = join_boundaries([part.cu_seqlens for part in windows or rows])
     if reads_teacher:
         columns += [np.stack([part.input_ids for part in windows]).reshape(columns[0].shape),
                     np.stack([number_in_documents(part) for part in windows]).reshape(
@@ -133,6 +135,21 @@ def build_batch(rows: Sequence[Row], *, layout: str, rank: int, world: int,
     parts = [torch.from_numpy(np.ascontiguousarray(column[:, held])) for column in columns]
     taught = Taught(*parts[4:], taught_bounds) if reads_teacher else None
     return Batch(*parts[:4], cu_seqlens=bounds, kind=rows[0].kind, taught=taught)
+
+
+def read_by_teacher(row: Row, alone: bool) -> Windows:
+    """The documents or windows that the teacher reads of a row.
+
+    Args:
+        alone: no other rows beside it. What is not distilled the teacher reads for the gathers that
+            it shares with other groups, so then in short pieces, which cost no attention.
+    """
+    if row.windows is not None:
+        return row.windows
+    length = len(row.input_ids)
+    if alone and not row.kind.distill:
+        return Windows(row.input_ids, np.append(np.arange(0, length, _PIECE), length))
+    return Windows(row.input_ids, row.cu_seqlens)
 
 
 def number_tokens(row: Row) -> np.ndarray:

@@ -140,21 +140,23 @@ class DocumentRows:
         answers = stretch.answers & (not self.kind.distill)  # what they say is not learned there
         windows = None
         if self.kind.whole:
-            labels, windows = cut_windows(stretch, self.stream.prefix, self.stream.longest)
+            labels, windows = cut_windows(stretch, self.stream.prefix)
         return Row(stretch.ids, labels, answers, bounds,
                    self.stream.documents.source, self.kind, windows=windows)
 
 
-def cut_windows(stretch: Stretch, prefix: np.ndarray, window: int) -> tuple[np.ndarray, Windows]:
+def cut_windows(stretch: Stretch, prefix: np.ndarray) -> tuple[np.ndarray, Windows]:
     """Labels int64 [length] of a row that a teacher reads in windows, and these windows.
 
     In a window that begins inside a document the teacher has seen less before each token than the
-    trained model has: nothing, at first. So half a window of tokens is left out there.
+    trained model has: nothing, at first. So as many tokens are left out there as half of the row's
+    longest window has.
     """
     ids, predicted = stretch.ids.copy(), stretch.labels.copy()
+    half = int(np.diff(stretch.bounds).max()) // 2
     for begin, end in itertools.pairwise(stretch.bounds):
         if stretch.labels[begin]:  # of a document's first token there is none
-            predicted[begin:min(begin + window // 2, end)] = False
+            predicted[begin:min(begin + half, end)] = False
             ids[begin:begin + len(prefix)] = prefix[:end - begin]
     return np.where(predicted, stretch.ids, IGNORE), Windows(ids, stretch.bounds)
 

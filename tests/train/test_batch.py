@@ -85,3 +85,16 @@ def test_weights_are_means_over_the_whole_step():
 def test_a_length_that_does_not_divide_is_refused():
     with pytest.raises(LayoutError, match="length 24 must be a multiple of"):
         build_batch([example()], layout="zigzag", rank=0, world=5)
+
+
+def test_what_only_others_distill_the_teacher_reads_in_pieces():
+    """Its part of the gathers is needed, its answer is not."""
+    row, several = example(4096), [example(64), example(64, seed=1)]
+    batch = build_batch([row], layout="zigzag", rank=1, world=2, document_mask=True,
+                        reads_teacher=True)
+    assert batch.cu_seqlens is None and batch.taught.cu_seqlens == (0, 1024, 2048, 3072, 4096)
+    torch.testing.assert_close(batch.taught.position_ids, batch.position_ids % 1024)
+    batch = build_batch(several, layout="zigzag", rank=1, world=2, document_mask=True,
+                        reads_teacher=True)
+    assert batch.cu_seqlens is None and batch.taught.cu_seqlens is None
+    assert build_batch([row], layout="zigzag", rank=1, world=2).taught is None

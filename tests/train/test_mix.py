@@ -244,14 +244,25 @@ def test_a_teacher_reads_joined_documents_in_windows(bos: str | None, files, tok
         np.testing.assert_array_equal(taught.input_ids, plain.input_ids)
         assert taught.cu_seqlens.tolist() == [0, 128] and not taught.answers.any()
         starts, ids, labels = taught.windows.cu_seqlens, plain.input_ids.copy(), plain.labels.copy()
+        half = max(np.diff(starts)) // 2
         assert np.diff(starts).max() <= window and not taught.kind.is_short
         for begin, end in itertools.pairwise(starts):
             if plain.labels[begin] != IGNORE:  # inside a document
-                labels[begin:min(begin + window // 2, end)] = IGNORE
+                labels[begin:min(begin + half, end)] = IGNORE
                 ids[begin] = ids[begin] if bos is None else tokenizer.convert_tokens_to_ids(bos)
         np.testing.assert_array_equal(taught.labels, labels)
         np.testing.assert_array_equal(taught.windows.input_ids, ids)
         assert 0.3 < (labels != IGNORE).mean() < 0.9
+
+
+@pytest.mark.parametrize("length", [16, 32, 64])
+def test_rows_shorter_than_a_window_teach_too(length: int, files, tokenizer):
+    data = [{"kind": "text", "path": files["text"], "join": True, "distill": True,
+             "document_length": 64}]
+    run = TrainOptions(model="m", data=data, schedule=[{"length": length, "steps": 30, "lr": 1}])
+    rows = load_rows(run, tokenizer, native_len=64)
+    taught = [(rows.row(0, index).labels != IGNORE).sum() for index in range(30)]
+    assert min(taught) > 0 and sum(taught) > 0.3 * 30 * length
 
 
 def test_text_of_one_file_may_be_two_sources(files, tokenizer):
