@@ -11,8 +11,7 @@ from extend.page.chart import PALETTE, Chart
 from extend.results import Results, format_length, format_rate
 
 _Z95 = 1.959963984540054
-_MOST_TICKS = 6
-_MOST_TICKS = 24
+_PAGE_TICKS, _MOST_TICKS = 6, 24
 _MARKERS = "osD^vPX*"
 
 
@@ -78,7 +77,7 @@ class Plot:
 
     def chart(self) -> Chart:
         """The same for the page."""
-        step = -(-len(self.ticks) // _MOST_TICKS)
+        step = -(-len(self.ticks) // _PAGE_TICKS) or 1
         chart = Chart(self.title, self.x_label, self.x_range, self.y_range, log_x=True,
                       fixed_x=[(n, format_length(n)) for n in self.ticks[::-1][::step][::-1]])
         for value, text in self.levels:
@@ -137,17 +136,26 @@ def loss_plots(results: Sequence[Results]) -> list[Plot]:
 
 
 def _loss_plot(name: str, results: Sequence[Results]) -> Plot:
+    """Of several models that were all read in short windows too, only what they lose over those."""
+    longest = {result.label: (result, row) for result in results
+               if (row := max((row for row in result.data["rows"] if row["name"] == name
+                               and "curve" in row), key=lambda row: row["length"], default=None))}
+    shorts = {row.get("short") for _, row in longest.values()}
+    short = shorts.pop() if len(longest) > 1 and len(shorts) == 1 else None
     series: list[Series] = []
-    for result in results:
-        row = max((row for row in result.data["rows"] if row["name"] == name and "curve" in row),
-                  key=lambda row: row["length"], default=None)
-        for label, points in _loss_curves(result.label, row).items() if row else ():
-            series.append(Series(label, PALETTE[len(series) % len(PALETTE)], result.native_len,
-                                 points))
+    for result, row in longest.values():
+        curves = ({result.label: _excess(row)} if short else _loss_curves(result.label, row))
+        series += [Series(label, PALETTE[(len(series) + number) % len(PALETTE)],
+                          result.native_len, points)
+                   for number, (label, points) in enumerate(curves.items())]
     last = max(point.x for line in series for point in line.points)
     first = min(point.x for line in series for point in line.points)
     ticks = [2 ** k for k in range(40) if first <= 2 ** k <= last]
-    return Plot("loss", name, "position, tokens", "loss, nats a token", series, ticks)
+    if short is None:
+        return Plot("loss", name, "position, tokens", "loss, nats a token", series, ticks)
+    return Plot("loss", name, "position, tokens",
+                f"nats a token more than in windows of {format_length(short)}", series, ticks,
+                [(0.0, "")])
 
 
 def _loss_curves(label: str, row: Mapping[str, Any]) -> dict[str, list[Point]]:
@@ -158,6 +166,12 @@ def _loss_curves(label: str, row: Mapping[str, Any]) -> dict[str, list[Point]]:
         curves[f"{label}, windows of {format_length(row['short'])}"] = [
             _loss_point(part, part["short_loss"], None) for part in row["curve"]]
     return curves
+
+
+def _excess(row: Mapping[str, Any]) -> list[Point]:
+    """Beyond the first window, in which both are the same."""
+    return [_loss_point(part, part["excess"], part["excess_stderr"]) for part in row["curve"]
+            if part["end"] > row["short"]]
 
 
 def _loss_point(part: Mapping[str, Any], loss: float, error: float | None) -> Point:

@@ -5,9 +5,10 @@ import pytest
 from extend.errors import CheckpointError, RecipeError
 from extend.evaluate import report
 from extend.evaluate.comparison import TableRow, format_loss, to_markdown
+from extend.evaluate.plots import loss_plots
 from extend.evaluate.score import proportion
 from extend.evaluate.summary import summarize
-from extend.results import format_length, format_rate
+from extend.results import format_length, format_rate, read_results
 from tests.page.reader import Page
 
 HOSTILE = '<script>alert("x")</script> & $x_1$ | `a`'
@@ -170,6 +171,23 @@ def test_grades_streams_and_losses_by_position(tmp_path):
     assert page.loads == [] and "script" not in page.tags
     kinds = [plot["kind"] for plot in json.loads((out / "report.json").read_text())["plots"]]
     assert kinds == ["scores"] * 4 + ["loss"] * 2  # three tasks and RULER's mean
+
+
+def test_several_models_that_were_read_in_windows_too_are_told_apart_by_what_they_lose(tmp_path):
+    curve = [{"begin": 1, "end": 256, "loss": 3.0, "short_loss": 3.0, "excess": 0.0},
+             {"begin": 256, "end": 2048, "loss": 2.5, "short_loss": 2.2, "excess": 0.3}]
+    row = {"task": "l", "name": "l", "length": 2048, "depth": None, "control": None, "loss": 2.6,
+           "stderr": 0.1, "n": 1, "tokens": 2047, "score": None, "short": 256, "excess": 0.2,
+           "slope_per_doubling": 0.1, "slope_stderr": 0.01,
+           "curve": [{**part, "tokens": 9, "stderr": 0.1, "excess_stderr": 0.01}
+                     for part in curve]}
+    for labels, want in (("ab", {"a": [0.3], "b": [0.3]}),
+                         ("a", {"a": [3.0, 2.5], "a, windows of 256": [3.0, 2.2]})):
+        files = {label: write_rows(tmp_path / f"{label}.json", [row]) for label in labels}
+        plot, = loss_plots(read_results(files))
+        assert {line.name: [p.y for p in line.points] for line in plot.series} == want
+        assert ("more than in windows of 256" in plot.y_label) == (len(labels) > 1)
+        report(files, tmp_path / f"report-{labels}")
 
 
 @pytest.mark.parametrize("count", [1, 5])
