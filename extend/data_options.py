@@ -68,8 +68,9 @@ class RetrievalData(Options):
     weight: Annotated[Number, Field(gt=0)] = 1.0
     facts: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = [1]
     """How many facts a row holds; each row draws one of these."""
-    template: Literal["named", "classic"] = "named"
-    """named: `The pass key for X is 12345.`; classic: the single fact of the passkey test."""
+    template: Literal["named", "varied", "classic"] = "named"
+    """named: `The pass key for X is 12345.`; varied: each row draws a wording and a kind of values,
+    so that facts are found in other words too; classic: the single fact of the passkey test."""
     column: str = "text"
 
     document_length: ClassVar = None

@@ -19,7 +19,7 @@ import long_trials
 import peers_transfer
 from long_lab import report, work
 from long_lab.levels import LEVELS, make_plan
-from long_lab.plan import GROUPS, Phase, list_units, parse_phases, stretch, train_seconds
+from long_lab.plan import GROUPS, Phase, list_units, parse_phases, train_seconds
 from transfer_lab.claims import Clock
 
 ROOT = Path(__file__).parents[1]
@@ -41,15 +41,6 @@ def recorded(tmp_path_factory):
 
 
 # ---- the plan ------------------------------------------------------------------------------------
-
-def test_a_search_is_carried_on_by_its_logarithms():
-    record = {"to": 64 * 1024, "method": "longrope", "options": {
-        "long_factor": [1.0, 2.0, 8.0], "attention_factor": 1.1}}
-    found = stretch(record, 2**20, 8192)  # 8 times to 128 times: 8 ** (7 / 3)
-    assert found["options"]["long_factor"] == pytest.approx([1.0, 2 ** (7 / 3), 128.0])
-    assert found["options"]["attention_factor"] == pytest.approx(1 + 0.1 * 7 / 3)
-    assert stretch(record, 64 * 1024, 8192)["options"] == record["options"]
-
 
 def test_every_schedule_of_smollm2_is_a_rope_for_one_million(tmp_path):
     ropes = make_plan("smollm2", tmp_path).ropes

@@ -1,7 +1,7 @@
 """Rows with facts hidden in a haystack and asked for at the end."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from extend.errors import DataError
 from extend.haystack import INTRO, Haystack, encode, hide, split_answer
+from extend.retrieval.forms import FORMS, VALUES, Form
 from extend.retrieval.names import NAMES
 
 
@@ -36,12 +37,23 @@ def _random_key(rng: random.Random) -> str:
 def named_quiz(tokenizer: Any, num_facts: int, rng: random.Random) -> Quiz:
     """Facts that each have a name, asked for in another order than they were given."""
     keys = {name: _random_key(rng) for name in rng.sample(NAMES, num_facts)}
-    facts = [encode(tokenizer, f"The pass key for {name} is {key}.\n")
+    return _ask(tokenizer, FORMS[0], keys, rng)
+
+
+def varied_quiz(tokenizer: Any, num_facts: int, rng: random.Random) -> Quiz:
+    """As `named_quiz`, in a wording and with a kind of values that each row draws."""
+    form, value = rng.choice(FORMS), rng.choice(VALUES)
+    keys = {name: value(rng) for name in rng.sample(NAMES, num_facts)}
+    return _ask(tokenizer, form, keys, rng)
+
+
+def _ask(tokenizer: Any, form: Form, keys: Mapping[str, str], rng: random.Random) -> Quiz:
+    facts = [encode(tokenizer, form.fact.format(name=name, value=key) + "\n")
              for name, key in keys.items()]
     full_stop = encode(tokenizer, ".\n")
     questions, answers = [], []
-    for name in rng.sample(list(keys), num_facts):
-        question = f"What is the pass key for {name}? The pass key for {name} is"
+    for name in rng.sample(list(keys), len(keys)):
+        question = form.question.format(name=name)
         prompt, answer = split_answer(tokenizer, question, f" {keys[name]}")
         questions += prompt + answer + full_stop
         answers += [False] * len(prompt) + [True] * len(answer) + [False] * len(full_stop)
@@ -74,6 +86,7 @@ def draw_depths(num_facts: int, rng: random.Random) -> list[float]:
 
 TEMPLATES: dict[str, Callable[[Any, int, random.Random], Quiz]] = {
     "named": named_quiz,
+    "varied": varied_quiz,
     "classic": classic_quiz,
 }
 

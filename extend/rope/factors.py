@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from extend.errors import CompatibilityError, RecipeError
 from extend.model_config import NATIVE_KEY_TYPES, RopeSpec, longrope_mscale, yarn_mscale
+from extend.option_types import parse_length
 from extend.rope import frequencies
 
 FOR_OTHER_ENGINES = frozenset({"short_mscale", "long_mscale", "attn_factor"})
@@ -60,7 +61,7 @@ def check_above(name: str, value: object, bound: float) -> None:
 
 def longrope(spec: RopeSpec, target_len: int, *, long_factor: Sequence[float],
              short_factor: Sequence[float] | None = None,
-             attention_factor: float = 1.0) -> RopeSpec:
+             attention_factor: float = 1.0, found_for: int | str | None = None) -> RopeSpec:
     """Every pair's frequency divided by a number of its own.
 
     With one list for all lengths (no `short_factor`) the frequencies do not depend on the length:
@@ -75,9 +76,13 @@ def longrope(spec: RopeSpec, target_len: int, *, long_factor: Sequence[float],
         long_factor: rotary_dim / 2 divisors of the plain frequencies, fastest pair first.
         short_factor: what rows up to the native length are divided by; None: the same.
         attention_factor: multiplies cos and sin.
+        found_for: tokens, the length that the factors are for; for another target they are carried
+            on as if what was found had been repeated: each factor, and what the attention factor is
+            above 1, grows with log(target / native) over log(found_for / native).
 
     Raises:
-        RecipeError: a list of another length, or a number that is not above 0.
+        RecipeError: a list of another length, a number that is not above 0, `found_for` beside
+            `short_factor`, or not above the native length.
 
     Source: Ding et al. 2024, arXiv:2402.13753, in the keys of transformers' `longrope`; vLLM,
     phi3_long_rope_scaled_rope.py.
@@ -85,6 +90,13 @@ def longrope(spec: RopeSpec, target_len: int, *, long_factor: Sequence[float],
     factor = extension_factor(spec, target_len)
     check_above("attention_factor", attention_factor, 0)
     long = _pair_factors("long_factor", long_factor, spec)
+    if found_for is not None:
+        if short_factor is not None:
+            raise RecipeError("found_for carries one list on, but short_factor gives two; leave "
+                              "one of them out")
+        power = math.log(factor) / math.log(_found_factor(spec, found_for))
+        long = [value ** power for value in long]
+        attention_factor = 1 + power * (attention_factor - 1)
     short = long if short_factor is None else _pair_factors("short_factor", short_factor, spec)
     if factor == 1 and attention_factor == 1 and all(value == 1 for value in (*long, *short)):
         return spec
@@ -94,6 +106,18 @@ def longrope(spec: RopeSpec, target_len: int, *, long_factor: Sequence[float],
         "rope_type": "longrope", "factor": factor, "short_factor": short, "long_factor": long,
         "original_max_position_embeddings": spec.original_len,
         **longrope_attention_keys(attention_factor, longrope_mscale(factor, spec.original_len))})
+
+
+def _found_factor(spec: RopeSpec, found_for: int | str) -> float:
+    """The factor of the extension that a list was found for, above 1."""
+    try:
+        found_len = parse_length(found_for)
+    except ValueError as error:
+        raise RecipeError(f"found_for: {error}") from None
+    if found_len <= spec.original_len:
+        raise RecipeError(f"found_for is {found_len}, not above the model's native length "
+                          f"{spec.original_len}; give the length that the factors were found for")
+    return found_len / spec.original_len
 
 
 def per_pair(spec: RopeSpec, target_len: int, factors: list[float],

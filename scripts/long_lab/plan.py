@@ -5,7 +5,6 @@ what is begun before a budget ends, and are corrected by what the machine at han
 """
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,22 +130,9 @@ def make_ropes(target: int, native: int, ramp: tuple[float, float],
                                                                "high_freq_factor": high}}}
     if search is not None:
         record = json.loads(search.read_text(encoding="utf-8"))
-        found[MERGE_SAFE] = stretch(record, target, native)
+        found[MERGE_SAFE] = {"method": record["method"], "options": {
+            **record["options"], "found_for": record["to"]}}  # carried on to the target
     return found | {name: {"method": name} for name in ("critical", "ntk", "gradient-v1", "yarn")}
-
-
-def stretch(record: Mapping[str, Any], target: int, native: int) -> Rope:
-    """A curve that `extend search` found for one length, carried on to another.
-
-    Each factor, and what the attention factor is above 1, grow as their logarithm does when the
-    same search is thought of as repeated: with log(target / native) over log(found for / native).
-    A record of a search for the target comes back as it is.
-    """
-    power = math.log(target / native) / math.log(record["to"] / native)
-    options = record["options"]
-    return {"method": record["method"], "options": {
-        "long_factor": [round(factor ** power, 6) for factor in options["long_factor"]],
-        "attention_factor": round(1 + power * (options.get("attention_factor", 1.0) - 1), 6)}}
 
 
 def parse_phases(text: str) -> tuple[Phase, ...]:

@@ -182,6 +182,25 @@ def test_written_keys():
         assert call(method, TINY, 1024).scaling == {}
 
 
+def test_factors_that_were_found_for_a_length_are_carried_on():
+    """By what they would be if the extension that they were found for were repeated."""
+    found = {"long_factor": [1.0] + [2.0] * (len(inv_freq(TINY)) - 2) + [8.0],
+             "attention_factor": 1.1}
+    native = TINY.original_len
+    there = call("longrope", TINY, 8 * native, **found)
+    assert call("longrope", TINY, 8 * native, **found, found_for=8 * native) == there
+    far = call("longrope", TINY, 64 * native, **found, found_for=8 * native).scaling
+    assert far["long_factor"] == pytest.approx([1.0] + [4.0] * (len(inv_freq(TINY)) - 2) + [64.0])
+    assert far["attention_factor"] == pytest.approx(1.2)
+    assert call("longrope", TINY, native, **found, found_for=8 * native) == TINY
+    for changes, said in (({"found_for": native}, "not above the model's native length"),
+                          ({"found_for": "long"}, "found_for: 'long' is not a length"),
+                          ({"found_for": "1m", "short_factor": found["long_factor"]},
+                           "found_for carries one list on")):
+        with pytest.raises(RecipeError, match=said):
+            call("longrope", TINY, 8 * native, **{**found, **changes})
+
+
 def test_written_keys_of_longrope():
     long, short = [1, 1, 1, 1, 2, 3, 4, 4], [1] * 8
     # One list: a model of the target length, to which nobody adds an attention factor.

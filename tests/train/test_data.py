@@ -10,6 +10,7 @@ import pytest
 
 from extend.errors import DataError
 from extend.haystack import FILLER, INTRO
+from extend.retrieval.forms import FORMS, Form
 from extend.retrieval.names import NAMES
 from extend.train import text
 from extend.train.data import IGNORE, Rows, load_rows
@@ -131,6 +132,41 @@ def test_facts_are_hidden_and_asked_for(kind: str, tokenizer, files):
         assert answers == "".join(key for _, _, key in questions)
         counts[len(facts)] += 1
     assert set(counts) == ({1, 6} if kind == "named" else {2})
+
+
+def test_varied_facts_are_asked_for_in_the_words_they_were_given_in(tokenizer, files):
+    rows = load(tokenizer, [{**kinds(files)["named"], "template": "varied"}], length=1500, steps=60)
+    seen, values = Counter(), set()
+    for index in range(60):
+        row = rows.row(0, index)
+        whole = tokenizer.decode(row.input_ids)
+        (number, form, facts), = [
+            (n, form, found) for n, form in enumerate(FORMS)
+            if (found := re.findall(f"(?m)^{pattern(form.fact)}$", whole))]
+        order = [match.groupdict() for match in re.finditer(f"(?m)^{pattern(form.fact)}$", whole)]
+        given = {fact["name"]: fact["value"] for fact in order}
+        assert len(given) == len(facts) in (1, 6)
+        tail = ".\n".join(f"{form.question.format(name=name)} {given[name]}" for name in asked(
+            form, whole, given)) + ".\n"
+        assert whole.endswith(tail)
+        answers = tokenizer.decode(row.input_ids[row.answers])
+        assert answers == "".join(given[name] for name in asked(form, whole, given))
+        seen[number] += 1
+        values |= {re.sub("[a-z]", "a", re.sub("[0-9]", "0", v)) for v in given.values()}
+    assert len(seen) > 9 and len(values) > 20
+
+
+def pattern(text: str) -> str:
+    """For a fact, with groups `name` and `value`."""
+    return re.escape(text).replace(r"\{name\}", r"(?P<name>[a-z]+)").replace(
+        r"\{value\}", r"(?P<value>[\w:-]+)")
+
+
+def asked(form: Form, whole: str, given: dict[str, str]) -> list[str]:
+    """Names in the order in which they are asked for, at the end of a row."""
+    places = {name: whole.rindex(f"{form.question.format(name=name)} {given[name]}.\n")
+              for name in given}
+    return sorted(places, key=places.get)
 
 
 def test_real_text_passages_come_from_the_text(tokenizer, files):
