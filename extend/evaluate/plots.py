@@ -65,7 +65,7 @@ class Plot:
         if self.kind == "scores":
             return 0.0, 1.0
         values = [v for line in self.series for p in line.points for v in (p.low, p.y, p.high)
-                  if v is not None]
+                  if v is not None] + [value for value, _ in self.levels]
         room = 0.06 * (max(values) - min(values)) or 0.1
         return min(values) - room, max(values) + room
 
@@ -130,38 +130,49 @@ def _score_plot(name: str, entries: Sequence[tuple[Results, Mapping[str, Any]]],
 
 
 def loss_plots(results: Sequence[Results]) -> list[Plot]:
-    """Loss by position of each task that measured it."""
+    """Loss by position of each task that measured it.
+
+    Of several models that were read in short windows too, first the losses alone, then what each
+    loses over its own windows.
+    """
     names = dict.fromkeys(row["name"] for r in results for row in r.data["rows"] if "curve" in row)
-    return [_loss_plot(name, results) for name in names]
+    return [plot for name in names for plot in _loss_plots(name, results)]
 
 
-def _loss_plot(name: str, results: Sequence[Results]) -> Plot:
-    """Of several models that were all read in short windows too, only what they lose over those."""
-    longest = {result.label: (result, row) for result in results
+def _loss_plots(name: str, results: Sequence[Results]) -> list[Plot]:
+    longest = [(result, row) for result in results
                if (row := max((row for row in result.data["rows"] if row["name"] == name
-                               and "curve" in row), key=lambda row: row["length"], default=None))}
-    shorts = {row.get("short") for _, row in longest.values()}
-    short = shorts.pop() if len(longest) > 1 and len(shorts) == 1 else None
-    series: list[Series] = []
-    for result, row in longest.values():
-        curves = ({result.label: _excess(row)} if short else _loss_curves(result.label, row))
-        series += [Series(label, PALETTE[(len(series) + number) % len(PALETTE)],
-                          result.native_len, points)
-                   for number, (label, points) in enumerate(curves.items())]
+                               and "curve" in row), key=lambda row: row["length"], default=None))]
+    shorts = {row.get("short") for _, row in longest}
+    if len(longest) == 1 or len(shorts) > 1 or None in shorts:
+        return [_loss_plot(name, "loss, nats a token",
+                           [(result, curve) for result, row in longest
+                            for curve in _loss_curves(result.label, row).items()])]
+    over = f"nats a token more than in its own windows of {format_length(shorts.pop())}"
+    return [_loss_plot(name, "loss, nats a token",
+                       [(result, (result.label, _losses(row))) for result, row in longest]),
+            _loss_plot(f"{name}-over-windows", over,
+                       [(result, (result.label, _excess(row))) for result, row in longest],
+                       [(0.0, "")])]
+
+
+def _loss_plot(title: str, y_label: str, curves: Sequence[tuple[Results, tuple[str, list[Point]]]],
+               levels: Sequence[tuple[float, str]] = ()) -> Plot:
+    series = [Series(label, PALETTE[number % len(PALETTE)], result.native_len, points)
+              for number, (result, (label, points)) in enumerate(curves)]
     last = max(point.x for line in series for point in line.points)
     first = min(point.x for line in series for point in line.points)
     ticks = [2 ** k for k in range(40) if first <= 2 ** k <= last]
-    if short is None:
-        return Plot("loss", name, "position, tokens", "loss, nats a token", series, ticks)
-    return Plot("loss", name, "position, tokens",
-                f"nats a token more than in windows of {format_length(short)}", series, ticks,
-                [(0.0, "")])
+    return Plot("loss", title, "position, tokens", y_label, series, ticks, levels)
+
+
+def _losses(row: Mapping[str, Any]) -> list[Point]:
+    return [_loss_point(part, part["loss"], part.get("stderr")) for part in row["curve"]]
 
 
 def _loss_curves(label: str, row: Mapping[str, Any]) -> dict[str, list[Point]]:
     """The loss in the whole row, and that of the same tokens in short windows if it is known."""
-    curves = {label: [_loss_point(part, part["loss"], part.get("stderr"))
-                      for part in row["curve"]]}
+    curves = {label: _losses(row)}
     if row.get("short"):
         curves[f"{label}, windows of {format_length(row['short'])}"] = [
             _loss_point(part, part["short_loss"], None) for part in row["curve"]]

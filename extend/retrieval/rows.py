@@ -91,6 +91,9 @@ TEMPLATES: dict[str, Callable[[Any, int, random.Random], Quiz]] = {
 }
 
 
+_DRAWS = 100  # of questions, for a row that they do not fit
+
+
 @dataclass(frozen=True)
 class RetrievalRows:
     """Builds retrieval rows.
@@ -120,9 +123,12 @@ class RetrievalRows:
 
     def _build(self, length: int, num_facts: int,
                rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
-        quiz = TEMPLATES[self.template](self.tokenizer, num_facts, rng)
-        room = length - len(self.prefix) - quiz.num_tokens
-        if room < 0:
+        for _ in range(_DRAWS):  # some wordings are longer than others
+            quiz = TEMPLATES[self.template](self.tokenizer, num_facts, rng)
+            room = length - len(self.prefix) - quiz.num_tokens
+            if room >= 0:
+                break
+        else:
             raise DataError(f"retrieval: {num_facts} facts and their questions take "
                             f"{length - room} tokens, more than a row of {length}; ask for fewer "
                             "facts or longer rows")

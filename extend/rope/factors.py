@@ -13,6 +13,9 @@ FOR_OTHER_ENGINES = frozenset({"short_mscale", "long_mscale", "attn_factor"})
 """Keys of an attention factor that vLLM and SGLang read and transformers does not know."""
 
 
+_MOST = 1e6  # times that a frequency is divided by; wavelengths of 1M tokens take far less
+
+
 def extension_factor(spec: RopeSpec, target_len: int) -> float:
     """Return target_len / original_len, at least 1.
 
@@ -76,9 +79,9 @@ def longrope(spec: RopeSpec, target_len: int, *, long_factor: Sequence[float],
         long_factor: rotary_dim / 2 divisors of the plain frequencies, fastest pair first.
         short_factor: what rows up to the native length are divided by; None: the same.
         attention_factor: multiplies cos and sin.
-        found_for: tokens, the length that the factors are for; for another target they are carried
-            on as if what was found had been repeated: each factor, and what the attention factor is
-            above 1, grows with log(target / native) over log(found_for / native).
+        found_for: tokens, the length that the factors are for. For another target they are carried
+            on: with p = log(target / native) / log(found_for / native), each factor is raised to
+            the power p, and what the attention factor is above 1 is multiplied by p.
 
     Raises:
         RecipeError: a list of another length, a number that is not above 0, `found_for` beside
@@ -94,9 +97,7 @@ def longrope(spec: RopeSpec, target_len: int, *, long_factor: Sequence[float],
         if short_factor is not None:
             raise RecipeError("found_for carries one list on, but short_factor gives two; leave "
                               "one of them out")
-        power = math.log(factor) / math.log(_found_factor(spec, found_for))
-        long = [value ** power for value in long]
-        attention_factor = 1 + power * (attention_factor - 1)
+        long, attention_factor = _carry_on(spec, factor, long, attention_factor, found_for)
     short = long if short_factor is None else _pair_factors("short_factor", short_factor, spec)
     if factor == 1 and attention_factor == 1 and all(value == 1 for value in (*long, *short)):
         return spec
@@ -108,8 +109,9 @@ def longrope(spec: RopeSpec, target_len: int, *, long_factor: Sequence[float],
         **longrope_attention_keys(attention_factor, longrope_mscale(factor, spec.original_len))})
 
 
-def _found_factor(spec: RopeSpec, found_for: int | str) -> float:
-    """The factor of the extension that a list was found for, above 1."""
+def _carry_on(spec: RopeSpec, factor: float, factors: list[float], attention_factor: float,
+              found_for: int | str) -> tuple[list[float], float]:
+    """What was found for one length, for an extension by `factor`; see `longrope`."""
     try:
         found_len = parse_length(found_for)
     except ValueError as error:
@@ -117,7 +119,16 @@ def _found_factor(spec: RopeSpec, found_for: int | str) -> float:
     if found_len <= spec.original_len:
         raise RecipeError(f"found_for is {found_len}, not above the model's native length "
                           f"{spec.original_len}; give the length that the factors were found for")
-    return found_len / spec.original_len
+    power = math.log(factor) / math.log(found_len / spec.original_len)
+    carried = 1 + power * (attention_factor - 1)
+    widest = power * max(abs(math.log(value)) for value in factors)
+    if widest > math.log(_MOST) or not 0 < carried < _MOST:
+        raise RecipeError(
+            f"found_for is {found_len}: carried on to {round(factor * spec.original_len)} tokens, "
+            f"{power:.3g} times as far, attention_factor {attention_factor:g} becomes "
+            f"{carried:.3g} and factors of {min(factors):g} to {max(factors):g} reach e to the "
+            f"{widest:.3g}; give what was found for a length nearer to the target")
+    return [value ** power for value in factors], carried
 
 
 def per_pair(spec: RopeSpec, target_len: int, factors: list[float],

@@ -184,9 +184,12 @@ def test_several_models_that_were_read_in_windows_too_are_told_apart_by_what_the
     for labels, want in (("ab", {"a": [0.3], "b": [0.3]}),
                          ("a", {"a": [3.0, 2.5], "a, windows of 256": [3.0, 2.2]})):
         files = {label: write_rows(tmp_path / f"{label}.json", [row]) for label in labels}
-        plot, = loss_plots(read_results(files))
+        *absolute, plot = loss_plots(read_results(files))
         assert {line.name: [p.y for p in line.points] for line in plot.series} == want
-        assert ("more than in windows of 256" in plot.y_label) == (len(labels) > 1)
+        assert len(absolute) == ("more than in its own windows of 256" in plot.y_label) == (
+            len(labels) - 1)
+        assert all([p.y for p in line.points] == [3.0, 2.5] for p in absolute for line in p.series)
+        assert plot.y_range[0] < 0 or len(labels) == 1
         report(files, tmp_path / f"report-{labels}")
 
 

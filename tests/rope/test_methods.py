@@ -195,6 +195,10 @@ def test_factors_that_were_found_for_a_length_are_carried_on():
     assert call("longrope", TINY, native, **found, found_for=8 * native) == TINY
     for changes, said in (({"found_for": native}, "not above the model's native length"),
                           ({"found_for": "long"}, "found_for: 'long' is not a length"),
+                          ({"found_for": native + 8, "long_factor": found["long_factor"]},
+                           "factors of 1 to 8 reach e to the"),
+                          ({"found_for": 2 * native, "attention_factor": 0.5},
+                           "attention_factor 0.5 becomes -0.5"),
                           ({"found_for": "1m", "short_factor": found["long_factor"]},
                            "found_for carries one list on")):
         with pytest.raises(RecipeError, match=said):

@@ -156,6 +156,14 @@ def test_varied_facts_are_asked_for_in_the_words_they_were_given_in(tokenizer, f
     assert len(seen) > 9 and len(values) > 20
 
 
+def test_questions_that_do_not_fit_are_drawn_again(tokenizer, files):
+    """Rows that hold some wordings of so many facts and not others are built all the same."""
+    rows = load(tokenizer, [{**kinds(files)["named"], "template": "varied", "facts": [6]}],
+                length=560, steps=60)
+    taken = [len(tokenizer.decode(rows.row(0, index).input_ids)) for index in range(60)]
+    assert len(taken) == 60
+
+
 def pattern(text: str) -> str:
     """For a fact, with groups `name` and `value`."""
     return re.escape(text).replace(r"\{name\}", r"(?P<name>[a-z]+)").replace(
