@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from extend.errors import CompatibilityError, RecipeError
 from extend.model_config import NATIVE_KEY_TYPES, RopeSpec, longrope_mscale, yarn_mscale
-from extend.option_types import parse_length
 from extend.rope import frequencies
 
 FOR_OTHER_ENGINES = frozenset({"short_mscale", "long_mscale", "attn_factor"})
@@ -112,6 +111,8 @@ def longrope(spec: RopeSpec, target_len: int, *, long_factor: Sequence[float],
 def _carry_on(spec: RopeSpec, factor: float, factors: list[float], attention_factor: float,
               found_for: int | str) -> tuple[list[float], float]:
     """What was found for one length, for an extension by `factor`; see `longrope`."""
+    from extend.option_types import parse_length  # imports pydantic, for which --help need not wait
+
     try:
         found_len = parse_length(found_for)
     except ValueError as error:
