@@ -44,7 +44,7 @@ class Case(NamedTuple):
 
 
 # Strategies that fewer ranks have run in every way; double-ring:2 on 2 ranks is one ring.
-PAIRED = {4: ["ring", "all-gather", "ulysses"], 8: STRATEGIES[8]}
+PAIRED = {3: STRATEGIES[3], 4: ["ring", "all-gather", "ulysses"], 8: STRATEGIES[8]}
 
 
 def cases(world):
