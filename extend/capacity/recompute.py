@@ -34,6 +34,7 @@ def phase_setup(options: TrainOptions, phase: Phase, *, world: int, hosts: int =
     tile = auto_tile(longest) if options.tile_tokens == "auto" else options.tile_tokens
     if options.recomputed_layers != "auto":
         recomputed = 10**9 if options.recomputed_layers == "all" else options.recomputed_layers
+    distilled, taught_length = _taught(options, phase)
     return Setup(
         length=phase.length, batch_rows=phase.batch_rows, dp=dp, cp=cp, tp=tp, hosts=hosts,
         replicas=1 if options.shard_over == "all" else max(1, ranks // options.shard_over),
@@ -43,25 +44,19 @@ def phase_setup(options: TrainOptions, phase: Phase, *, world: int, hosts: int =
         compiled=options.compile is not False,
         weight_bytes=4 if options.weight_dtype == "float32" else 2, trained=_trained(options),
         lora_rank=options.lora_rank, optimizer=options.optimizer,
-        loss_chunk=options.loss_chunk, teacher=options.distills,
-        distilled=_distilled(options, phase),
-        taught_length=_taught_length(options, phase), strategy=options.strategy)
+        loss_chunk=options.loss_chunk, teacher=options.distills, distilled=distilled,
+        taught_length=taught_length, strategy=options.strategy)
 
 
-def _distilled(options: TrainOptions, phase: Phase) -> float:
-    """The share of a phase's rows that the teacher reads too."""
+def _taught(options: TrainOptions, phase: Phase) -> tuple[float, int]:
+    """The share of a phase's rows that the teacher reads too, and the most tokens it reads at once.
+    """
     weights = source_weights(options.data, phase.mix)
-    taught = sum(weight for data, weight in zip(options.data, weights, strict=True)
-                 if data.distill)
-    return taught / sum(weights)
-
-
-def _taught_length(options: TrainOptions, phase: Phase) -> int:
-    """Tokens that the teacher reads at once, at most."""
-    weights = source_weights(options.data, phase.mix)
-    return max((min(data.document_length or phase.length, phase.length)
-                for data, weight in zip(options.data, weights, strict=True)
-                if data.distill and weight), default=0)
+    taught = [(weight, min(data.document_length or phase.length, phase.length))
+              for data, weight in zip(options.data, weights, strict=True)
+              if data.distill and weight]
+    return (sum(weight for weight, _ in taught) / sum(weights),
+            max((length for _, length in taught), default=0))
 
 
 def _groups(phase: Phase, ranks: int) -> int:

@@ -120,16 +120,16 @@ def build_batch(rows: Sequence[Row], *, layout: str, rank: int, world: int,
                np.stack([answers for _, answers in shifted]),
                np.stack([number_tokens(row) for row in rows])]
     windows = [read_by_teacher(row, alone=len(rows) == 1) for row in rows if reads_teacher]
+    if reads_teacher:
+        columns += [np.stack([part.input_ids for part in windows]),
+                    np.stack([number_in_documents(part) for part in windows])]
     bounds = taught_bounds = None
     if document_mask and any(len(part.cu_seqlens) > 2 for part in (*rows, *windows)):
         columns = [column.reshape(1, -1) for column in columns]
         if len(rows) > 1 or len(rows[0].cu_seqlens) > 2:
             bounds = join_boundaries([row.cu_seqlens for row in rows])
-        taught_bounds = join_boundaries([part.cu_seqlens for part in windows or rows])
-    if reads_teacher:
-        columns += [np.stack([part.input_ids for part in windows]).reshape(columns[0].shape),
-                    np.stack([number_in_documents(part) for part in windows]).reshape(
-                        columns[0].shape)]
+        if reads_teacher:
+            taught_bounds = join_boundaries([part.cu_seqlens for part in windows])
     held = LAYOUTS[layout].positions(columns[0].shape[1], rank, world).numpy()
     # Cut by numpy: torch would start a second set of threads in the thread that builds rows.
     parts = [torch.from_numpy(np.ascontiguousarray(column[:, held])) for column in columns]

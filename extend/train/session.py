@@ -186,7 +186,7 @@ def start_rows(options: TrainOptions, config: ModelConfig, state: RunState,
     with ThreadPoolExecutor(1, "rows") as pool:
         try:
             yield pool.submit(load_rows, options, tokenizer, cache, native_length(config),
-                              native_length(teacher_config(options)))
+                              native_length(teacher_config(options, config)))
         finally:
             cache.stopped.set()
 
@@ -225,7 +225,7 @@ def _put_together(options: TrainOptions, config: ModelConfig, ropes: list[RopeSp
     fill_weights(model, source)
     init_adapters(model, options.seed)
     check_equal(trained_parameters(module), processes)
-    teacher = load_teacher(options, processes) if options.distills else None
+    teacher = load_teacher(options, config, processes) if options.distills else None
     optimizer = build_optimizer(trained_parameters(module).values(), options)
     found = rows.result()
     if manifest is not None:  # only now, so that bad data or a bad model leaves nothing behind

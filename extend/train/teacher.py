@@ -12,9 +12,10 @@ from extend.train.weights import fill_weights
 from extend.train_options import TrainOptions
 
 
-def teacher_config(options: TrainOptions) -> ModelConfig:
-    """That of the teacher: the model that the run begins with, unless another is given."""
-    return read_config(options.teacher or options.model)
+def teacher_config(options: TrainOptions, config: ModelConfig) -> ModelConfig:
+    """That of the teacher: `config`, of the model that the run begins with, unless it has another.
+    """
+    return config if options.teacher is None else read_config(options.teacher)
 
 
 def check_teacher(options: TrainOptions, config: ModelConfig) -> None:
@@ -27,14 +28,14 @@ def check_teacher(options: TrainOptions, config: ModelConfig) -> None:
     if options.teacher is None:
         return
     Checkpoint(options.teacher)
-    theirs = teacher_config(options).vocab_size
+    theirs = teacher_config(options, config).vocab_size
     if theirs != config.vocab_size:
         raise CompatibilityError(f"teacher {options.teacher} has {theirs} tokens, but "
                                  f"{options.model} has {config.vocab_size}; give a teacher with "
                                  "the same tokenizer")
 
 
-def load_teacher(options: TrainOptions, processes: Processes) -> CausalLoss:
+def load_teacher(options: TrainOptions, config: ModelConfig, processes: Processes) -> CausalLoss:
     """The teacher with its own weights and RoPE, in the dtype that layers compute in.
 
     It is sharded like the trained model, and nothing of it is trained.
@@ -46,7 +47,7 @@ def load_teacher(options: TrainOptions, processes: Processes) -> CausalLoss:
         "model": options.teacher or options.model, "mode": "full", "trainable": [],
         "trained_beside": [], "linear_dtype": "compute", "optimizer": "adamw",
         "weight_dtype": str(compute_dtype(options)).removeprefix("torch.")})
-    model = build_model(frozen, teacher_config(options)).requires_grad_(False).eval()
+    model = build_model(frozen, teacher_config(options, config)).requires_grad_(False).eval()
     tile_layers(model, options, longest_local(options, processes.world))
     module = shard_model(CausalLoss(model, options.loss_chunk), processes, frozen)
     fill_weights(model, Checkpoint(frozen.model))

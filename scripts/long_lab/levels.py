@@ -79,7 +79,7 @@ def make_plan(name: str, out: Path, *, target: int | None = None,
     target = target or plan.target
     made = {key: out / path for key in ("prose", "far_text")
             if not (path := getattr(plan, key)).is_absolute()}
-    ropes = make_ropes(target, plan.native, level.ramp, search or level.search)
+    ropes = make_ropes(level.ramp, search or level.search)
     return replace(plan, target=target, ropes={**level.own, **ropes}, **made)
 
 

@@ -122,8 +122,7 @@ class Unit:
 
 # ---- schedules -----------------------------------------------------------------------------------
 
-def make_ropes(target: int, native: int, ramp: tuple[float, float],
-               search: Path | None) -> dict[str, Rope]:
+def make_ropes(ramp: tuple[float, float], search: Path | None) -> dict[str, Rope]:
     """The schedules under trial."""
     low, high = ramp
     found = {"by-parts": {"method": "ntk-by-parts", "options": {"low_freq_factor": low,

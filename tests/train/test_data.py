@@ -10,6 +10,7 @@ import pytest
 
 from extend.errors import DataError
 from extend.haystack import FILLER, INTRO
+from extend.retrieval import rows as retrieval_rows
 from extend.retrieval.forms import FORMS, Form
 from extend.retrieval.names import NAMES
 from extend.train import text
@@ -156,12 +157,16 @@ def test_varied_facts_are_asked_for_in_the_words_they_were_given_in(tokenizer, f
     assert len(seen) > 9 and len(values) > 20
 
 
-def test_questions_that_do_not_fit_are_drawn_again(tokenizer, files):
+def test_questions_that_do_not_fit_are_drawn_again(tokenizer, files, monkeypatch):
     """Rows that hold some wordings of so many facts and not others are built all the same."""
-    rows = load(tokenizer, [{**kinds(files)["named"], "template": "varied", "facts": [6]}],
-                length=560, steps=60)
+    data = [{**kinds(files)["named"], "template": "varied", "facts": [6]}]
+    rows = load(tokenizer, data, length=560, steps=60)
     taken = [len(tokenizer.decode(rows.row(0, index).input_ids)) for index in range(60)]
     assert len(taken) == 60
+    monkeypatch.setattr(retrieval_rows, "_DRAWS", 1)
+    with pytest.raises(DataError, match="more than a row of 560"):
+        for index in range(60):
+            load(tokenizer, data, length=560, steps=60).row(0, index)
 
 
 def pattern(text: str) -> str:
